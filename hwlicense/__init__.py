@@ -1,0 +1,1 @@
+"""Hardware-bound licensing for machine-learning models."""

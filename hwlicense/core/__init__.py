@@ -1,0 +1,1 @@
+"""Bytes in, values out: no file, clock, environment, network or hardware."""

@@ -1,0 +1,121 @@
+"""The one tree of errors.
+
+Each error says what happened, what it means for the user and what to do, names a stable *reason* for machines
+and translations, and carries the exit status of the command line. Nothing else in the project defines an error.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import ClassVar
+
+
+class Reason(StrEnum):
+    """Stable codes, the same in text, JSON and exceptions. A code is never renamed or reused."""
+
+    # the license says no (exit status 1)
+    LICENSE_ABSENT = "LICENSE_ABSENT"
+    LICENSE_EXPIRED = "LICENSE_EXPIRED"
+    LICENSE_NOT_YET_VALID = "LICENSE_NOT_YET_VALID"
+    LICENSE_SUPERSEDED = "LICENSE_SUPERSEDED"
+    LICENSE_UNSUPPORTED = "LICENSE_UNSUPPORTED"
+    WRONG_DEVICE = "WRONG_DEVICE"
+    WRONG_VENDOR = "WRONG_VENDOR"
+    WRONG_PACKAGE = "WRONG_PACKAGE"
+    WRONG_PRODUCT = "WRONG_PRODUCT"
+    VENDOR_UNTRUSTED = "VENDOR_UNTRUSTED"
+    PCR_MISMATCH = "PCR_MISMATCH"
+    PCR_UNUSABLE = "PCR_UNUSABLE"
+    PLATFORM_UNAPPROVED = "PLATFORM_UNAPPROVED"
+    APPROVAL_WITHDRAWN = "APPROVAL_WITHDRAWN"
+    PIN_NEEDED = "PIN_NEEDED"
+    PIN_WRONG = "PIN_WRONG"
+    EK_UNTRUSTED = "EK_UNTRUSTED"
+    PASSPHRASE_NEEDED = "PASSPHRASE_NEEDED"
+    PASSPHRASE_WRONG = "PASSPHRASE_WRONG"
+    # used in the wrong way (2)
+    USAGE = "USAGE"
+    TERM_UNKNOWN = "TERM_UNKNOWN"
+    TERM_INVALID = "TERM_INVALID"
+    TERM_UNSUPPORTED = "TERM_UNSUPPORTED"
+    MEMBER_NAME = "MEMBER_NAME"
+    MEMBER_ABSENT = "MEMBER_ABSENT"
+    FILE_ABSENT = "FILE_ABSENT"
+    FILE_EXISTS = "FILE_EXISTS"
+    EXTRA_MISSING = "EXTRA_MISSING"
+    # hardware missing or failing (3)
+    TPM_ABSENT = "TPM_ABSENT"
+    TPM_NO_PERMISSION = "TPM_NO_PERMISSION"
+    TPM_BUSY = "TPM_BUSY"
+    TPM_LOCKOUT = "TPM_LOCKOUT"
+    TPM_AUTHORIZATION = "TPM_AUTHORIZATION"
+    TPM_FAILED = "TPM_FAILED"
+    TPM_GONE = "TPM_GONE"
+    TPM_ANSWER_FORGED = "TPM_ANSWER_FORGED"
+    TPM_UNSUPPORTED = "TPM_UNSUPPORTED"
+    # damaged or forged input (4)
+    DOCUMENT_MALFORMED = "DOCUMENT_MALFORMED"
+    DOCUMENT_TOO_LARGE = "DOCUMENT_TOO_LARGE"
+    SCHEMA_UNSUPPORTED = "SCHEMA_UNSUPPORTED"
+    SIGNATURE_MISSING = "SIGNATURE_MISSING"
+    SIGNATURE_INVALID = "SIGNATURE_INVALID"
+    QUOTE_INVALID = "QUOTE_INVALID"
+    EVIDENCE_INVALID = "EVIDENCE_INVALID"
+    PACKAGE_DAMAGED = "PACKAGE_DAMAGED"
+    LICENSE_DAMAGED = "LICENSE_DAMAGED"
+    HOME_DAMAGED = "HOME_DAMAGED"
+    # anything else (5)
+    STORAGE = "STORAGE"
+    MODEL_CLOSED = "MODEL_CLOSED"
+    INTERNAL = "INTERNAL"
+
+
+class HwlicenseError(Exception):
+    """Root of the tree. `str()` is the sentence for a person; `hint` says what to do next, and may be empty."""
+
+    exit_status: ClassVar[int] = 5
+
+    def __init__(self, reason: Reason, what: str, hint: str = "") -> None:
+        super().__init__(what)
+        self.reason = reason
+        self.what = what
+        self.hint = hint
+
+    def __reduce__(self) -> tuple[type[HwlicenseError], tuple[Reason, str, str]]:
+        return type(self), (self.reason, self.what, self.hint)  # an error crosses process pools with its hint
+
+
+class RefusedError(HwlicenseError):
+    """The license, or the vendor's own policy, says no."""
+
+    exit_status = 1
+
+
+class UsageError(HwlicenseError):
+    """The call, the command line or the terms are wrong."""
+
+    exit_status = 2
+
+
+class HardwareError(HwlicenseError):
+    """The hardware is missing, busy or failing."""
+
+    exit_status = 3
+
+
+class AbsentError(HardwareError):
+    """This binding's hardware is not here; another binding may be."""
+
+
+class DamagedError(HwlicenseError):
+    """The input is truncated, changed, forged or of an unknown version."""
+
+    exit_status = 4
+
+
+class StorageError(HwlicenseError):
+    """A file could not be read or written: disk full, read-only, no permission."""
+
+
+class ClosedError(HwlicenseError):
+    """The model was closed; its keys and plaintext are gone."""
