@@ -1,0 +1,74 @@
+"""A secret held in memory that is overwritten when it is no longer needed."""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+from typing import TYPE_CHECKING, NoReturn
+
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from types import TracebackType
+
+SIZE = 32
+"""Bytes in every secret and key of the project."""
+
+
+class Secret:
+    """Mutable bytes, overwritten by `wipe()`, at the end of a `with` block, and when collected.
+
+    `buffer` is what the cryptography is given; it is never copied into an immutable object by this class.
+    """
+
+    __slots__ = ("buffer",)
+
+    def __init__(self, buffer: bytearray) -> None:
+        self.buffer = buffer
+
+    @classmethod
+    def random(cls, size: int = SIZE) -> Secret:
+        return cls(bytearray(secrets.token_bytes(size)))
+
+    def wipe(self) -> None:
+        self.buffer[:] = bytes(len(self.buffer))
+
+    def __len__(self) -> int:
+        return len(self.buffer)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and hmac.compare_digest(self.buffer, other.buffer)
+
+    __hash__ = None  # type: ignore[assignment]  # a hash of a secret would be a copy of it
+
+    def __enter__(self) -> Secret:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.wipe()
+
+    def __del__(self) -> None:
+        self.wipe()
+
+    def __repr__(self) -> str:
+        return f"<Secret of {len(self.buffer)} bytes>"
+
+    def __reduce__(self) -> NoReturn:
+        msg = "a secret cannot be pickled or copied"
+        raise TypeError(msg)
+
+
+def derive(material: Iterable[Secret], purpose: bytes, *context: bytes) -> Secret:
+    """HKDF-SHA256 (RFC 5869) of the joined `material`, 32 bytes, for one purpose in one context.
+
+    Every field of the context goes in with its length, so no two lists of fields give the same key.
+    """
+    info = b"hwlicense 1 " + b"".join(len(field).to_bytes(4, "big") + field for field in (purpose, *context))
+    joined, out = Secret(bytearray()), Secret(bytearray(SIZE))
+    with joined:
+        for secret in material:
+            joined.buffer.extend(secret.buffer)
+        HKDF(hashes.SHA256(), SIZE, None, info).derive_into(joined.buffer, out.buffer)
+    return out
