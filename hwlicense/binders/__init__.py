@@ -1,0 +1,1 @@
+"""Drivers for hardware, one package each: the only importers of hardware libraries."""

@@ -1,0 +1,1 @@
+"""The machine that runs the model. Never imports the vendor's side."""

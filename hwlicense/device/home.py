@@ -1,0 +1,206 @@
+"""The device's home: what it trusts, what is installed, and what the hardware gave for it.
+
+    device.json                             how the device was enrolled
+    trust.json                              vendors, for the command line only: applications bring their own
+    licenses/ID/license.hwlic               the file as the vendor sent it; its arrival completes an installation
+    licenses/ID/held/KIND-DIGEST            what a binder keeps for the binding with this digest; mode 0600
+    licenses/ID/approvals/POLICY.hwapp      platform states approved since
+
+What is written after a license was installed (approvals, and what a binder makes of them) goes to the state folder,
+which is the home itself unless another is given: the home may then be read-only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Annotated, Final, NamedTuple, TypeVar
+
+import msgspec
+
+from hwlicense import storage
+from hwlicense.core.documents import SCHEMA, Approval, License, VendorPublic, decode, encode
+from hwlicense.core.envelope import unverified, verified
+from hwlicense.core.errors import DamagedError, HwlicenseError, Reason, RefusedError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from hwlicense.core.documents import Binding
+
+LICENSE_LIMIT: Final = 4 << 20
+HELD_LIMIT: Final = 256 << 10
+ENTRY_LIMIT: Final = 1000
+
+
+class Enrolled(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`device.json`: the TPM (a TCTI string) and the PCRs that `device enroll` was given, for later commands."""
+
+    schema: int
+    tpm: str | None
+    pcrs: str
+
+
+class Trust(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`trust.json`."""
+
+    schema: int
+    vendors: Annotated[list[VendorPublic], msgspec.Meta(max_length=100)]
+
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+class Installed(NamedTuple):
+    """A license as it lies in the home: verified, for the vendor that was asked for."""
+
+    license: License
+    vendor: VendorPublic
+
+
+class Home:
+    """A device's home and state folder. Nothing is created before something is written."""
+
+    def __init__(self, path: Path, state: Path | None = None) -> None:
+        self.path = path
+        self.state = state or path
+
+    # ---- device and trust
+
+    def enrolled(self) -> Enrolled | None:
+        return self._read("device.json", Enrolled)
+
+    def keep_enrolled(self, tpm: str | None, pcrs: str) -> None:
+        self._write("device.json", Enrolled(SCHEMA, tpm, pcrs))
+
+    def trusted(self) -> list[VendorPublic]:
+        trust = self._read("trust.json", Trust)
+        return trust.vendors if trust else []
+
+    def trust(self, vendor: VendorPublic) -> None:
+        """Add a vendor for the command line's commands. Doing it twice changes nothing."""
+        vendors = self.trusted()
+        if vendor not in vendors:
+            self._write("trust.json", Trust(SCHEMA, [*vendors, vendor]))
+
+    # ---- licenses
+
+    def licenses(self, vendors: Sequence[VendorPublic]) -> tuple[list[Installed], list[HwlicenseError]]:
+        """Installed licenses of these vendors, newest revision first, and what is wrong with others of theirs."""
+        found, problems = [], []
+        for folder in self._folders():
+            try:
+                raw = storage.read_limited(folder / "license.hwlic", LICENSE_LIMIT)
+                installed = verified_by_any(raw, License, vendors)
+            except RefusedError:
+                continue  # another vendor's license lies beside ours, by right
+            except HwlicenseError as error:
+                problems.append(error)
+            else:
+                found.append(Installed(*installed))
+        return sorted(found, key=lambda i: (i.license.grant.revision, i.license.grant.issued), reverse=True), problems
+
+    def keep_license(self, licensed: License, raw: bytes, held: Sequence[bytes]) -> None:
+        """Install: what the binders hold first and the license last, so that a cut leaves the former state whole."""
+        folder = self.path / "licenses" / licensed.grant.license
+        storage.make_folders(folder / "held", 0o700)
+        for binding, content in zip(licensed.bindings, held, strict=True):
+            storage.atomic_write(folder / "held" / _held_name(binding), content, 0o600)
+        storage.atomic_write(folder / "license.hwlic", raw, 0o600)
+        current = {_held_name(binding) for binding in licensed.bindings}
+        for stale in (folder / "held").iterdir():
+            if stale.name not in current:
+                storage.remove(stale)
+
+    def held(self, licensed: License, binding: Binding) -> bytes:
+        """What the binder kept at installation. Raises DamagedError HOME_DAMAGED where it is gone."""
+        for base in (self.state, self.path):
+            path = base / "licenses" / licensed.grant.license / "held" / _held_name(binding)
+            if path.exists():
+                return storage.read_limited(path, HELD_LIMIT)
+        raise DamagedError(
+            Reason.HOME_DAMAGED,
+            f"The home {self.path} lacks what the hardware gave for the license {licensed.grant.license}.",
+            "Install the license file again: `hwlicense device install`.",
+        )
+
+    def keep_held(self, licensed: License, binding: Binding, content: bytes) -> None:
+        folder = self.state / "licenses" / licensed.grant.license / "held"
+        storage.make_folders(folder, 0o700)
+        storage.atomic_write(folder / _held_name(binding), content, 0o600)
+
+    # ---- approvals
+
+    def approvals(self, licensed: License, vendor: VendorPublic) -> list[Approval]:
+        """Approvals for this license's product: those installed since, then those that came with it."""
+        installed = {}
+        for base in dict.fromkeys((self.state, self.path)):
+            for path in sorted((base / "licenses" / licensed.grant.license / "approvals").glob("*.hwapp"))[:ENTRY_LIMIT]:
+                approval = verified(storage.read_limited(path, LICENSE_LIMIT), Approval, vendor)
+                if approval.product == licensed.grant.product:
+                    installed[approval.policy, approval.generation] = approval
+        for approval in licensed.approvals:
+            installed.setdefault((approval.policy, approval.generation), approval)
+        return list(installed.values())
+
+    def keep_approval(self, licensed: License, approval: Approval, raw: bytes) -> None:
+        folder = self.state / "licenses" / licensed.grant.license / "approvals"
+        storage.make_folders(folder, 0o700)
+        storage.atomic_write(folder / f"g{approval.generation}-{approval.policy.hex()[:32]}.hwapp", raw, 0o600)
+
+    # ---- files
+
+    def _folders(self) -> Iterator[Path]:
+        root = self.path / "licenses"
+        if root.is_dir():
+            yield from sorted(entry for entry in root.iterdir() if (entry / "license.hwlic").exists())[:ENTRY_LIMIT]
+
+    def _read(self, name: str, kind: type[T]) -> T | None:
+        if not (self.path / name).exists():
+            return None
+        return decode(storage.read_limited(self.path / name, LICENSE_LIMIT), kind, spaced=True)
+
+    def _write(self, name: str, document: msgspec.Struct) -> None:
+        storage.make_folders(self.path, 0o700)
+        storage.atomic_write(self.path / name, encode(document) + b"\n", 0o600)
+
+
+D = TypeVar("D", License, Approval)
+
+
+def verified_by_any(raw: bytes, kind: type[D], vendors: Sequence[VendorPublic]) -> tuple[D, VendorPublic]:
+    """The document, and which of `vendors` signed it. Raises RefusedError VENDOR_UNTRUSTED where none did."""
+    for vendor in vendors:
+        try:
+            return verified(raw, kind, vendor), vendor
+        except RefusedError:
+            continue  # not signed by this one; the next may have
+    unverified(raw, kind)
+    names = ", ".join(repr(vendor.name) for vendor in vendors) or "none yet"
+    raise RefusedError(
+        Reason.VENDOR_UNTRUSTED,
+        f"The file is not signed by a vendor that this device trusts ({names}).",
+        "If you know the vendor, run `hwlicense device trust` with its vendor.pub.json.",
+    )
+
+
+def read_vendor(text: bytes) -> VendorPublic:
+    """The text of a vendor.pub.json. Raises DamagedError."""
+    return decode(text, VendorPublic, spaced=True)
+
+
+def check_known(approvals: Sequence[Approval], licensed: License) -> list[Approval]:
+    """Those of `approvals` that this license's generation accepts. Raises RefusedError APPROVAL_WITHDRAWN."""
+    generation = licensed.grant.generation
+    accepted = [approval for approval in approvals if approval.generation == generation]
+    if licensed.grant.pcrs and not accepted:
+        what = f"The license asks for an approval of generation {generation}; this device has only others."
+        raise RefusedError(Reason.APPROVAL_WITHDRAWN, what, "Install the vendor's current approval: `hwlicense device install`.")
+    return accepted
+
+
+def _held_name(binding: Binding) -> str:
+    kind = str(binding.__struct_config__.tag)
+    return f"{kind}-{hashlib.sha256(encode(binding)).hexdigest()[:32]}"
+
+

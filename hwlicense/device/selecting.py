@@ -1,0 +1,63 @@
+"""Which home and which hardware: by argument, by environment, by enrolment, by default.
+
+None of these choices is a check. Another TPM, or another home, can only fail to hold the secret.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from hwlicense.core.errors import Reason, UsageError
+from hwlicense.device.home import Home, read_vendor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hwlicense.core.documents import VendorPublic
+    from hwlicense.core.hardware import Hardware
+
+HOME_VARIABLE: Final = "HWLICENSE_HOME"
+TPM_VARIABLE: Final = "HWLICENSE_TPM"
+
+
+def default_home() -> Path:
+    """For root the system's state folder, for anyone else their own."""
+    if given := os.environ.get(HOME_VARIABLE):
+        return Path(given)
+    if os.geteuid() == 0:
+        return Path("/var/lib/hwlicense")
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "hwlicense"
+
+
+def home(path: str | os.PathLike[str] | None, state: str | os.PathLike[str] | None = None) -> Home:
+    return Home(Path(path) if path else default_home(), Path(state) if state else None)
+
+
+def tpm_address(tcti: str | None, place: Home) -> str | None:
+    """The TCTI to use, None for the default device."""
+    if given := tcti or os.environ.get(TPM_VARIABLE):
+        return given
+    enrolled = place.enrolled()
+    return enrolled.tpm if enrolled else None
+
+
+def tpm(tcti: str | None, place: Home) -> Callable[[], Hardware]:
+    """Opens the TPM when called. Raises UsageError EXTRA_MISSING there, where its library is not installed."""
+    return partial(_connect, tpm_address(tcti, place))
+
+
+def vendor(text: str) -> VendorPublic:
+    """Raises UsageError where `text` is a path, which is no root of trust; DamagedError where it is no vendor file."""
+    if not isinstance(text, str) or not text.lstrip().startswith("{"):
+        what = "vendor= takes the text of vendor.pub.json itself, not its path."
+        raise UsageError(Reason.USAGE, what, "Make the text a constant of the application.")
+    return read_vendor(text.encode())
+
+
+def _connect(tcti: str | None) -> Hardware:
+    from hwlicense.binders.tpm import TpmHardware  # noqa: PLC0415  # the library is an extra, and slow to import
+
+    return TpmHardware(tcti)

@@ -1,0 +1,69 @@
+"""Platform states that a vendor approves for a product line."""
+
+from __future__ import annotations
+
+import tomllib
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from hwlicense.core.documents import SCHEMA, Approval, Pcr
+from hwlicense.core.envelope import seal
+from hwlicense.core.errors import Reason, RefusedError, UsageError
+from hwlicense.core.tpm.pcrs import BANKS, Selection, values_digest
+from hwlicense.core.tpm.policy import approved_digest, platform_reference
+from hwlicense.core.tpm.signatures import sign_approval
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hwlicense.core.documents import VendorPublic
+    from hwlicense.vendor.signing import Keys
+
+
+def approve(vendor: VendorPublic, keys: Keys, product: str, generation: int, pcrs: Sequence[Pcr]) -> tuple[Approval, bytes]:
+    """An approval and its envelope. Raises RefusedError PCR_UNUSABLE, UsageError."""
+    if not pcrs:
+        raise UsageError(Reason.USAGE, "An approval needs at least one PCR.", "Enroll with --pcrs, such as sha256:7.")
+    policy = approved_digest(pcrs)
+    signature = sign_approval(keys.policy, policy, platform_reference(product, generation))
+    approval = Approval(SCHEMA, vendor.fingerprint, product, generation, list(pcrs), policy, signature)
+    return approval, seal(approval, keys.signers)
+
+
+def current_generation(approvals: Sequence[Approval]) -> int:
+    """The generation that new licenses name: the highest approved one, or 1."""
+    return max((approval.generation for approval in approvals), default=1)
+
+
+def matching(approvals: Sequence[Approval], pcrs: Sequence[Pcr], product: str) -> None:
+    """Raises RefusedError PLATFORM_UNAPPROVED unless one of `approvals` is of exactly these values."""
+    policy = approved_digest(pcrs)
+    if any(approval.policy == policy for approval in approvals):
+        return
+    differing = sorted({f"{p.bank}:{p.index}" for a in approvals for p in a.pcrs if p not in pcrs})
+    raise RefusedError(
+        Reason.PLATFORM_UNAPPROVED,
+        f"The request's platform state is not approved for {product!r} (PCRs that differ: {', '.join(differing)}).",
+        "Find out why this device booted otherwise; if that is right, approve it with `hwlicense vendor approve --request`.",
+    )
+
+
+def parse_pcrs(text: str) -> list[Pcr]:
+    """PCR values as people write them: one TOML table a bank, PCR numbers as keys, values in hexadecimal.
+
+    Raises UsageError, and RefusedError PCR_UNUSABLE for values that bind to nothing.
+    """
+    try:
+        table = tomllib.loads(text)
+        pcrs = [
+            msgspec.convert({"bank": bank, "index": int(index), "value": bytes.fromhex(value)}, Pcr, builtin_types=(bytes,))
+            for bank, values in table.items()
+            for index, value in values.items()
+        ]
+    except (tomllib.TOMLDecodeError, ValueError, TypeError, AttributeError) as error:
+        hint = f'Write a table [BANK] (BANK is {" or ".join(BANKS)}) with lines like 7 = "64 hexadecimal digits".'
+        raise UsageError(Reason.USAGE, f"The file of PCR values cannot be used: {error}.", hint) from None
+    values_digest(pcrs)
+    ordered = list(Selection.of(pcrs))
+    return sorted(pcrs, key=lambda pcr: ordered.index((pcr.bank, pcr.index)))

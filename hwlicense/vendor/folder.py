@@ -1,0 +1,91 @@
+"""The vendor's folder: public keys, private keys, what was approved and what was issued.
+
+    vendor.pub.json                     the root of trust for applications and devices
+    keys/{classical,mldsa,policy,content}.pem, keys/salt    mode 0600; the salt is there where a passphrase is
+    approvals/PRODUCT-gG-POLICY.hwapp   approved platform states (PRODUCT and POLICY are digests, shortened)
+    issued/LICENSE-rR.hwlic             every license, as it was sent
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from typing import TYPE_CHECKING, Final, Self
+
+from hwlicense import storage
+from hwlicense.core.documents import Approval, VendorPublic, decode, encode
+from hwlicense.core.envelope import verified
+from hwlicense.core.errors import Reason, RefusedError, UsageError
+from hwlicense.vendor import signing
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hwlicense.core.documents import License
+    from hwlicense.core.secret import Secret
+
+PUBLIC: Final = "vendor.pub.json"
+KEY_FILES: Final = ("classical", "mldsa", "policy", "content")
+DOCUMENT_LIMIT: Final = 4 << 20
+
+
+class Folder:
+    """A vendor's folder. Its public half is read at once, its keys only by `unlock`."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises UsageError FILE_ABSENT where `path` is no vendor folder."""
+        if not (path / PUBLIC).is_file():
+            what = f"{path} is not a vendor folder: it has no {PUBLIC}."
+            raise UsageError(Reason.FILE_ABSENT, what, "Make one with `hwlicense vendor init`.")
+        self.path = path
+        self.public = decode(storage.read_limited(path / PUBLIC, DOCUMENT_LIMIT), VendorPublic, spaced=True)
+
+    @classmethod
+    def create(cls, path: Path, name: str, passphrase: Secret | None, classical: str = "ed25519") -> Self:
+        """New keys in a new folder, which appears whole or not at all. Raises UsageError FILE_EXISTS."""
+        with storage.new_folder(path) as building:
+            keys = signing.generate(classical)
+            salt = secrets.token_bytes(signing.SALT_SIZE)
+            password = signing.stretched(passphrase, salt) if passphrase else None
+            for folder in ("keys", "approvals", "issued"):
+                (building / folder).mkdir(mode=0o700)
+            for which in KEY_FILES:
+                storage.atomic_write(building / "keys" / f"{which}.pem", signing.to_pem(keys[which], password), 0o600)
+            if password:
+                storage.atomic_write(building / "keys" / "salt", salt, 0o600)
+                password.wipe()
+            public = encode(signing.public_part(name, keys)) + b"\n"
+            storage.atomic_write(building / PUBLIC, public, 0o644)
+        return cls(path)
+
+    @property
+    def locked(self) -> bool:
+        """Whether the keys are under a passphrase."""
+        return (self.path / "keys" / "salt").exists()
+
+    def unlock(self, passphrase: Secret | None) -> signing.Keys:
+        """The private keys. Raises RefusedError PASSPHRASE_NEEDED or PASSPHRASE_WRONG."""
+        password = None
+        if self.locked:
+            if passphrase is None:
+                what = f"The keys in {self.path} are under a passphrase."
+                raise RefusedError(Reason.PASSPHRASE_NEEDED, what, "Type it at the prompt, or give --passphrase-file.")
+            password = signing.stretched(passphrase, storage.read_limited(self.path / "keys" / "salt", signing.SALT_SIZE))
+        pems = {which: storage.read_limited(self.path / "keys" / f"{which}.pem", 64 << 10) for which in KEY_FILES}
+        return signing.assembled({which: signing.from_pem(pem, password) for which, pem in pems.items()}, self.public)
+
+    def approvals(self, product: str) -> list[Approval]:
+        """Every approved state of a product line, of all generations."""
+        found = sorted((self.path / "approvals").glob(f"{_slug(product)}-g*.hwapp"))
+        return [verified(storage.read_limited(path, DOCUMENT_LIMIT), Approval, self.public) for path in found]
+
+    def keep_approval(self, approval: Approval, raw: bytes) -> None:
+        name = f"{_slug(approval.product)}-g{approval.generation}-{approval.policy.hex()[:16]}.hwapp"
+        storage.atomic_write(self.path / "approvals" / name, raw, 0o600)
+
+    def keep_license(self, issued: License, raw: bytes) -> None:
+        storage.atomic_write(self.path / "issued" / f"{issued.grant.license}-r{issued.grant.revision}.hwlic", raw, 0o600)
+
+
+def _slug(product: str) -> str:
+    return hashlib.sha256(product.encode()).hexdigest()[:16]
