@@ -1,0 +1,268 @@
+"""Files, read within limits and written whole or not at all.
+
+A new file has no name until it is complete and on the disk (O_TMPFILE, open(2)): a crash, a full disk or SIGKILL leaves
+what was there before. File systems without unnamed files (vfat, NFS) get a hidden name beside the final one instead,
+removed on every failure that the process survives. Every OSError leaves here as UsageError or StorageError.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+import stat
+import tempfile
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Final, Self
+
+from hwlicense.core.errors import DamagedError, Reason, StorageError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+
+_HINTS: Final = {
+    errno.ENOSPC: "Free some space, or write to another disk.",
+    errno.EDQUOT: "The user's quota is used up: free some space, or write to another disk.",
+    errno.EFBIG: "The file would be larger than the file system or the process may write (see `ulimit -f`).",
+    errno.EROFS: "The file system is read-only: write elsewhere, or mount it writable.",
+    errno.EACCES: "Check the permissions of the file and of every folder above it.",
+    errno.EPERM: "Check the permissions of the file and of every folder above it.",
+    errno.EIO: "The disk failed: look at the kernel's log, and restore the file from a copy.",
+    errno.EMFILE: "The process has too many files open (see `ulimit -n`).",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+}
+_NO_UNNAMED_FILES: Final = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL}
+_NO_LINKS: Final = {errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS}
+
+
+class OpenFile:
+    """A regular file, open for reading at any place. It has no position, so threads and forked processes share it.
+
+    Raises UsageError FILE_ABSENT, StorageError.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with reporting(path):
+            # O_NONBLOCK: opening a FIFO must not wait for its other end
+            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            self.status = _regular(self.fd, path)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file when it was opened."""
+        return self.status.st_size
+
+    def read(self, size: int, offset: int) -> bytes:
+        """`size` bytes from `offset`; fewer only where the file ends before. Callers bound `size`."""
+        buffer = bytearray(size)
+        return bytes(memoryview(buffer)[: self.read_into(buffer, offset)])
+
+    def read_into(self, buffer: bytearray | memoryview, offset: int) -> int:
+        """Fill `buffer` from `offset`; the bytes read, fewer only where the file ends before."""
+        view, done = memoryview(buffer), 0
+        with reporting(self.path):
+            while done < len(view) and (got := os.preadv(self.fd, [view[done:]], offset + done)):
+                done += got
+        return done
+
+    def close(self) -> None:
+        """Close the descriptor; reading fails from then on."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_limited(path: Path, limit: int) -> bytes:
+    """The whole of a regular file of at most `limit` bytes.
+
+    Raises UsageError FILE_ABSENT, DamagedError DOCUMENT_TOO_LARGE before anything is read, StorageError.
+    """
+    with OpenFile(path) as file:
+        data = file.read(min(file.size, limit) + 1, 0)  # one more than it should have: it may be growing
+    if file.size > limit or len(data) > limit:
+        what = f"{path} is larger than {limit:,} bytes."
+        raise DamagedError(Reason.DOCUMENT_TOO_LARGE, what, "Check the file's name.")
+    if len(data) != file.size:
+        raise StorageError(Reason.STORAGE, f"{path} changed while it was read.", "Try again when nothing writes to it.")
+    return data
+
+
+def atomic_write(path: Path, data: bytes, mode: int = 0o600, *, force: bool = True) -> None:
+    """Write `data` under `path`, on the disk when this returns; whoever reads sees the old file or the new one."""
+    with new_file(path, mode, force=force) as file:
+        file.write(data)
+
+
+@contextmanager
+def new_file(path: Path, mode: int = 0o644, *, force: bool = False) -> Iterator[BinaryIO]:
+    """A file that gets its name, and its old namesake replaced, when the block ends well; otherwise nothing remains.
+
+    `mode` is subject to the umask. Raises UsageError FILE_EXISTS unless `force`, FILE_ABSENT for a missing folder, and
+    StorageError. A symbolic link of that name is replaced, not followed.
+    """
+    with reporting(path):
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            _check_target(path, force=force)
+            fd, hidden = _create(folder, path.name, mode)
+            try:
+                with os.fdopen(fd, "wb") as file:
+                    yield file
+                    file.flush()
+                    os.fsync(fd)
+                    hidden = _publish(fd, folder, hidden, path.name, force=force)
+                _sync(folder)
+            finally:
+                if hidden:
+                    with suppress(FileNotFoundError):
+                        os.unlink(hidden, dir_fd=folder)
+        finally:
+            os.close(folder)
+
+
+@contextmanager
+def reporting(path: Path) -> Iterator[None]:
+    """Turn an OSError about `path` into an error of the tree."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        missing = path if path.parent.is_dir() else path.parent
+        raise UsageError(Reason.FILE_ABSENT, f"{missing} does not exist.", "Check the path.") from error
+    except FileExistsError as error:
+        hint = "Give another name, or --force to replace it."
+        raise UsageError(Reason.FILE_EXISTS, f"{path} exists already.", hint) from error
+    except IsADirectoryError as error:
+        raise UsageError(Reason.USAGE, f"{path} is a folder, not a file.", "Give the path of a file.") from error
+    except OSError as error:
+        what = f"{path}: {error.strerror or error}."
+        raise StorageError(Reason.STORAGE, what, _HINTS.get(error.errno or 0, "")) from error
+
+
+def _regular(fd: int, path: Path) -> os.stat_result:
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        raise UsageError(Reason.USAGE, f"{path} is not a regular file.", "Give the path of a file.")
+    return status
+
+
+def _check_target(path: Path, *, force: bool) -> None:
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode)):  # a rename over /dev/null would go through
+        raise UsageError(Reason.USAGE, f"{path} exists and is not a regular file.", "Give the path of a file.")
+    if not force:
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+
+
+def _create(folder: int, name: str, mode: int) -> tuple[int, str]:
+    """A new file in `folder`: its descriptor, and its hidden name where it cannot do without one."""
+    if Path("/proc/self/fd").is_dir():  # only through there does an unnamed file get its name without privilege
+        try:
+            return os.open(".", os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, mode, dir_fd=folder), ""
+        except OSError as error:
+            if error.errno not in _NO_UNNAMED_FILES:
+                raise
+    hidden = _hidden_name(name)
+    return os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode, dir_fd=folder), hidden
+
+
+def _publish(fd: int, folder: int, hidden: str, name: str, *, force: bool) -> str:
+    """Give the file its name. Returns the hidden name that is left to remove."""
+    unnamed = f"/proc/self/fd/{fd}"
+    if not force:  # link(2), unlike rename(2), refuses to replace what appeared meanwhile
+        try:
+            os.link(hidden or unnamed, name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=not hidden)
+        except OSError as error:
+            if not hidden or error.errno not in _NO_LINKS:
+                raise
+        else:
+            return hidden
+        _check_target(Path(f"/proc/self/fd/{folder}", name), force=False)
+    if not hidden:
+        hidden = _hidden_name(name)
+        os.link(unnamed, hidden, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=True)
+    try:
+        os.rename(hidden, name, src_dir_fd=folder, dst_dir_fd=folder)
+    except BaseException:
+        os.unlink(hidden, dir_fd=folder)
+        raise
+    return ""
+
+
+def _hidden_name(name: str) -> str:
+    return f".{name[:100]}.{secrets.token_hex(8)}"
+
+
+def _sync(folder: int) -> None:
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # FUSE and CIFS file systems that cannot sync a folder
+            raise
+
+
+# ---- folders ---------------------------------------------------------------------------------------------
+
+
+def make_folders(path: Path, mode: int = 0o700) -> None:
+    """`path` and the folders above it, where they are missing, each on the disk."""
+    with reporting(path):
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+        for folder in reversed(missing):
+            folder.mkdir(mode, exist_ok=True)  # another process may make it at the same time
+            _sync_folder(folder.parent)
+
+
+@contextmanager
+def new_folder(path: Path, mode: int = 0o700) -> Iterator[Path]:
+    """A folder to fill that appears under `path` when the block ends well; otherwise nothing remains.
+
+    Raises UsageError FILE_EXISTS where `path` holds anything, StorageError.
+    """
+    with reporting(path):
+        if path.is_dir() and any(path.iterdir()):
+            raise FileExistsError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+        make_folders(path.parent)
+        building = Path(tempfile.mkdtemp(prefix=f".{path.name[:100]}.", dir=path.parent))
+        try:
+            yield building
+            building.chmod(mode)
+            _sync_folder(building)
+            building.rename(path)
+            _sync_folder(path.parent)
+        except BaseException:
+            shutil.rmtree(building, ignore_errors=True)  # the error that brought us here is the one to report
+            raise
+
+
+def remove(path: Path) -> None:
+    """Remove a file, if it is there."""
+    with reporting(path):
+        path.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _sync(fd)
+    finally:
+        os.close(fd)
