@@ -1,0 +1,162 @@
+"""`hwlicense simulate`: run a command with simulated hardware around it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import tomllib
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+
+from hwlicense_simulators.errors import SimulatorError
+from hwlicense_simulators.measured_boot import DEFAULT_BOOT, Measurements
+from hwlicense_simulators.tpm import Tpm
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+_FORWARDED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
+
+
+class Failed(click.ClickException):
+    """The simulator failed, not the command: exit status 3, as for hardware."""
+
+    exit_code = 3
+
+    def __init__(self, error: SimulatorError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Write the lines that every command of hwlicense writes."""
+        click.echo(f"error: {self.error}\nreason: {self.error.reason}", err=True, file=file)
+        if self.error.hint:
+            click.echo(f"hint: {self.error.hint}", err=True, file=file)
+
+
+@click.command(context_settings={"allow_interspersed_args": False, "max_content_width": 100})
+@click.option("--tpm", is_flag=True, help="Simulate a TPM 2.0 with an EK certificate and a measured boot.")
+@click.option(
+    "--state",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Keep the TPM in this folder, and use the one that is there: the same device, booted again.",
+)
+@click.option("--firmware", metavar="TEXT", help='What PCR 0 measures, instead of "firmware 1": a firmware update.')
+@click.option(
+    "--boot",
+    metavar="INDEX=TEXT|FILE",
+    multiple=True,
+    help="What a PCR measures at boot, or a TOML file with all of it. May be repeated.",
+)
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.pass_context
+def simulate(
+    context: click.Context,
+    *,
+    tpm: bool,
+    state: Path | None,
+    firmware: str | None,
+    boot: tuple[str, ...],
+    command: tuple[str, ...],
+) -> None:
+    r"""Run COMMAND with simulated hardware, and pass on its exit status.
+
+    COMMAND finds the hardware by its environment: HWLICENSE_TPM and TPM2TOOLS_TCTI name the TPM, and
+    HWLICENSE_SIMULATOR_EK_ROOT a PEM file with the root of its EK certificate, for vendor issue --ek-root.
+    Everything ends with COMMAND.
+
+    \b
+    Examples:
+      hwlicense simulate --tpm -- pytest tests
+      hwlicense simulate --tpm --state board-7 -- ./selftest.sh
+      hwlicense simulate --tpm --state board-7 --firmware "firmware 2" -- ./selftest.sh
+    """
+    if not tpm:
+        raise click.UsageError("Nothing to simulate: give --tpm.")
+    try:
+        with _signals_blocked() as mask, contextlib.ExitStack() as stack:
+            measured = firmware.encode() if firmware else None
+            simulated = stack.enter_context(Tpm(state, boot=_boot(boot), firmware=measured))
+            # The wire lets several processes use the TPM, as the kernel's /dev/tpmrm0 does; swtpm alone serves one.
+            wire = stack.enter_context(simulated.tapped(record=False))
+            click.echo(f"simulated TPM: {wire.tcti}\nits EK root: {simulated.ek_root}", err=True)
+            status = _run(command, os.environ | wire.environment, mask)
+    except SimulatorError as error:
+        raise Failed(error) from error
+    context.exit(status)
+
+
+def _boot(options: Sequence[str]) -> Measurements:
+    boot = dict(DEFAULT_BOOT)
+    for option in options:
+        if match := re.fullmatch(r"([0-9]{1,2})=(.*)", option, re.DOTALL):
+            boot[int(match[1])] = match[2].encode()
+        else:
+            boot = dict(_boot_file(Path(option)))
+    return boot
+
+
+def _boot_file(path: Path) -> Measurements:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise click.UsageError(f"--boot {path}: neither INDEX=TEXT nor a file: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise click.UsageError(f"--boot {path}: {error}") from error
+    return {_index(path, key): _measured(path, key, value) for key, value in table.items()}
+
+
+def _index(path: Path, key: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,2}", key):
+        raise click.UsageError(f"--boot {path}: {key!r} is not the number of a PCR")
+    return int(key)
+
+
+def _measured(path: Path, key: str, value: object) -> list[bytes]:
+    texts = value if isinstance(value, list) else [value]
+    measured = [text.encode() for text in texts if isinstance(text, str)]
+    if len(measured) != len(texts):
+        raise click.UsageError(f"--boot {path}: {key} needs a text or a list of texts")
+    return measured
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[set[signal.Signals]]:
+    """Block what `_run` waits for; the threads of the simulators inherit that, so that no signal passes it by."""
+    waited = {*_FORWARDED, signal.SIGCHLD}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, waited)
+    try:
+        yield {signal.Signals(number) for number in before}
+    finally:
+        # A second Ctrl-C while the simulators ended is not for what comes after.
+        while signal.sigtimedwait(waited - before, 0):
+            pass
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _run(command: Sequence[str], environment: Mapping[str, str], mask: set[signal.Signals]) -> int:
+    if early := signal.sigtimedwait(_FORWARDED, 0):
+        return 128 + early.si_signo
+    try:
+        child = os.posix_spawnp(command[0], list(command), environment, setsigmask=mask, setsigdef=[signal.SIGPIPE])
+    except FileNotFoundError:
+        click.echo(f"error: {command[0]}: command not found", err=True)
+        return 127
+    except OSError as error:
+        click.echo(f"error: {command[0]}: {error.strerror}", err=True)
+        return 126
+    while True:
+        received = signal.sigwaitinfo({*_FORWARDED, signal.SIGCHLD})
+        if received.si_signo != signal.SIGCHLD:
+            # A terminal sends its signals to the command, too (si_code above 0: from the kernel).
+            if received.si_code <= 0:
+                os.kill(child, received.si_signo)
+            continue
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            code = os.waitstatus_to_exitcode(status)
+            return code if code >= 0 else 128 - code
