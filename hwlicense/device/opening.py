@@ -76,6 +76,19 @@ def fitting_licenses(manifest: Manifest, vendor: VendorPublic, home: Home) -> Se
     raise RefusedError(Reason.LICENSE_ABSENT, what, "Install one with `hwlicense device install`, or give the right --home.")
 
 
+def first_valid(licenses: Sequence[Installed], today: datetime.date) -> Installed:
+    """The first license in force. Raises the refusal of the newest one where none is."""
+    refusals: list[RefusedError] = []
+    for installed in licenses:
+        try:
+            check_validity(installed.license.grant, today)
+        except RefusedError as error:
+            refusals.append(error)
+        else:
+            return installed
+    raise refusals[0]
+
+
 def utc_today() -> datetime.date:
     return datetime.datetime.now(datetime.UTC).date()
 

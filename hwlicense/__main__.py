@@ -1,0 +1,5 @@
+"""`python -m hwlicense`."""
+
+from hwlicense.cli import main
+
+main()

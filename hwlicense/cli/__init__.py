@@ -1,0 +1,59 @@
+"""The command line: thin, the only importer of click, and the one place where errors become exit statuses."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import traceback
+from typing import TYPE_CHECKING, NoReturn
+
+import click
+
+from hwlicense.core.errors import HwlicenseError, Reason
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+
+def main() -> NoReturn:
+    """Run the command line and exit: 0 done, 1 refused, 2 usage, 3 hardware, 4 damaged or forged input, 5 other."""
+    signal.signal(signal.SIGTERM, _terminated)
+    from hwlicense.cli.commands import root  # noqa: PLC0415  # so that SIGTERM is heeded from the start
+
+    sys.exit(_run(root))
+
+
+def _run(command: click.Command) -> int:
+    from hwlicense.cli import output  # noqa: PLC0415
+
+    try:
+        status = command.main(standalone_mode=False, prog_name="hwlicense")
+    except HwlicenseError as error:
+        output.failure(error.reason, error.what, error.hint)
+        return error.exit_status
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.Abort:
+        output.note("interrupted")
+        return 130
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        hint = f"See `{context.command_path} --help`." if context else ""
+        output.failure(Reason.USAGE, error.format_message().rstrip(".") + ".", hint)
+        return 2
+    except KeyboardInterrupt:
+        output.note("interrupted")
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 141
+    except Exception as error:  # noqa: BLE001  # the last net: a traceback could show what it must not, so name only the place
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"hwlicense failed in a way that it did not foresee ({type(error).__name__} at {frame.name}:{frame.lineno})."
+        output.failure(Reason.INTERNAL, what, "Please report this, with the command and the version (`hwlicense --version`).")
+        return 5
+    return status if isinstance(status, int) else 0
+
+
+def _terminated(_number: int, _frame: FrameType | None) -> NoReturn:
+    sys.exit(143)  # as an exception, so that everything half-written is removed on the way out

@@ -1,0 +1,53 @@
+"""The tree of commands. Each group is imported when it is used: a device's commands load nothing of the vendor's."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Final
+
+import click
+
+from hwlicense import __version__
+from hwlicense.core.errors import Reason, UsageError
+
+_LAZY: Final = {
+    "device": ("hwlicense.cli.device", "device", "The machine that runs the model: enroll, install, check, diagnose."),
+    "inspect": ("hwlicense.cli.inspecting", "inspect", "Show what a file of the project says."),
+    "simulate": ("hwlicense_simulators.cli", "simulate", "Run a command with simulated hardware (hwlicense-simulators)."),
+    "vendor": ("hwlicense.cli.vendor", "vendor", "The issuing side: keys, packages, licenses, approvals."),
+}
+
+
+class _Root(click.Group):
+    def list_commands(self, _context: click.Context) -> list[str]:
+        return sorted(_LAZY)
+
+    def get_command(self, _context: click.Context, name: str) -> click.Command | None:
+        if name not in _LAZY:
+            return None
+        module, attribute, _ = _LAZY[name]
+        try:
+            command: Any = getattr(importlib.import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            if error.name is None or not error.name.startswith("hwlicense_simulators"):
+                raise
+            what = "Simulated hardware comes in a distribution of its own, which is not installed."
+            raise UsageError(Reason.EXTRA_MISSING, what, "pip install hwlicense-simulators") from None
+        return command if isinstance(command, click.Command) else None
+
+    def format_commands(self, _context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, _, text) in sorted(_LAZY.items())])
+
+
+@click.group(cls=_Root, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="hwlicense")
+def root() -> None:
+    """Bind machine-learning models to the hardware that they were sold for.
+
+    A vendor packs a model and issues a license for one device; the device opens the package only with its own TPM.
+
+    \b
+    Exit status: 0 done, 1 refused by the license or the vendor's policy, 2 wrong usage,
+    3 hardware missing or failing, 4 damaged or forged input, 5 anything else.
+    """

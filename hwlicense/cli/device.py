@@ -1,0 +1,214 @@
+"""`hwlicense device`: what the integrator and the operator do on the machine that runs the model."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hwlicense import storage
+from hwlicense.cli import output, secrets
+from hwlicense.core.documents import Approval
+from hwlicense.core.errors import Reason, RefusedError
+from hwlicense.core.tpm.pcrs import Selection
+from hwlicense.device import diagnosing, installing, opening, reporting, selecting
+from hwlicense.device.enrolling import enroll as make_request
+from hwlicense.device.home import LICENSE_LIMIT, read_vendor
+from hwlicense.device.model import Model
+from hwlicense.device.reading import PackageFile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hwlicense.core.documents import VendorPublic
+    from hwlicense.device.home import Home
+
+FILE = click.Path(path_type=Path)
+
+
+def place_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """--home and --state, which every device command takes."""
+    home = click.option("--home", type=FILE, metavar="DIR", help="The device's home.  [default: $HWLICENSE_HOME or the system's state folder]")
+    state = click.option("--state", type=FILE, metavar="DIR", help="Where changes after installation go if the home is read-only.")
+    return home(state(function))
+
+
+tpm_option = click.option("--tpm", metavar="TCTI", help="The TPM, such as device:/dev/tpmrm0 or swtpm:path=SOCKET.  [default: $HWLICENSE_TPM or as enrolled]")
+pcrs_option = click.option("--pcrs", multiple=True, metavar="BANK:N,N", help="PCRs of the platform state, such as sha256:7.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@click.group()
+def device() -> None:
+    """The machine that runs the model: enroll, install, check, diagnose."""
+
+
+@device.command()
+@place_options
+@tpm_option
+@pcrs_option
+@click.option("--name", default=platform.node, help="A label for the vendor.  [default: the host name]")
+@click.option("-o", "--output", "target", type=FILE, required=True, metavar="OUT.hwreq")
+@click.option("--force", is_flag=True, help="Replace the output file if it exists.")
+def enroll(home: Path | None, state: Path | None, tpm: str | None, pcrs: tuple[str, ...], name: str, target: Path, force: bool) -> None:  # noqa: FBT001, PLR0913
+    """Write a request for a license: what this device's TPM says of itself, quoted by it."""
+    place = selecting.home(home, state)
+    selection = Selection.parse(*pcrs)
+    with selecting.tpm(tpm, place)() as hardware:
+        raw = make_request(hardware, selection, name, opening.utc_today())
+    storage.atomic_write(target, raw, 0o644, force=force)
+    place.keep_enrolled(selecting.tpm_address(tpm, place), str(selection))
+    output.note(f"Wrote the request {target} ({selection or 'no PCRs'}). Send it to the vendor.")
+
+
+@device.command()
+@place_options
+@click.argument("public", type=FILE, metavar="VENDOR.pub.json")
+def trust(home: Path | None, state: Path | None, public: Path) -> None:
+    """Trust a vendor for the commands of this group. Applications bring their own trust and ignore this."""
+    vendor = read_vendor(storage.read_limited(public, LICENSE_LIMIT))
+    selecting.home(home, state).trust(vendor)
+    output.note(f"Trusts the vendor {vendor.name!r} (fingerprint {vendor.fingerprint[:16]}).")
+
+
+@device.command()
+@place_options
+@tpm_option
+@click.argument("file", type=FILE, metavar="LICENSE|APPROVAL")
+def install(home: Path | None, state: Path | None, tpm: str | None, file: Path) -> None:
+    """Install a license, or the approval of a new platform state. Doing it again is harmless."""
+    place = selecting.home(home, state)
+    installed = installing.install(place, storage.read_limited(file, LICENSE_LIMIT), selecting.tpm(tpm, place))
+    if isinstance(installed, Approval):
+        output.note(f"Installed the approval of a platform state for {installed.product!r}.")
+    else:
+        packages = ", ".join(f"{p.name} {p.version}" for p in installed.grant.packages)
+        output.note(f"Installed license {installed.grant.license}, revision {installed.grant.revision}: {packages}.")
+
+
+@device.command()
+@place_options
+@tpm_option
+@click.option("--open", "fully", is_flag=True, help="Open the package and read all of it. Costs nothing with the terms of this release.")
+@secrets.pin_option
+@json_option
+@click.argument("package", type=FILE, metavar="PACKAGE.hwpkg")
+def check(home: Path | None, state: Path | None, tpm: str | None, fully: bool, pin_file: Path | None, as_json: bool, package: Path) -> None:  # noqa: FBT001, PLR0913
+    """Verify a package and its license without a key and without the TPM; with --open, open it and read everything."""
+    place = selecting.home(home, state)
+    vendor = _vendor_of(package, place)
+    with PackageFile(package, vendor) as file:
+        with output.progress("Verifying", file.size) as advance:
+            file.verify(advance)
+        today = opening.utc_today()
+        licenses = opening.fitting_licenses(file.manifest, vendor, place)
+        chosen = opening.first_valid(licenses, today)
+    if fully:
+        model = opening.open_package(package, vendor, place, selecting.tpm(tpm, place), secrets.pin_source(pin_file))
+        with model, output.progress("Reading", sum(model.size(name) for name in model.names)) as advance:
+            _read_all(model, advance)
+    result = {
+        "package": file.manifest.name,
+        "version": file.manifest.version,
+        "vendor": vendor.name,
+        "license": chosen.license.grant.license,
+        "files": len(file.manifest.members),
+        "opened": fully,
+    }
+    if as_json:
+        output.emit(result)
+    else:
+        said = "opened and read" if fully else "verified; a license for it is installed"
+        output.say(f"{file.manifest.name} {file.manifest.version}, {len(file.manifest.members)} files: {said}")
+
+
+@device.command()
+@place_options
+@json_option
+def status(home: Path | None, state: Path | None, as_json: bool) -> None:  # noqa: FBT001
+    """Show what is installed, what it allows and until when. Asks no hardware."""
+    place = selecting.home(home, state)
+    entries, problems = reporting.status(place, opening.utc_today())
+    if as_json:
+        output.emit({"home": str(place.path), "licenses": entries, "problems": [{"reason": p.reason, "what": p.what} for p in problems]})
+        return
+    if not entries and not problems:
+        output.note(f"No license by a trusted vendor is installed in {place.path}.")
+    for entry in entries:
+        output.columns([(key, _shown(value)) for key, value in entry.items()])
+        output.say()
+    for problem in problems:
+        output.note(f"damaged: {problem.what} ({problem.reason})")
+
+
+@device.command()
+@place_options
+@tpm_option
+@pcrs_option
+@json_option
+def probe(home: Path | None, state: Path | None, tpm: str | None, pcrs: tuple[str, ...], as_json: bool) -> None:  # noqa: FBT001
+    """Show what this device's TPM is and, with --pcrs, its present values (in the form that `vendor approve --pcrs` takes)."""
+    place = selecting.home(home, state)
+    facts = diagnosing.probe(selecting.tpm_address(tpm, place), Selection.parse(*pcrs))
+    values = facts.pop("pcrs")
+    if as_json:
+        output.emit({**facts, "pcrs": {bank: {str(i): v.hex() for i, v in found.items()} for bank, found in values.items()}})
+        return
+    for name, value in facts.items():
+        output.say(f"# {name}: {_shown(value)}")
+    for bank, found in values.items():
+        output.say(f"\n[{bank}]")
+        for index, value in found.items():
+            output.say(f'{index} = "{value.hex()}"')
+
+
+@device.command()
+@place_options
+@tpm_option
+@json_option
+def doctor(home: Path | None, state: Path | None, tpm: str | None, as_json: bool) -> None:  # noqa: FBT001
+    """Say what is here, what is missing, and which command or group mends it. Exit status 3 if something is."""
+    place = selecting.home(home, state)
+    findings = diagnosing.examine(place, selecting.tpm_address(tpm, place))
+    if as_json:
+        output.emit([finding._asdict() for finding in findings])
+    else:
+        for finding in findings:
+            output.say(f"{finding.state:<7} {finding.subject}: {finding.text}")
+            if finding.mend:
+                output.say(f"        mend: {finding.mend}")
+    if any(finding.state == "missing" for finding in findings):
+        raise click.exceptions.Exit(3)
+
+
+def _vendor_of(package: Path, place: Home) -> VendorPublic:
+    """The trusted vendor that signed the package. Raises RefusedError VENDOR_UNTRUSTED."""
+    vendors = place.trusted()
+    for vendor in vendors:
+        try:
+            PackageFile(package, vendor).close()
+        except RefusedError:
+            continue  # not signed by this one; the next may have
+        return vendor
+    names = ", ".join(repr(vendor.name) for vendor in vendors) or "none yet"
+    what = f"The package is not signed by a vendor that this device trusts ({names})."
+    raise RefusedError(Reason.VENDOR_UNTRUSTED, what, "If you know the vendor, run `hwlicense device trust` with its vendor.pub.json.")
+
+
+def _read_all(model: Model, advance: Callable[[int], None]) -> None:
+    for name in model.names:
+        with model.open(name) as file:
+            while piece := file.read(1 << 20):
+                advance(len(piece))
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+

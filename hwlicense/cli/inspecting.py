@@ -1,0 +1,137 @@
+"""`hwlicense inspect`: what a file of the project says, whoever wrote it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+from hwlicense import storage
+from hwlicense.cli import output
+from hwlicense.core import package
+from hwlicense.core.documents import (
+    PAYLOAD_TYPES,
+    Approval,
+    Document,
+    License,
+    Manifest,
+    Request,
+    VendorPublic,
+    decode,
+)
+from hwlicense.core.envelope import disassemble, unverified, verified
+from hwlicense.core.errors import DamagedError, Reason, UsageError
+from hwlicense.core.tpm.structures import Public
+from hwlicense.device.reading import read_envelope
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+FILE = click.Path(path_type=Path)
+LIMIT = 4 << 20
+
+
+@click.command()
+@click.argument("file", type=FILE)
+@click.option("--vendor", "vendor_file", type=FILE, metavar="VENDOR.pub.json", help="Check the signatures of this vendor.")
+@click.option("--json", "as_json", is_flag=True, help="Print the whole document as JSON.")
+def inspect(file: Path, vendor_file: Path | None, as_json: bool) -> None:  # noqa: FBT001
+    """Show what a package, request, license, approval or vendor.pub.json says.
+
+    Without --vendor nothing is checked: anyone can have written what is shown.
+    """
+    vendor = decode(storage.read_limited(vendor_file, LIMIT), VendorPublic, spaced=True) if vendor_file else None
+    document, signatures = _read(file, vendor)
+    if as_json:
+        output.emit({"type": type(document).__name__.lower(), "signatures": signatures, "document": _plain(document)})
+        return
+    output.columns([("file", f"{type(document).__name__} ({signatures})"), *_lines(document)])
+
+
+def _read(file: Path, vendor: VendorPublic | None) -> tuple[Document, str]:
+    with storage.OpenFile(file) as opened:
+        start = opened.read(len(package.MAGIC), 0)
+    if start == package.MAGIC:
+        return _document(read_envelope(file), Manifest, vendor)
+    raw = storage.read_limited(file, LIMIT)
+    try:
+        kinds = {payload_type: kind for kind, payload_type in PAYLOAD_TYPES.items()}
+        kind = kinds.get(disassemble(raw).payloadType)
+    except DamagedError as error:
+        if b'"payloadType"' in raw[:LIMIT]:
+            raise
+        try:
+            return decode(raw, VendorPublic, spaced=True), "not signed: it is the root of trust"
+        except DamagedError:
+            raise error from None
+    if kind is None:
+        raise UsageError(Reason.USAGE, f"{file} is not a file of hwlicense.", "Give a package, request, license or approval.")
+    return _document(raw, kind, vendor)
+
+
+def _document(raw: bytes, kind: type[Document], vendor: VendorPublic | None) -> tuple[Document, str]:
+    if kind is Request:
+        return unverified(raw, kind)[0], "signed by its TPM; the vendor checks that when issuing"
+    if vendor is None:
+        return unverified(raw, kind)[0], "signatures not checked"
+    return verified(raw, kind, vendor), f"signed by {vendor.name!r}"
+
+
+def _plain(document: Document) -> Any:  # noqa: ANN401  # whatever JSON can hold
+    return msgspec.to_builtins(document)
+
+
+def _lines(document: Document) -> Iterator[tuple[str, str]]:
+    if isinstance(document, VendorPublic):
+        yield from [("name", document.name), ("fingerprint", document.fingerprint)]
+    elif isinstance(document, Manifest):
+        yield from _manifest(document)
+    elif isinstance(document, Request):
+        yield from _request(document)
+    elif isinstance(document, License):
+        yield from _license(document)
+    elif isinstance(document, Approval):
+        yield from [("vendor", document.vendor), ("product", document.product), ("generation", str(document.generation))]
+        yield from [(f"PCR {p.bank}:{p.index}", p.value.hex()) for p in document.pcrs]
+
+
+def _manifest(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    yield from [("name", manifest.name), ("version", manifest.version), ("vendor", manifest.vendor)]
+    yield from [("content key", manifest.content_key), ("digests", manifest.algorithm)]
+    yield "files", f"{len(manifest.members)}, {sum(m.size for m in manifest.members):,} bytes"
+    for member in manifest.members:
+        yield "", f"{member.size:>15,}  {member.name}"
+
+
+def _request(request: Request) -> Iterator[tuple[str, str]]:
+    yield from [("device", request.device), ("created", str(request.created))]
+    for evidence in request.hardware:
+        yield "TPM", f"{evidence.manufacturer}, firmware {evidence.firmware}"
+        for key in evidence.endorsement_keys:
+            public = Public.parse(key.public)
+            certified = "with certificate" if key.certificate else "without certificate"
+            yield f"EK {public.type.name}-{public.bits}", f"{public.name.hex()} ({certified})"
+        yield "SRK", Public.parse(evidence.storage_root_key).name.hex()
+        yield "AK", Public.parse(evidence.attestation_key).name.hex()
+        yield from [(f"PCR {p.bank}:{p.index}", p.value.hex()) for p in evidence.pcrs]
+
+
+def _license(document: License) -> Iterator[tuple[str, str]]:
+    grant = document.grant
+    yield from [("license", grant.license), ("revision", str(grant.revision)), ("vendor", grant.vendor)]
+    yield from [("licensee", grant.licensee), ("product", f"{grant.product}, generation {grant.generation}")]
+    for reference in grant.packages:
+        yield "package", f"{reference.name} {reference.version} ({reference.content_key})"
+    yield "issued", str(grant.issued)
+    yield "valid", f"{grant.not_before or 'from the start'} to {grant.not_after or 'no end'} (UTC, both days included)"
+    yield "PCRs", ", ".join(grant.pcrs) or "none required"
+    yield "needs", f"{document.need} of {len(document.bindings)} bindings"
+    for binding in document.bindings:
+        trust = binding.endorsement
+        basis = f"certificate under {trust.root}, class {trust.root_class}" if trust.basis == "certificate" else "recorded by hand"
+        yield f"binding {binding.__struct_config__.tag}", f"SRK {binding.storage_root_key.hex()}"
+        yield "", f"EK {binding.endorsement_key.hex()} ({basis})"
+        yield "", "a PIN is needed" if binding.pin else "no PIN"
+    yield "approved states", str(len(document.approvals))

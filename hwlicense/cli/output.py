@@ -1,0 +1,65 @@
+"""What goes where: data alone on stdout, everything else on stderr.
+
+An error is three lines, `error:`, `reason:` and, where there is something to do, `hint:`. Progress shows only where
+stderr is a terminal. Text from files is shown without control characters, which could rewrite a terminal.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from hwlicense.core.errors import Reason
+
+
+def printable(text: str) -> str:
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
+def say(text: str = "") -> None:
+    """A line of data."""
+    click.echo(printable(text))
+
+
+def note(text: str) -> None:
+    """A line for a person."""
+    click.echo(printable(text), err=True)
+
+
+def failure(reason: Reason, what: str, hint: str) -> None:
+    note(f"error: {what}")
+    note(f"reason: {reason}")
+    if hint:
+        note(f"hint: {hint}")
+    if "--json" in sys.argv:
+        emit({"error": {"reason": str(reason), "what": what, "hint": hint}})
+
+
+def emit(value: Any) -> None:  # noqa: ANN401  # whatever JSON can hold
+    """A JSON document, indented."""
+    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+
+def columns(rows: Iterable[tuple[str, str]]) -> None:
+    """Names and values, the values aligned."""
+    rows = list(rows)
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, value in rows:
+        say(f"{name:<{width}}  {value}".rstrip())
+
+
+@contextmanager
+def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar in bytes; what it gives takes the number of bytes done since the last call."""
+    if not sys.stderr.isatty():
+        yield lambda _done: None
+        return
+    with click.progressbar(length=total, label=label, file=sys.stderr, width=30, update_min_steps=1 << 22) as bar:
+        yield bar.update

@@ -1,0 +1,91 @@
+"""Passphrases and PINs: from a prompt, a file or a file descriptor, never from the arguments or the environment."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from hwlicense.core.errors import Reason, RefusedError, UsageError
+from hwlicense.core.secret import Secret
+from hwlicense.storage import reporting
+
+if TYPE_CHECKING:
+    from hwlicense.core.hardware import PinSource
+    from hwlicense.vendor.folder import Folder
+    from hwlicense.vendor.signing import Keys
+
+LIMIT: Final = 1024
+
+passphrase_option = click.option(
+    "--passphrase-file",
+    type=click.Path(path_type=Path),
+    help="Read the passphrase of the vendor's keys from this file (/dev/fd/N for a file descriptor).",
+)
+pin_option = click.option(
+    "--pin-file", type=click.Path(path_type=Path), help="Read the PIN from this file (/dev/fd/N for a file descriptor)."
+)
+
+
+def from_file(path: Path) -> Secret:
+    """The first line of a file, a pipe included. Raises UsageError where it is empty or longer than 1,024 bytes."""
+    with Secret(bytearray(LIMIT + 1)) as buffer, reporting(path):
+        fd, size = os.open(path, os.O_RDONLY | os.O_CLOEXEC), 0
+        try:
+            while size <= LIMIT and (got := os.readv(fd, [memoryview(buffer.buffer)[size:]])):
+                size += got
+        finally:
+            os.close(fd)
+        end = buffer.buffer.find(b"\n", 0, size)
+        length = size if end < 0 else end
+        if not 0 < length <= LIMIT:
+            what = f"{path} holds no secret of 1 to {LIMIT:,} bytes in its first line."
+            raise UsageError(Reason.USAGE, what, "Put the secret alone into the file.")
+        return Secret(buffer.buffer[:length])
+
+
+def from_prompt(text: str, *, confirm: bool = False) -> Secret | None:
+    """What a person types, or None where nobody is at a terminal."""
+    if not sys.stdin.isatty():
+        return None
+    return Secret(bytearray(click.prompt(text, hide_input=True, confirmation_prompt=confirm, err=True), "utf-8"))
+
+
+def new_passphrase(path: Path | None) -> Secret:
+    """For new keys. Raises RefusedError PASSPHRASE_NEEDED."""
+    found = from_file(path) if path else from_prompt("New passphrase for the vendor's keys", confirm=True)
+    if found is None:
+        what = "New keys need a passphrase, and there is no terminal to ask for it."
+        raise RefusedError(Reason.PASSPHRASE_NEEDED, what, "Give --passphrase-file, or --no-passphrase for keys in the clear.")
+    return found
+
+
+def unlock(folder: Folder, path: Path | None) -> Keys:
+    """The vendor's keys, with the passphrase where there is one."""
+    if not folder.locked:
+        return folder.unlock(None)
+    found = from_file(path) if path else from_prompt(f"Passphrase for {folder.path}")
+    try:
+        return folder.unlock(found)
+    finally:
+        if found:
+            found.wipe()
+
+
+def pin_source(path: Path | None) -> PinSource | None:
+    """Where a license's PIN comes from; None where there is neither a file nor a terminal."""
+    if path:
+        return lambda _prompt: from_file(path)
+    if sys.stdin.isatty():
+        return _asked
+    return None
+
+
+def _asked(prompt: str) -> Secret:
+    found = from_prompt(prompt)
+    if found is None:
+        raise RefusedError(Reason.PIN_NEEDED, "The license asks for a PIN.", "Give --pin-file, or use a terminal.")
+    return found

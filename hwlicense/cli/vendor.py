@@ -1,0 +1,190 @@
+"""`hwlicense vendor`: what the release engineer and the order desk do. No TPM is needed, nor its library."""
+
+from __future__ import annotations
+
+import datetime
+from functools import partial
+from pathlib import Path
+
+import click
+
+from hwlicense import storage
+from hwlicense.cli import output, secrets
+from hwlicense.core.errors import Reason, UsageError
+from hwlicense.core.keys import wrap_for_vendor
+from hwlicense.core.terms import parse_terms
+from hwlicense.vendor import approving, evidence, issuing, packing, signing
+from hwlicense.vendor.folder import DOCUMENT_LIMIT, Folder
+
+FILE = click.Path(path_type=Path)
+
+vendor_option = click.option("--vendor", "folder", type=FILE, required=True, metavar="VENDOR_DIR", help="The vendor folder.")
+force_option = click.option("--force", is_flag=True, help="Replace the output file if it exists.")
+
+
+@click.group()
+def vendor() -> None:
+    """The issuing side: keys, packages, licenses, approvals."""
+
+
+@vendor.command()
+@click.argument("path", metavar="VENDOR_DIR", type=FILE)
+@click.option("--name", help="The vendor's name, shown to customers.  [default: the folder's name]")
+@click.option("--classical", type=click.Choice(signing.CLASSICAL_KINDS), default="ed25519", show_default=True,
+              help="Kind of the classical signing key; ML-DSA-65 always signs beside it.")
+@click.option("--no-passphrase", is_flag=True, help="Keep the private keys in the clear (for tests and sealed machines).")
+@secrets.passphrase_option
+def init(path: Path, name: str | None, classical: str, no_passphrase: bool, passphrase_file: Path | None) -> None:  # noqa: FBT001
+    """Make a vendor folder with new keys.
+
+    Keep a copy of the folder in a safe place: licenses for packages already sold need these keys. VENDOR_DIR/vendor.pub.json
+    is public; applications carry its text, and devices trust it.
+    """
+    if no_passphrase and passphrase_file:
+        raise UsageError(Reason.USAGE, "--no-passphrase and --passphrase-file exclude each other.")
+    passphrase = None if no_passphrase else secrets.new_passphrase(passphrase_file)
+    made = Folder.create(path, name or path.resolve().name, passphrase, classical)
+    output.note(f"Made {made.path} for the vendor {made.public.name!r} (fingerprint {made.public.fingerprint[:16]}).")
+
+
+@vendor.command()
+@vendor_option
+@click.option("--name", required=True, help="The package's name.")
+@click.option("--version", required=True, help="The package's version.")
+@click.option("-o", "--output", "target", type=FILE, required=True, metavar="OUT.hwpkg")
+@click.option("--hash", "algorithm", type=click.Choice(["blake3", "sha256"]), default="blake3", show_default=True,
+              help="Digest of the ciphertext.")
+@force_option
+@secrets.passphrase_option
+@click.argument("inputs", nargs=-1, required=True, type=FILE, metavar="INPUT...")
+def pack(folder: Path, name: str, version: str, target: Path, algorithm: str, force: bool,  # noqa: FBT001, PLR0913
+         passphrase_file: Path | None, inputs: tuple[Path, ...]) -> None:
+    """Encrypt and sign files into a package.
+
+    An INPUT that is a folder is packed with paths relative to it; a file goes in under its own name.
+    """
+    place = Folder(folder)
+    keys = secrets.unlock(place, passphrase_file)
+    with output.progress("Packing", packing.total_size(inputs)) as advance:
+        manifest = packing.pack(
+            inputs,
+            target,
+            name=name,
+            version=version,
+            vendor=place.public,
+            signers=keys.signers,
+            wrap_content_key=partial(_wrapped, keys),
+            algorithm=algorithm,
+            progress=advance,
+            force=force,
+        )
+    size = sum(member.size for member in manifest.members)
+    output.note(f"Packed {len(manifest.members)} files, {size:,} bytes, into {target} (content key {manifest.content_key[:12]}).")
+
+
+@vendor.command()
+@vendor_option
+@click.option("--request", type=FILE, required=True, metavar="REQ.hwreq", help="The device's request.")
+@click.option("--package", "packages", type=FILE, required=True, multiple=True, metavar="PKG.hwpkg",
+              help="A package that the license opens; may be given several times.")
+@click.option("--terms", type=FILE, required=True, metavar="TERMS.toml", help="What the license allows.")
+@click.option("--ek-root", "roots", multiple=True, metavar="[CLASS=]CA.pem",
+              help=f"Trust EK certificates under these CAs. CLASS: {', '.join(evidence.ROOT_CLASSES)}.")
+@click.option("--ek", "recorded", multiple=True, metavar="NAME", help="Trust the EK with this Name (hex), recorded by hand.")
+@click.option("-o", "--output", "target", type=FILE, required=True, metavar="OUT.hwlic")
+@click.option("--pin", "with_pin", is_flag=True, help="Ask for a PIN that every opening will need.")
+@secrets.pin_option
+@force_option
+@secrets.passphrase_option
+def issue(folder: Path, request: Path, packages: tuple[Path, ...], terms: Path, roots: tuple[str, ...],  # noqa: PLR0913
+          recorded: tuple[str, ...], target: Path, with_pin: bool, pin_file: Path | None, force: bool,  # noqa: FBT001
+          passphrase_file: Path | None) -> None:
+    """Issue a license for one device.
+
+    The first request of a product line makes its first approved platform state, if the terms require PCRs. These values
+    are trusted on first use: approve golden values beforehand with `vendor approve --pcrs` where you have them.
+    """
+    place = Folder(folder)
+    agreed = parse_terms(_text(terms))
+    now = datetime.datetime.now(datetime.UTC)
+    chosen = [root for spec in roots for root in _roots(spec)]
+    examined = evidence.examine(storage.read_limited(request, DOCUMENT_LIMIT), chosen, [_name(n) for n in recorded], now)
+    manifests = [packing.read_manifest(path, place.public) for path in packages]
+    if not force and target.exists():
+        raise UsageError(Reason.FILE_EXISTS, f"{target} exists already.", "Give another name, or --force to replace it.")
+    pin = secrets.from_file(pin_file) if pin_file else secrets.from_prompt("New PIN", confirm=True) if with_pin else None
+    if with_pin and pin is None:
+        raise UsageError(Reason.USAGE, "There is no terminal to ask for the PIN.", "Give --pin-file.")
+    keys = secrets.unlock(place, passphrase_file)
+    issued = issuing.issue(place.public, keys, examined, manifests, agreed, place.approvals(agreed.product), today=now.date(), pin=pin)
+    if issued.approval:
+        place.keep_approval(*issued.approval)
+        output.note(f"The device's PCRs are the first approved state of {agreed.product!r}.")
+    place.keep_license(issued.license, issued.raw)
+    storage.atomic_write(target, issued.raw, 0o644, force=force)
+    endorsement = examined.endorsement
+    trust = f"certificate under {endorsement.root} ({endorsement.root_class})" if endorsement.root else "recorded by hand"
+    output.note(f"Issued license {issued.license.grant.license} for {agreed.licensee!r}; EK: {trust}.")
+
+
+@vendor.command()
+@vendor_option
+@click.option("--product", required=True, help="The product line, as in the terms.")
+@click.option("--pcrs", type=FILE, metavar="PCRS.toml", help="Golden values: a table a bank, such as [sha256], with 7 = \"HEX\".")
+@click.option("--request", type=FILE, metavar="REQ.hwreq", help="Take the PCR values of a request that you trust.")
+@click.option("--ek-root", "roots", multiple=True, metavar="[CLASS=]CA.pem", help="With --request: as in `vendor issue`.")
+@click.option("--ek", "recorded", multiple=True, metavar="NAME", help="With --request: as in `vendor issue`.")
+@click.option("--generation", type=click.IntRange(min=1), help="Start a new generation: licenses that name it open with no older approval.")
+@click.option("-o", "--output", "target", type=FILE, required=True, metavar="OUT.hwapp")
+@force_option
+@secrets.passphrase_option
+def approve(folder: Path, product: str, pcrs: Path | None, request: Path | None, roots: tuple[str, ...],  # noqa: PLR0913
+            recorded: tuple[str, ...], generation: int | None, target: Path, force: bool, passphrase_file: Path | None) -> None:  # noqa: FBT001
+    """Approve a platform state for a product line.
+
+    One approval file serves every device of the line: send it with the firmware update that brings the new state.
+    """
+    if (pcrs is None) == (request is None):
+        raise UsageError(Reason.USAGE, "Give either --pcrs or --request.", "See `hwlicense vendor approve --help`.")
+    place = Folder(folder)
+    if pcrs:
+        values = approving.parse_pcrs(_text(pcrs))
+    else:
+        assert request is not None  # noqa: S101  # by the check above
+        raw = storage.read_limited(request, DOCUMENT_LIMIT)
+        chosen = [root for spec in roots for root in _roots(spec)]
+        values = evidence.examine(raw, chosen, [_name(n) for n in recorded], datetime.datetime.now(datetime.UTC)).evidence.pcrs
+    known = place.approvals(product)
+    keys = secrets.unlock(place, passphrase_file)
+    chosen_generation = generation or approving.current_generation(known)
+    approval, sealed = approving.approve(place.public, keys, product, chosen_generation, values)
+    storage.atomic_write(target, sealed, 0o644, force=force)
+    place.keep_approval(approval, sealed)
+    which = ", ".join(f"{p.bank}:{p.index}" for p in approval.pcrs)
+    output.note(f"Approved a state of {product!r} ({which}), generation {approval.generation}, in {target}.")
+
+
+def _wrapped(keys: signing.Keys, content_key: secrets.Secret, identifier: str) -> bytes:
+    return wrap_for_vendor(content_key, identifier, keys.content.public_key())
+
+
+def _text(path: Path) -> str:
+    try:
+        return storage.read_limited(path, 64 << 10).decode()
+    except UnicodeDecodeError:
+        raise UsageError(Reason.USAGE, f"{path} is not a text file in UTF-8.", "Check the file's name.") from None
+
+
+def _roots(spec: str) -> list[evidence.Root]:
+    root_class, equals, path = spec.partition("=")
+    if not equals or root_class not in evidence.ROOT_CLASSES:
+        root_class, path = "unknown", spec
+    return evidence.read_roots(storage.read_limited(Path(path), DOCUMENT_LIMIT), root_class)  # type: ignore[arg-type]  # checked above
+
+
+def _name(text: str) -> bytes:
+    try:
+        return bytes.fromhex(text)
+    except ValueError:
+        what = f"{text!r} is not the Name of an EK."
+        raise UsageError(Reason.USAGE, what, "Give it in hexadecimal, as `hwlicense inspect REQUEST` shows it.") from None

@@ -1,0 +1,50 @@
+"""What is installed, for people and for machines. Reads files only."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hwlicense.core.errors import HwlicenseError, RefusedError
+from hwlicense.core.terms import check_validity
+from hwlicense.device.home import check_known
+
+if TYPE_CHECKING:
+    import datetime
+
+    from hwlicense.device.home import Home, Installed
+
+
+def status(home: Home, today: datetime.date) -> tuple[list[dict[str, Any]], list[HwlicenseError]]:
+    """One entry a license of a trusted vendor, and what is wrong with those that cannot be read."""
+    licenses, problems = home.licenses(home.trusted())
+    return [_entry(home, installed, today) for installed in licenses], problems
+
+
+def _entry(home: Home, installed: Installed, today: datetime.date) -> dict[str, Any]:
+    licensed, vendor = installed
+    grant, state = licensed.grant, "usable"
+    try:
+        check_validity(grant, today)
+        check_known(home.approvals(licensed, vendor), licensed)
+        for binding in licensed.bindings:
+            home.held(licensed, binding)
+    except RefusedError as error:
+        state = f"refused: {error.reason}"
+    except HwlicenseError as error:
+        state = f"damaged: {error.reason}"
+    return {
+        "license": grant.license,
+        "revision": grant.revision,
+        "state": state,
+        "vendor": vendor.name,
+        "licensee": grant.licensee,
+        "product": grant.product,
+        "packages": [f"{package.name} {package.version}" for package in grant.packages],
+        "valid_from": grant.not_before and str(grant.not_before),
+        "valid_until": grant.not_after and str(grant.not_after),
+        "days_left": (grant.not_after - today).days + 1 if grant.not_after else None,
+        "bindings": [str(binding.__struct_config__.tag) for binding in licensed.bindings],
+        "pin": any(binding.pin for binding in licensed.bindings),
+        "pcrs": grant.pcrs,
+        "approved_states": len(home.approvals(licensed, vendor)) if state == "usable" else None,
+    }
