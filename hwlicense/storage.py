@@ -10,11 +10,10 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-import shutil
 import stat
-import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from shutil import rmtree
 from typing import TYPE_CHECKING, BinaryIO, Final, Self
 
 from hwlicense.core.errors import DamagedError, Reason, StorageError, UsageError
@@ -137,6 +136,48 @@ def new_file(path: Path, mode: int = 0o644, *, force: bool = False) -> Iterator[
 
 
 @contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder (mode 0700) that takes its name, whole, when the block ends well; otherwise nothing remains.
+
+    The block writes into the folder that it is given. Raises UsageError FILE_EXISTS unless `path` is absent or an empty
+    folder, and StorageError. Missing parents are made, and stay.
+    """
+    make_folders(path.parent)
+    building = path.parent / _hidden_name(path.name)
+    with reporting(path):
+        if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        building.mkdir(mode=0o700)
+        try:
+            yield building
+            for folder in (*(entry for entry in building.rglob("*") if entry.is_dir()), building):
+                _sync_folder(folder)
+            building.rename(path)  # rename(2) replaces a folder only while it is empty
+            _sync_folder(path.parent)
+        except BaseException:
+            rmtree(building, ignore_errors=True)
+            raise
+
+
+def make_folders(path: Path, mode: int = 0o700) -> None:
+    """Make `path` and what is missing above it, on the disk when this returns. Existing folders stay as they are."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    for folder in reversed(missing):
+        with reporting(folder), suppress(FileExistsError):  # another process made it meanwhile
+            folder.mkdir(mode)
+            _sync_folder(folder.parent)
+    if not path.is_dir():
+        raise UsageError(Reason.USAGE, f"{path} is not a folder.", "Give the path of a folder.")
+
+
+def remove(path: Path) -> None:
+    """Remove a file, on the disk when this returns. One that is absent is no error."""
+    with reporting(path), suppress(FileNotFoundError):
+        path.unlink()
+        _sync_folder(path.parent)
+
+
+@contextmanager
 def reporting(path: Path) -> Iterator[None]:
     """Turn an OSError about `path` into an error of the tree."""
     try:
@@ -144,6 +185,8 @@ def reporting(path: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         missing = path if path.parent.is_dir() else path.parent
         raise UsageError(Reason.FILE_ABSENT, f"{missing} does not exist.", "Check the path.") from error
+    except NotADirectoryError as error:
+        raise UsageError(Reason.USAGE, f"{path}: a part of this path is not a folder.", "Check the path.") from error
     except FileExistsError as error:
         hint = "Give another name, or --force to replace it."
         raise UsageError(Reason.FILE_EXISTS, f"{path} exists already.", hint) from error
@@ -211,58 +254,17 @@ def _hidden_name(name: str) -> str:
     return f".{name[:100]}.{secrets.token_hex(8)}"
 
 
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _sync(folder)
+    finally:
+        os.close(folder)
+
+
 def _sync(folder: int) -> None:
     try:
         os.fsync(folder)
     except OSError as error:
         if error.errno != errno.EINVAL:  # FUSE and CIFS file systems that cannot sync a folder
             raise
-
-
-# ---- folders ---------------------------------------------------------------------------------------------
-
-
-def make_folders(path: Path, mode: int = 0o700) -> None:
-    """`path` and the folders above it, where they are missing, each on the disk."""
-    with reporting(path):
-        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-        for folder in reversed(missing):
-            folder.mkdir(mode, exist_ok=True)  # another process may make it at the same time
-            _sync_folder(folder.parent)
-
-
-@contextmanager
-def new_folder(path: Path, mode: int = 0o700) -> Iterator[Path]:
-    """A folder to fill that appears under `path` when the block ends well; otherwise nothing remains.
-
-    Raises UsageError FILE_EXISTS where `path` holds anything, StorageError.
-    """
-    with reporting(path):
-        if path.is_dir() and any(path.iterdir()):
-            raise FileExistsError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
-        make_folders(path.parent)
-        building = Path(tempfile.mkdtemp(prefix=f".{path.name[:100]}.", dir=path.parent))
-        try:
-            yield building
-            building.chmod(mode)
-            _sync_folder(building)
-            building.rename(path)
-            _sync_folder(path.parent)
-        except BaseException:
-            shutil.rmtree(building, ignore_errors=True)  # the error that brought us here is the one to report
-            raise
-
-
-def remove(path: Path) -> None:
-    """Remove a file, if it is there."""
-    with reporting(path):
-        path.unlink(missing_ok=True)
-        _sync_folder(path.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        _sync(fd)
-    finally:
-        os.close(fd)

@@ -177,3 +177,38 @@ def test_sigkill_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
         assert (tmp_path / "a").read_bytes() in (b"old" * 10, b"new" * 400_000)
     left = [name for name in names(tmp_path) if name != "a"]
     assert all(name.startswith(".a.") for name in left)  # the instant between link and rename
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    with storage.new_folder(tmp_path / "a") as building:
+        (building / "keys").mkdir()
+        storage.atomic_write(building / "keys" / "k", b"key")
+        assert not (tmp_path / "a").exists()
+    assert (tmp_path / "a" / "keys" / "k").read_bytes() == b"key"
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o700
+    with pytest.raises(UsageError) as refused, storage.new_folder(tmp_path / "a"):
+        pytest.fail("not reached")
+    assert refused.value.reason == Reason.FILE_EXISTS
+    with pytest.raises(KeyboardInterrupt), storage.new_folder(tmp_path / "b") as building:  # noqa: PT012
+        (building / "x").write_bytes(b"x")
+        raise KeyboardInterrupt
+    with storage.new_folder(tmp_path / "c" / "d"):
+        pass
+    (tmp_path / "empty").mkdir()
+    with storage.new_folder(tmp_path / "empty"):
+        pass
+    assert sorted(names(tmp_path)) == ["a", "c", "empty"]
+
+
+def test_folders_and_removal(tmp_path: Path) -> None:
+    storage.make_folders(tmp_path / "a" / "b", 0o700)
+    storage.make_folders(tmp_path / "a" / "b", 0o700)
+    assert [folder.stat().st_mode & 0o777 for folder in (tmp_path / "a", tmp_path / "a" / "b")] == [0o700, 0o700]
+    storage.atomic_write(tmp_path / "a" / "file", b"")
+    for path in (tmp_path / "a" / "file", tmp_path / "a" / "file" / "below"):
+        with pytest.raises(UsageError) as refused:
+            storage.make_folders(path)
+        assert refused.value.reason == Reason.USAGE
+    storage.remove(tmp_path / "a" / "file")
+    storage.remove(tmp_path / "a" / "file")
+    assert names(tmp_path / "a") == ["b"]
