@@ -23,7 +23,7 @@ def main() -> NoReturn:
     sys.exit(_run(root))
 
 
-def _run(command: click.Command) -> int:
+def _run(command: click.Command) -> int:  # noqa: PLR0911  # one return for each way to end
     from hwlicense.cli import output  # noqa: PLC0415
 
     try:
@@ -49,8 +49,11 @@ def _run(command: click.Command) -> int:
         return 141
     except Exception as error:  # noqa: BLE001  # the last net: a traceback could show what it must not, so name only the place
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        what = f"hwlicense failed in a way that it did not foresee ({type(error).__name__} at {frame.name}:{frame.lineno})."
-        output.failure(Reason.INTERNAL, what, "Please report this, with the command and the version (`hwlicense --version`).")
+        place = f"{type(error).__name__} at {frame.name}:{frame.lineno}"
+        what = f"hwlicense failed in a way that it did not foresee ({place})."
+        output.failure(
+            Reason.INTERNAL, what, "Please report this, with the command and the version (`hwlicense --version`)."
+        )
         return 5
     return status if isinstance(status, int) else 0
 

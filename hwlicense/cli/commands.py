@@ -13,7 +13,11 @@ from hwlicense.core.errors import Reason, UsageError
 _LAZY: Final = {
     "device": ("hwlicense.cli.device", "device", "The machine that runs the model: enroll, install, check, diagnose."),
     "inspect": ("hwlicense.cli.inspecting", "inspect", "Show what a file of the project says."),
-    "simulate": ("hwlicense_simulators.cli", "simulate", "Run a command with simulated hardware (hwlicense-simulators)."),
+    "simulate": (
+        "hwlicense_simulators.cli",
+        "simulate",
+        "Run a command with simulated hardware (hwlicense-simulators).",
+    ),
     "vendor": ("hwlicense.cli.vendor", "vendor", "The issuing side: keys, packages, licenses, approvals."),
 }
 
@@ -43,7 +47,7 @@ class _Root(click.Group):
 @click.group(cls=_Root, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="hwlicense")
 def root() -> None:
-    """Bind machine-learning models to the hardware that they were sold for.
+    r"""Bind machine-learning models to the hardware that they were sold for.
 
     A vendor packs a model and issues a license for one device; the device opens the package only with its own TPM.
 

@@ -30,13 +30,26 @@ FILE = click.Path(path_type=Path)
 
 def place_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """--home and --state, which every device command takes."""
-    home = click.option("--home", type=FILE, metavar="DIR", help="The device's home.  [default: $HWLICENSE_HOME or the system's state folder]")
-    state = click.option("--state", type=FILE, metavar="DIR", help="Where changes after installation go if the home is read-only.")
+    home = click.option(
+        "--home",
+        type=FILE,
+        metavar="DIR",
+        help="The device's home.  [default: $HWLICENSE_HOME or the system's state folder]",
+    )
+    state = click.option(
+        "--state", type=FILE, metavar="DIR", help="Where changes after installation go if the home is read-only."
+    )
     return home(state(function))
 
 
-tpm_option = click.option("--tpm", metavar="TCTI", help="The TPM, such as device:/dev/tpmrm0 or swtpm:path=SOCKET.  [default: $HWLICENSE_TPM or as enrolled]")
-pcrs_option = click.option("--pcrs", multiple=True, metavar="BANK:N,N", help="PCRs of the platform state, such as sha256:7.")
+tpm_option = click.option(
+    "--tpm",
+    metavar="TCTI",
+    help="The TPM, such as device:/dev/tpmrm0 or swtpm:path=SOCKET.  [default: $HWLICENSE_TPM or as enrolled]",
+)
+pcrs_option = click.option(
+    "--pcrs", multiple=True, metavar="BANK:N,N", help="PCRs of the platform state, such as sha256:7."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -52,7 +65,9 @@ def device() -> None:
 @click.option("--name", default=platform.node, help="A label for the vendor.  [default: the host name]")
 @click.option("-o", "--output", "target", type=FILE, required=True, metavar="OUT.hwreq")
 @click.option("--force", is_flag=True, help="Replace the output file if it exists.")
-def enroll(home: Path | None, state: Path | None, tpm: str | None, pcrs: tuple[str, ...], name: str, target: Path, force: bool) -> None:  # noqa: FBT001, PLR0913
+def enroll(
+    home: Path | None, state: Path | None, tpm: str | None, pcrs: tuple[str, ...], name: str, target: Path, force: bool
+) -> None:
     """Write a request for a license: what this device's TPM says of itself, quoted by it."""
     place = selecting.home(home, state)
     selection = Selection.parse(*pcrs)
@@ -60,7 +75,7 @@ def enroll(home: Path | None, state: Path | None, tpm: str | None, pcrs: tuple[s
         raw = make_request(hardware, selection, name, opening.utc_today())
     storage.atomic_write(target, raw, 0o644, force=force)
     place.keep_enrolled(selecting.tpm_address(tpm, place), str(selection))
-    output.note(f"Wrote the request {target} ({selection or 'no PCRs'}). Send it to the vendor.")
+    output.note(f"Wrote the request {target} ({str(selection) or 'no PCRs'}). Send it to the vendor.")
 
 
 @device.command()
@@ -91,11 +106,24 @@ def install(home: Path | None, state: Path | None, tpm: str | None, file: Path) 
 @device.command()
 @place_options
 @tpm_option
-@click.option("--open", "fully", is_flag=True, help="Open the package and read all of it. Costs nothing with the terms of this release.")
+@click.option(
+    "--open",
+    "fully",
+    is_flag=True,
+    help="Open the package and read all of it. Costs nothing with the terms of this release.",
+)
 @secrets.pin_option
 @json_option
 @click.argument("package", type=FILE, metavar="PACKAGE.hwpkg")
-def check(home: Path | None, state: Path | None, tpm: str | None, fully: bool, pin_file: Path | None, as_json: bool, package: Path) -> None:  # noqa: FBT001, PLR0913
+def check(
+    home: Path | None,
+    state: Path | None,
+    tpm: str | None,
+    fully: bool,
+    pin_file: Path | None,
+    as_json: bool,
+    package: Path,
+) -> None:
     """Verify a package and its license without a key and without the TPM; with --open, open it and read everything."""
     place = selecting.home(home, state)
     vendor = _vendor_of(package, place)
@@ -127,12 +155,18 @@ def check(home: Path | None, state: Path | None, tpm: str | None, fully: bool, p
 @device.command()
 @place_options
 @json_option
-def status(home: Path | None, state: Path | None, as_json: bool) -> None:  # noqa: FBT001
+def status(home: Path | None, state: Path | None, as_json: bool) -> None:
     """Show what is installed, what it allows and until when. Asks no hardware."""
     place = selecting.home(home, state)
     entries, problems = reporting.status(place, opening.utc_today())
     if as_json:
-        output.emit({"home": str(place.path), "licenses": entries, "problems": [{"reason": p.reason, "what": p.what} for p in problems]})
+        output.emit(
+            {
+                "home": str(place.path),
+                "licenses": entries,
+                "problems": [{"reason": p.reason, "what": p.what} for p in problems],
+            }
+        )
         return
     if not entries and not problems:
         output.note(f"No license by a trusted vendor is installed in {place.path}.")
@@ -148,13 +182,18 @@ def status(home: Path | None, state: Path | None, as_json: bool) -> None:  # noq
 @tpm_option
 @pcrs_option
 @json_option
-def probe(home: Path | None, state: Path | None, tpm: str | None, pcrs: tuple[str, ...], as_json: bool) -> None:  # noqa: FBT001
-    """Show what this device's TPM is and, with --pcrs, its present values (in the form that `vendor approve --pcrs` takes)."""
+def probe(home: Path | None, state: Path | None, tpm: str | None, pcrs: tuple[str, ...], as_json: bool) -> None:
+    """Show what this device's TPM is and, with --pcrs, its present values.
+
+    The output is in the form that `vendor approve --pcrs` takes.
+    """
     place = selecting.home(home, state)
     facts = diagnosing.probe(selecting.tpm_address(tpm, place), Selection.parse(*pcrs))
     values = facts.pop("pcrs")
     if as_json:
-        output.emit({**facts, "pcrs": {bank: {str(i): v.hex() for i, v in found.items()} for bank, found in values.items()}})
+        output.emit(
+            {**facts, "pcrs": {bank: {str(i): v.hex() for i, v in found.items()} for bank, found in values.items()}}
+        )
         return
     for name, value in facts.items():
         output.say(f"# {name}: {_shown(value)}")
@@ -168,7 +207,7 @@ def probe(home: Path | None, state: Path | None, tpm: str | None, pcrs: tuple[st
 @place_options
 @tpm_option
 @json_option
-def doctor(home: Path | None, state: Path | None, tpm: str | None, as_json: bool) -> None:  # noqa: FBT001
+def doctor(home: Path | None, state: Path | None, tpm: str | None, as_json: bool) -> None:
     """Say what is here, what is missing, and which command or group mends it. Exit status 3 if something is."""
     place = selecting.home(home, state)
     findings = diagnosing.examine(place, selecting.tpm_address(tpm, place))
@@ -194,7 +233,9 @@ def _vendor_of(package: Path, place: Home) -> VendorPublic:
         return vendor
     names = ", ".join(repr(vendor.name) for vendor in vendors) or "none yet"
     what = f"The package is not signed by a vendor that this device trusts ({names})."
-    raise RefusedError(Reason.VENDOR_UNTRUSTED, what, "If you know the vendor, run `hwlicense device trust` with its vendor.pub.json.")
+    raise RefusedError(
+        Reason.VENDOR_UNTRUSTED, what, "If you know the vendor, run `hwlicense device trust` with its vendor.pub.json."
+    )
 
 
 def _read_all(model: Model, advance: Callable[[int], None]) -> None:
@@ -210,5 +251,3 @@ def _shown(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-

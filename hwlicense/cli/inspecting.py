@@ -35,9 +35,11 @@ LIMIT = 4 << 20
 
 @click.command()
 @click.argument("file", type=FILE)
-@click.option("--vendor", "vendor_file", type=FILE, metavar="VENDOR.pub.json", help="Check the signatures of this vendor.")
+@click.option(
+    "--vendor", "vendor_file", type=FILE, metavar="VENDOR.pub.json", help="Check the signatures of this vendor."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the whole document as JSON.")
-def inspect(file: Path, vendor_file: Path | None, as_json: bool) -> None:  # noqa: FBT001
+def inspect(file: Path, vendor_file: Path | None, as_json: bool) -> None:
     """Show what a package, request, license, approval or vendor.pub.json says.
 
     Without --vendor nothing is checked: anyone can have written what is shown.
@@ -67,7 +69,9 @@ def _read(file: Path, vendor: VendorPublic | None) -> tuple[Document, str]:
         except DamagedError:
             raise error from None
     if kind is None:
-        raise UsageError(Reason.USAGE, f"{file} is not a file of hwlicense.", "Give a package, request, license or approval.")
+        raise UsageError(
+            Reason.USAGE, f"{file} is not a file of hwlicense.", "Give a package, request, license or approval."
+        )
     return _document(raw, kind, vendor)
 
 
@@ -93,7 +97,11 @@ def _lines(document: Document) -> Iterator[tuple[str, str]]:
     elif isinstance(document, License):
         yield from _license(document)
     elif isinstance(document, Approval):
-        yield from [("vendor", document.vendor), ("product", document.product), ("generation", str(document.generation))]
+        yield from [
+            ("vendor", document.vendor),
+            ("product", document.product),
+            ("generation", str(document.generation)),
+        ]
         yield from [(f"PCR {p.bank}:{p.index}", p.value.hex()) for p in document.pcrs]
 
 
@@ -130,7 +138,11 @@ def _license(document: License) -> Iterator[tuple[str, str]]:
     yield "needs", f"{document.need} of {len(document.bindings)} bindings"
     for binding in document.bindings:
         trust = binding.endorsement
-        basis = f"certificate under {trust.root}, class {trust.root_class}" if trust.basis == "certificate" else "recorded by hand"
+        basis = (
+            f"certificate under {trust.root}, class {trust.root_class}"
+            if trust.basis == "certificate"
+            else "recorded by hand"
+        )
         yield f"binding {binding.__struct_config__.tag}", f"SRK {binding.storage_root_key.hex()}"
         yield "", f"EK {binding.endorsement_key.hex()} ({basis})"
         yield "", "a PIN is needed" if binding.pin else "no PIN"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 def printable(text: str) -> str:
+    """`text` with control characters spelled out."""
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
@@ -34,6 +35,7 @@ def note(text: str) -> None:
 
 
 def failure(reason: Reason, what: str, hint: str) -> None:
+    """The three lines of an error, and the same as JSON where the command was asked for JSON."""
     note(f"error: {what}")
     note(f"reason: {reason}")
     if hint:

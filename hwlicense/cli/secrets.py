@@ -59,7 +59,9 @@ def new_passphrase(path: Path | None) -> Secret:
     found = from_file(path) if path else from_prompt("New passphrase for the vendor's keys", confirm=True)
     if found is None:
         what = "New keys need a passphrase, and there is no terminal to ask for it."
-        raise RefusedError(Reason.PASSPHRASE_NEEDED, what, "Give --passphrase-file, or --no-passphrase for keys in the clear.")
+        raise RefusedError(
+            Reason.PASSPHRASE_NEEDED, what, "Give --passphrase-file, or --no-passphrase for keys in the clear."
+        )
     return found
 
 

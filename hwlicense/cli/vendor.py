@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,9 +17,14 @@ from hwlicense.core.terms import parse_terms
 from hwlicense.vendor import approving, evidence, issuing, packing, signing
 from hwlicense.vendor.folder import DOCUMENT_LIMIT, Folder
 
+if TYPE_CHECKING:
+    from hwlicense.core.secret import Secret
+
 FILE = click.Path(path_type=Path)
 
-vendor_option = click.option("--vendor", "folder", type=FILE, required=True, metavar="VENDOR_DIR", help="The vendor folder.")
+vendor_option = click.option(
+    "--vendor", "folder", type=FILE, required=True, metavar="VENDOR_DIR", help="The vendor folder."
+)
 force_option = click.option("--force", is_flag=True, help="Replace the output file if it exists.")
 
 
@@ -30,15 +36,22 @@ def vendor() -> None:
 @vendor.command()
 @click.argument("path", metavar="VENDOR_DIR", type=FILE)
 @click.option("--name", help="The vendor's name, shown to customers.  [default: the folder's name]")
-@click.option("--classical", type=click.Choice(signing.CLASSICAL_KINDS), default="ed25519", show_default=True,
-              help="Kind of the classical signing key; ML-DSA-65 always signs beside it.")
-@click.option("--no-passphrase", is_flag=True, help="Keep the private keys in the clear (for tests and sealed machines).")
+@click.option(
+    "--classical",
+    type=click.Choice(signing.CLASSICAL_KINDS),
+    default="ed25519",
+    show_default=True,
+    help="Kind of the classical signing key; ML-DSA-65 always signs beside it.",
+)
+@click.option(
+    "--no-passphrase", is_flag=True, help="Keep the private keys in the clear (for tests and sealed machines)."
+)
 @secrets.passphrase_option
-def init(path: Path, name: str | None, classical: str, no_passphrase: bool, passphrase_file: Path | None) -> None:  # noqa: FBT001
+def init(path: Path, name: str | None, classical: str, no_passphrase: bool, passphrase_file: Path | None) -> None:
     """Make a vendor folder with new keys.
 
-    Keep a copy of the folder in a safe place: licenses for packages already sold need these keys. VENDOR_DIR/vendor.pub.json
-    is public; applications carry its text, and devices trust it.
+    Keep a copy of the folder in a safe place: licenses for packages already sold need these keys.
+    VENDOR_DIR/vendor.pub.json is public; applications carry its text, and devices trust it.
     """
     if no_passphrase and passphrase_file:
         raise UsageError(Reason.USAGE, "--no-passphrase and --passphrase-file exclude each other.")
@@ -52,13 +65,27 @@ def init(path: Path, name: str | None, classical: str, no_passphrase: bool, pass
 @click.option("--name", required=True, help="The package's name.")
 @click.option("--version", required=True, help="The package's version.")
 @click.option("-o", "--output", "target", type=FILE, required=True, metavar="OUT.hwpkg")
-@click.option("--hash", "algorithm", type=click.Choice(["blake3", "sha256"]), default="blake3", show_default=True,
-              help="Digest of the ciphertext.")
+@click.option(
+    "--hash",
+    "algorithm",
+    type=click.Choice(["blake3", "sha256"]),
+    default="blake3",
+    show_default=True,
+    help="Digest of the ciphertext.",
+)
 @force_option
 @secrets.passphrase_option
 @click.argument("inputs", nargs=-1, required=True, type=FILE, metavar="INPUT...")
-def pack(folder: Path, name: str, version: str, target: Path, algorithm: str, force: bool,  # noqa: FBT001, PLR0913
-         passphrase_file: Path | None, inputs: tuple[Path, ...]) -> None:
+def pack(
+    folder: Path,
+    name: str,
+    version: str,
+    target: Path,
+    algorithm: str,
+    force: bool,
+    passphrase_file: Path | None,
+    inputs: tuple[Path, ...],
+) -> None:
     """Encrypt and sign files into a package.
 
     An INPUT that is a folder is packed with paths relative to it; a file goes in under its own name.
@@ -79,26 +106,50 @@ def pack(folder: Path, name: str, version: str, target: Path, algorithm: str, fo
             force=force,
         )
     size = sum(member.size for member in manifest.members)
-    output.note(f"Packed {len(manifest.members)} files, {size:,} bytes, into {target} (content key {manifest.content_key[:12]}).")
+    output.note(f"Packed {len(manifest.members)} files, {size:,} bytes, into {target}.")
 
 
 @vendor.command()
 @vendor_option
 @click.option("--request", type=FILE, required=True, metavar="REQ.hwreq", help="The device's request.")
-@click.option("--package", "packages", type=FILE, required=True, multiple=True, metavar="PKG.hwpkg",
-              help="A package that the license opens; may be given several times.")
+@click.option(
+    "--package",
+    "packages",
+    type=FILE,
+    required=True,
+    multiple=True,
+    metavar="PKG.hwpkg",
+    help="A package that the license opens; may be given several times.",
+)
 @click.option("--terms", type=FILE, required=True, metavar="TERMS.toml", help="What the license allows.")
-@click.option("--ek-root", "roots", multiple=True, metavar="[CLASS=]CA.pem",
-              help=f"Trust EK certificates under these CAs. CLASS: {', '.join(evidence.ROOT_CLASSES)}.")
-@click.option("--ek", "recorded", multiple=True, metavar="NAME", help="Trust the EK with this Name (hex), recorded by hand.")
+@click.option(
+    "--ek-root",
+    "roots",
+    multiple=True,
+    metavar="[CLASS=]CA.pem",
+    help=f"Trust EK certificates under these CAs. CLASS: {', '.join(evidence.ROOT_CLASSES)}.",
+)
+@click.option(
+    "--ek", "recorded", multiple=True, metavar="NAME", help="Trust the EK with this Name (hex), recorded by hand."
+)
 @click.option("-o", "--output", "target", type=FILE, required=True, metavar="OUT.hwlic")
 @click.option("--pin", "with_pin", is_flag=True, help="Ask for a PIN that every opening will need.")
 @secrets.pin_option
 @force_option
 @secrets.passphrase_option
-def issue(folder: Path, request: Path, packages: tuple[Path, ...], terms: Path, roots: tuple[str, ...],  # noqa: PLR0913
-          recorded: tuple[str, ...], target: Path, with_pin: bool, pin_file: Path | None, force: bool,  # noqa: FBT001
-          passphrase_file: Path | None) -> None:
+def issue(
+    folder: Path,
+    request: Path,
+    packages: tuple[Path, ...],
+    terms: Path,
+    roots: tuple[str, ...],
+    recorded: tuple[str, ...],
+    target: Path,
+    with_pin: bool,
+    pin_file: Path | None,
+    force: bool,
+    passphrase_file: Path | None,
+) -> None:
     """Issue a license for one device.
 
     The first request of a product line makes its first approved platform state, if the terms require PCRs. These values
@@ -108,38 +159,66 @@ def issue(folder: Path, request: Path, packages: tuple[Path, ...], terms: Path, 
     agreed = parse_terms(_text(terms))
     now = datetime.datetime.now(datetime.UTC)
     chosen = [root for spec in roots for root in _roots(spec)]
-    examined = evidence.examine(storage.read_limited(request, DOCUMENT_LIMIT), chosen, [_name(n) for n in recorded], now)
+    examined = evidence.examine(
+        storage.read_limited(request, DOCUMENT_LIMIT), chosen, [_name(n) for n in recorded], now
+    )
     manifests = [packing.read_manifest(path, place.public) for path in packages]
     if not force and target.exists():
-        raise UsageError(Reason.FILE_EXISTS, f"{target} exists already.", "Give another name, or --force to replace it.")
-    pin = secrets.from_file(pin_file) if pin_file else secrets.from_prompt("New PIN", confirm=True) if with_pin else None
+        raise UsageError(
+            Reason.FILE_EXISTS, f"{target} exists already.", "Give another name, or --force to replace it."
+        )
+    pin = (
+        secrets.from_file(pin_file) if pin_file else secrets.from_prompt("New PIN", confirm=True) if with_pin else None
+    )
     if with_pin and pin is None:
         raise UsageError(Reason.USAGE, "There is no terminal to ask for the PIN.", "Give --pin-file.")
     keys = secrets.unlock(place, passphrase_file)
-    issued = issuing.issue(place.public, keys, examined, manifests, agreed, place.approvals(agreed.product), today=now.date(), pin=pin)
+    issued = issuing.issue(
+        place.public, keys, examined, manifests, agreed, place.approvals(agreed.product), today=now.date(), pin=pin
+    )
     if issued.approval:
         place.keep_approval(*issued.approval)
         output.note(f"The device's PCRs are the first approved state of {agreed.product!r}.")
     place.keep_license(issued.license, issued.raw)
     storage.atomic_write(target, issued.raw, 0o644, force=force)
     endorsement = examined.endorsement
-    trust = f"certificate under {endorsement.root} ({endorsement.root_class})" if endorsement.root else "recorded by hand"
+    trust = (
+        f"certificate under {endorsement.root} ({endorsement.root_class})" if endorsement.root else "recorded by hand"
+    )
     output.note(f"Issued license {issued.license.grant.license} for {agreed.licensee!r}; EK: {trust}.")
 
 
 @vendor.command()
 @vendor_option
 @click.option("--product", required=True, help="The product line, as in the terms.")
-@click.option("--pcrs", type=FILE, metavar="PCRS.toml", help="Golden values: a table a bank, such as [sha256], with 7 = \"HEX\".")
+@click.option(
+    "--pcrs", type=FILE, metavar="PCRS.toml", help='Golden values: a table a bank, such as [sha256], with 7 = "HEX".'
+)
 @click.option("--request", type=FILE, metavar="REQ.hwreq", help="Take the PCR values of a request that you trust.")
-@click.option("--ek-root", "roots", multiple=True, metavar="[CLASS=]CA.pem", help="With --request: as in `vendor issue`.")
+@click.option(
+    "--ek-root", "roots", multiple=True, metavar="[CLASS=]CA.pem", help="With --request: as in `vendor issue`."
+)
 @click.option("--ek", "recorded", multiple=True, metavar="NAME", help="With --request: as in `vendor issue`.")
-@click.option("--generation", type=click.IntRange(min=1), help="Start a new generation: licenses that name it open with no older approval.")
+@click.option(
+    "--generation",
+    type=click.IntRange(min=1),
+    help="Start a new generation: licenses that name it open with no older approval.",
+)
 @click.option("-o", "--output", "target", type=FILE, required=True, metavar="OUT.hwapp")
 @force_option
 @secrets.passphrase_option
-def approve(folder: Path, product: str, pcrs: Path | None, request: Path | None, roots: tuple[str, ...],  # noqa: PLR0913
-            recorded: tuple[str, ...], generation: int | None, target: Path, force: bool, passphrase_file: Path | None) -> None:  # noqa: FBT001
+def approve(
+    folder: Path,
+    product: str,
+    pcrs: Path | None,
+    request: Path | None,
+    roots: tuple[str, ...],
+    recorded: tuple[str, ...],
+    generation: int | None,
+    target: Path,
+    force: bool,
+    passphrase_file: Path | None,
+) -> None:
     """Approve a platform state for a product line.
 
     One approval file serves every device of the line: send it with the firmware update that brings the new state.
@@ -153,7 +232,9 @@ def approve(folder: Path, product: str, pcrs: Path | None, request: Path | None,
         assert request is not None  # noqa: S101  # by the check above
         raw = storage.read_limited(request, DOCUMENT_LIMIT)
         chosen = [root for spec in roots for root in _roots(spec)]
-        values = evidence.examine(raw, chosen, [_name(n) for n in recorded], datetime.datetime.now(datetime.UTC)).evidence.pcrs
+        values = evidence.examine(
+            raw, chosen, [_name(n) for n in recorded], datetime.datetime.now(datetime.UTC)
+        ).evidence.pcrs
     known = place.approvals(product)
     keys = secrets.unlock(place, passphrase_file)
     chosen_generation = generation or approving.current_generation(known)
@@ -164,7 +245,7 @@ def approve(folder: Path, product: str, pcrs: Path | None, request: Path | None,
     output.note(f"Approved a state of {product!r} ({which}), generation {approval.generation}, in {target}.")
 
 
-def _wrapped(keys: signing.Keys, content_key: secrets.Secret, identifier: str) -> bytes:
+def _wrapped(keys: signing.Keys, content_key: Secret, identifier: str) -> bytes:
     return wrap_for_vendor(content_key, identifier, keys.content.public_key())
 
 
@@ -187,4 +268,6 @@ def _name(text: str) -> bytes:
         return bytes.fromhex(text)
     except ValueError:
         what = f"{text!r} is not the Name of an EK."
-        raise UsageError(Reason.USAGE, what, "Give it in hexadecimal, as `hwlicense inspect REQUEST` shows it.") from None
+        raise UsageError(
+            Reason.USAGE, what, "Give it in hexadecimal, as `hwlicense inspect REQUEST` shows it."
+        ) from None

@@ -7,7 +7,7 @@ back to the same bytes, duplicate keys and odd spacing among them.
 
 from __future__ import annotations
 
-import datetime
+import datetime  # noqa: TC003  # msgspec reads the annotations at run time
 import hashlib
 from typing import Annotated, Final, Literal, TypeVar
 
@@ -217,6 +217,7 @@ class VendorPublic(Document, frozen=True):
 
     @property
     def fingerprint(self) -> str:
+        """SHA-256 of the document, in hex: what other documents name this vendor by."""
         return hashlib.sha256(encode(self)).hexdigest()
 
 

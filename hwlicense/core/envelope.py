@@ -29,11 +29,15 @@ COPY_AGAIN: Final = "Copy the file again from where it was made; it must not be 
 
 
 class Signature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One signature. `keyid` is a hint: only a key that the verifier holds counts."""
+
     keyid: Annotated[str, msgspec.Meta(max_length=200)]
     sig: Annotated[bytes, msgspec.Meta(max_length=8192)]
 
 
 class Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An envelope as DSSE's JSON has it."""
+
     payload: bytes
     payloadType: Annotated[str, msgspec.Meta(max_length=200)]  # noqa: N815  # the name that DSSE gives
     signatures: Annotated[list[Signature], msgspec.Meta(max_length=SIGNATURE_LIMIT)]
@@ -43,8 +47,11 @@ class Signer(Protocol):
     """One private key, wherever it lives."""
 
     @property
-    def keyid(self) -> str: ...
-    def sign(self, message: bytes) -> bytes: ...
+    def keyid(self) -> str:
+        """As `keyid()` gives it for the public key."""
+
+    def sign(self, message: bytes) -> bytes:
+        """Over `message` as it is, or over its `ml_dsa_message`."""
 
 
 D = TypeVar("D", bound=Document)

@@ -31,8 +31,8 @@ class Reason(StrEnum):
     PIN_NEEDED = "PIN_NEEDED"
     PIN_WRONG = "PIN_WRONG"
     EK_UNTRUSTED = "EK_UNTRUSTED"
-    PASSPHRASE_NEEDED = "PASSPHRASE_NEEDED"
-    PASSPHRASE_WRONG = "PASSPHRASE_WRONG"
+    PASSPHRASE_NEEDED = "PASSPHRASE_NEEDED"  # noqa: S105  # a code, no secret
+    PASSPHRASE_WRONG = "PASSPHRASE_WRONG"  # noqa: S105  # a code, no secret
     # used in the wrong way (2)
     USAGE = "USAGE"
     TERM_UNKNOWN = "TERM_UNKNOWN"

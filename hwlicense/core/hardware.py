@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 class PinSource(Protocol):
     """Gives the PIN when the hardware asks for it; `prompt` tells a person which. Called at most once an open."""
 
-    def __call__(self, prompt: str) -> Secret: ...
+    def __call__(self, prompt: str) -> Secret:
+        """Raises RefusedError PIN_NEEDED where nobody can be asked."""
 
 
 class Unwrapped(NamedTuple):
@@ -32,7 +33,9 @@ class Hardware(Protocol):
     """
 
     def __enter__(self) -> Self: ...
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /) -> None: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None: ...
 
     def describe(self, selection: Selection) -> Evidence:
         """Evidence for a request, with the present values of the selected PCRs."""

@@ -65,7 +65,7 @@ def unwrap_license_secret(wraps: Sequence[SecretWrap], members: Mapping[int, Sec
 
 
 def wrap_content_keys(secret: Secret, grant: Grant, content_keys: Sequence[Secret]) -> list[ContentKeyWrap]:
-    """Each package's content key under license secret and grant: with edited terms, the key that opens it is another."""
+    """Each package's content key under license secret and grant: edited terms give another key, which opens nothing."""
     wraps = []
     for package, content_key in zip(grant.packages, content_keys, strict=True):
         with _grant_key(secret, grant, package.content_key) as key:
@@ -96,7 +96,9 @@ def unwrap_for_vendor(wrapped: bytes, identifier: str, private: MLKEM768X25519Pr
         key = _CONTENT_SUITE.decrypt(wrapped, private, b"hwlicense 1 content key " + identifier.encode())
     except (InvalidTag, ValueError):
         what = "The package's content key is not wrapped for this vendor folder."
-        raise DamagedError(Reason.PACKAGE_DAMAGED, what, "Issue with the vendor folder that packed the package.") from None
+        raise DamagedError(
+            Reason.PACKAGE_DAMAGED, what, "Issue with the vendor folder that packed the package."
+        ) from None
     if len(key) != SIZE:
         raise DamagedError(Reason.PACKAGE_DAMAGED, "The package's content key has a wrong size.")
     return Secret(bytearray(key))

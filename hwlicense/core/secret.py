@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 import secrets
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, Self
 
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
@@ -29,10 +29,12 @@ class Secret:
         self.buffer = buffer
 
     @classmethod
-    def random(cls, size: int = SIZE) -> Secret:
+    def random(cls, size: int = SIZE) -> Self:
+        """A fresh one from the system's generator."""
         return cls(bytearray(secrets.token_bytes(size)))
 
     def wipe(self) -> None:
+        """Overwrite with zeros. The object stays usable, as a secret of zeros."""
         self.buffer[:] = bytes(len(self.buffer))
 
     def __len__(self) -> int:
@@ -43,10 +45,12 @@ class Secret:
 
     __hash__ = None  # type: ignore[assignment]  # a hash of a secret would be a copy of it
 
-    def __enter__(self) -> Secret:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.wipe()
 
     def __del__(self) -> None:

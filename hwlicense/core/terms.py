@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import datetime
 import tomllib
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import msgspec
 
-from hwlicense.core.documents import Grant, Name
+from hwlicense.core.documents import Name  # noqa: TC001  # msgspec reads the annotations at run time
 from hwlicense.core.errors import Reason, RefusedError, UsageError
 from hwlicense.core.tpm.pcrs import Selection
+
+if TYPE_CHECKING:
+    from hwlicense.core.documents import Grant
 
 SIZE_LIMIT: Final = 64 << 10
 
@@ -54,6 +57,7 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def selection(self) -> Selection:
+        """The PCRs of `require.pcrs`."""
         return Selection.parse(*self.require.pcrs)
 
 
@@ -103,11 +107,13 @@ def _check(terms: Terms) -> None:
     first, last = terms.validity.not_before, terms.validity.not_after
     for day in (first, last):
         if isinstance(day, datetime.datetime):
-            raise UsageError(Reason.TERM_INVALID, "Validity is given in days, without a time of day.", "Write 2027-12-31.")
+            raise UsageError(
+                Reason.TERM_INVALID, "Validity is given in days, without a time of day.", "Write 2027-12-31."
+            )
     if first and last and last < first:
         what = f"The license would end ({last}) before it begins ({first})."
         raise UsageError(Reason.TERM_INVALID, what, "Mend validity.not_before or validity.not_after.")
     if terms.require.bindings != "all":
-        what = f"This release enforces require.bindings = \"all\" only, not {terms.require.bindings!r}."
+        what = f'This release enforces require.bindings = "all" only, not {terms.require.bindings!r}.'
         raise UsageError(Reason.TERM_UNSUPPORTED, what, "Leave the term out, or use a release that enforces it.")
-    terms.selection  # noqa: B018  # parsed for its errors
+    Selection.parse(*terms.require.pcrs)

@@ -68,12 +68,15 @@ class Home:
     # ---- device and trust
 
     def enrolled(self) -> Enrolled | None:
+        """How the device was enrolled, if it was."""
         return self._read("device.json", Enrolled)
 
     def keep_enrolled(self, tpm: str | None, pcrs: str) -> None:
+        """Remember the TPM and the PCRs of an enrolment."""
         self._write("device.json", Enrolled(SCHEMA, tpm, pcrs))
 
     def trusted(self) -> list[VendorPublic]:
+        """The vendors that the command line trusts here."""
         trust = self._read("trust.json", Trust)
         return trust.vendors if trust else []
 
@@ -125,6 +128,7 @@ class Home:
         )
 
     def keep_held(self, licensed: License, binding: Binding, content: bytes) -> None:
+        """Replace what the binder kept, in the state folder."""
         folder = self.state / "licenses" / licensed.grant.license / "held"
         storage.make_folders(folder, 0o700)
         storage.atomic_write(folder / _held_name(binding), content, 0o600)
@@ -135,7 +139,9 @@ class Home:
         """Approvals for this license's product: those installed since, then those that came with it."""
         installed = {}
         for base in dict.fromkeys((self.state, self.path)):
-            for path in sorted((base / "licenses" / licensed.grant.license / "approvals").glob("*.hwapp"))[:ENTRY_LIMIT]:
+            for path in sorted((base / "licenses" / licensed.grant.license / "approvals").glob("*.hwapp"))[
+                :ENTRY_LIMIT
+            ]:
                 approval = verified(storage.read_limited(path, LICENSE_LIMIT), Approval, vendor)
                 if approval.product == licensed.grant.product:
                     installed[approval.policy, approval.generation] = approval
@@ -144,6 +150,7 @@ class Home:
         return list(installed.values())
 
     def keep_approval(self, licensed: License, approval: Approval, raw: bytes) -> None:
+        """Keep an approval for a license, in the state folder."""
         folder = self.state / "licenses" / licensed.grant.license / "approvals"
         storage.make_folders(folder, 0o700)
         storage.atomic_write(folder / f"g{approval.generation}-{approval.policy.hex()[:32]}.hwapp", raw, 0o600)
@@ -195,12 +202,12 @@ def check_known(approvals: Sequence[Approval], licensed: License) -> list[Approv
     accepted = [approval for approval in approvals if approval.generation == generation]
     if licensed.grant.pcrs and not accepted:
         what = f"The license asks for an approval of generation {generation}; this device has only others."
-        raise RefusedError(Reason.APPROVAL_WITHDRAWN, what, "Install the vendor's current approval: `hwlicense device install`.")
+        raise RefusedError(
+            Reason.APPROVAL_WITHDRAWN, what, "Install the vendor's current approval: `hwlicense device install`."
+        )
     return accepted
 
 
 def _held_name(binding: Binding) -> str:
     kind = str(binding.__struct_config__.tag)
     return f"{kind}-{hashlib.sha256(encode(binding)).hexdigest()[:32]}"
-
-

@@ -20,7 +20,8 @@ def install(home: Home, raw: bytes, connect: Callable[[], Hardware]) -> License 
     """Install a license or an approval by a trusted vendor, and return it. Doing it again is harmless.
 
     `connect` opens the hardware; nothing is asked of it before the signatures hold.
-    Raises RefusedError (VENDOR_UNTRUSTED, WRONG_DEVICE, LICENSE_SUPERSEDED, WRONG_PRODUCT), DamagedError, HardwareError.
+    Raises RefusedError (VENDOR_UNTRUSTED, WRONG_DEVICE, LICENSE_SUPERSEDED, WRONG_PRODUCT), DamagedError,
+    HardwareError.
     """
     payload_type = disassemble(raw).payloadType
     if payload_type == PAYLOAD_TYPES[License]:
@@ -35,8 +36,11 @@ def _install_license(home: Home, raw: bytes, connect: Callable[[], Hardware]) ->
     licensed, vendor = verified_by_any(raw, License, home.trusted())
     for other, _ in home.licenses([vendor])[0]:
         if other.grant.license == licensed.grant.license and other.grant.revision > licensed.grant.revision:
-            what = f"Revision {other.grant.revision} of this license is installed; the file is revision {licensed.grant.revision}."
-            raise RefusedError(Reason.LICENSE_SUPERSEDED, what, "Nothing is to be done: the newer revision stays in force.")
+            older, newer = licensed.grant.revision, other.grant.revision
+            what = f"Revision {newer} of this license is installed; the file is revision {older}."
+            raise RefusedError(
+                Reason.LICENSE_SUPERSEDED, what, "Nothing is to be done: the newer revision stays in force."
+            )
     with connect() as hardware:
         held = [hardware.install(binding, licensed.approvals) for binding in licensed.bindings]
     home.keep_license(licensed, raw, held)
@@ -48,7 +52,9 @@ def _install_approval(home: Home, raw: bytes, connect: Callable[[], Hardware]) -
     fitting = [i.license for i in home.licenses([vendor])[0] if i.license.grant.product == approval.product]
     if not fitting:
         what = f"No license for the product {approval.product!r} is installed here, so the approval serves nothing."
-        raise RefusedError(Reason.WRONG_PRODUCT, what, "Install the license first, or give the approval to the right device.")
+        raise RefusedError(
+            Reason.WRONG_PRODUCT, what, "Install the license first, or give the approval to the right device."
+        )
     with connect() as hardware:
         for licensed in fitting:
             if licensed.grant.generation == approval.generation and licensed.grant.pcrs:

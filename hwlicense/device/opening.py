@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from hwlicense.core.errors import HwlicenseError, Reason, RefusedError
 from hwlicense.core.keys import unwrap_content_key, unwrap_license_secret
-from hwlicense.core.secret import Secret
 from hwlicense.core.terms import check_validity
 from hwlicense.device.home import Home, Installed, check_known
 from hwlicense.device.model import Model
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 
     from hwlicense.core.documents import License, Manifest, VendorPublic
     from hwlicense.core.hardware import Hardware, PinSource
+    from hwlicense.core.secret import Secret
 
 
 def open_package(
@@ -71,9 +71,13 @@ def fitting_licenses(manifest: Manifest, vendor: VendorPublic, home: Home) -> Se
     if others:
         versions = ", ".join(sorted({p.version for p in others}))
         what = f"No license here opens {named}; those installed are for another build of it (version {versions})."
-        raise RefusedError(Reason.WRONG_PACKAGE, what, "Use the package that the license was issued for, or ask for a license.")
+        raise RefusedError(
+            Reason.WRONG_PACKAGE, what, "Use the package that the license was issued for, or ask for a license."
+        )
     what = f"No license for {named} is installed in {home.path}."
-    raise RefusedError(Reason.LICENSE_ABSENT, what, "Install one with `hwlicense device install`, or give the right --home.")
+    raise RefusedError(
+        Reason.LICENSE_ABSENT, what, "Install one with `hwlicense device install`, or give the right --home."
+    )
 
 
 def first_valid(licenses: Sequence[Installed], today: datetime.date) -> Installed:
@@ -90,6 +94,7 @@ def first_valid(licenses: Sequence[Installed], today: datetime.date) -> Installe
 
 
 def utc_today() -> datetime.date:
+    """The date by which licenses begin and end."""
     return datetime.datetime.now(datetime.UTC).date()
 
 

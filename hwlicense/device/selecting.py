@@ -33,6 +33,7 @@ def default_home() -> Path:
 
 
 def home(path: str | os.PathLike[str] | None, state: str | os.PathLike[str] | None = None) -> Home:
+    """The home at `path`, or the default one; `state` is where later changes go, if elsewhere."""
     return Home(Path(path) if path else default_home(), Path(state) if state else None)
 
 
@@ -51,7 +52,7 @@ def tpm(tcti: str | None, place: Home) -> Callable[[], Hardware]:
 
 def vendor(text: str) -> VendorPublic:
     """Raises UsageError where `text` is a path, which is no root of trust; DamagedError where it is no vendor file."""
-    if not isinstance(text, str) or not text.lstrip().startswith("{"):
+    if not text.lstrip().startswith("{"):
         what = "vendor= takes the text of vendor.pub.json itself, not its path."
         raise UsageError(Reason.USAGE, what, "Make the text a constant of the application.")
     return read_vendor(text.encode())

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from hwlicense.vendor.signing import Keys
 
 
-def approve(vendor: VendorPublic, keys: Keys, product: str, generation: int, pcrs: Sequence[Pcr]) -> tuple[Approval, bytes]:
+def approve(
+    vendor: VendorPublic, keys: Keys, product: str, generation: int, pcrs: Sequence[Pcr]
+) -> tuple[Approval, bytes]:
     """An approval and its envelope. Raises RefusedError PCR_UNUSABLE, UsageError."""
     if not pcrs:
         raise UsageError(Reason.USAGE, "An approval needs at least one PCR.", "Enroll with --pcrs, such as sha256:7.")
@@ -45,7 +47,7 @@ def matching(approvals: Sequence[Approval], pcrs: Sequence[Pcr], product: str) -
     raise RefusedError(
         Reason.PLATFORM_UNAPPROVED,
         f"The request's platform state is not approved for {product!r} (PCRs that differ: {', '.join(differing)}).",
-        "Find out why this device booted otherwise; if that is right, approve it with `hwlicense vendor approve --request`.",
+        "Find out why it booted otherwise; if that is right, approve it with `hwlicense vendor approve --request`.",
     )
 
 
@@ -57,7 +59,9 @@ def parse_pcrs(text: str) -> list[Pcr]:
     try:
         table = tomllib.loads(text)
         pcrs = [
-            msgspec.convert({"bank": bank, "index": int(index), "value": bytes.fromhex(value)}, Pcr, builtin_types=(bytes,))
+            msgspec.convert(
+                {"bank": bank, "index": int(index), "value": bytes.fromhex(value)}, Pcr, builtin_types=(bytes,)
+            )
             for bank, values in table.items()
             for index, value in values.items()
         ]

@@ -12,7 +12,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.verification import Criticality, ExtensionPolicy, PolicyBuilder, Store, VerificationError
 
-from hwlicense.core.documents import Endorsement, Request
+from hwlicense.core.documents import Endorsement, Request, TpmEvidence  # NamedTuple fields
 from hwlicense.core.envelope import statement, unverified
 from hwlicense.core.errors import DamagedError, Reason, RefusedError, UsageError
 from hwlicense.core.tpm.quote import check_quote
@@ -60,7 +60,7 @@ def read_roots(pem: bytes, root_class: RootClass) -> list[Root]:
 def examine(raw: bytes, roots: Sequence[Root], recorded: Collection[bytes], now: datetime.datetime) -> Examined:
     """Check a request. `recorded` holds Names of EKs that the vendor recorded by hand; `now` is in UTC.
 
-    Raises RefusedError EK_UNTRUSTED or PCR_UNUSABLE, DamagedError QUOTE_INVALID, EVIDENCE_INVALID and those of decoding.
+    Raises RefusedError EK_UNTRUSTED or PCR_UNUSABLE, DamagedError QUOTE_INVALID, EVIDENCE_INVALID or a decoder's.
     """
     request, envelope = unverified(raw, Request)
     if len(request.hardware) != 1:

@@ -1,9 +1,9 @@
 """The vendor's folder: public keys, private keys, what was approved and what was issued.
 
-    vendor.pub.json                     the root of trust for applications and devices
-    keys/{classical,mldsa,policy,content}.pem, keys/salt    mode 0600; the salt is there where a passphrase is
-    approvals/PRODUCT-gG-POLICY.hwapp   approved platform states (PRODUCT and POLICY are digests, shortened)
-    issued/LICENSE-rR.hwlic             every license, as it was sent
+vendor.pub.json                     the root of trust for applications and devices
+keys/{classical,mldsa,policy,content}.pem, keys/salt    mode 0600; the salt is there where a passphrase is
+approvals/PRODUCT-gG-POLICY.hwapp   approved platform states (PRODUCT and POLICY are digests, shortened)
+issued/LICENSE-rR.hwlic             every license, as it was sent
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ class Folder:
             if passphrase is None:
                 what = f"The keys in {self.path} are under a passphrase."
                 raise RefusedError(Reason.PASSPHRASE_NEEDED, what, "Type it at the prompt, or give --passphrase-file.")
-            password = signing.stretched(passphrase, storage.read_limited(self.path / "keys" / "salt", signing.SALT_SIZE))
+            password = signing.stretched(
+                passphrase, storage.read_limited(self.path / "keys" / "salt", signing.SALT_SIZE)
+            )
         pems = {which: storage.read_limited(self.path / "keys" / f"{which}.pem", 64 << 10) for which in KEY_FILES}
         return signing.assembled({which: signing.from_pem(pem, password) for which, pem in pems.items()}, self.public)
 
@@ -80,11 +82,15 @@ class Folder:
         return [verified(storage.read_limited(path, DOCUMENT_LIMIT), Approval, self.public) for path in found]
 
     def keep_approval(self, approval: Approval, raw: bytes) -> None:
+        """Record an approval, so that later licenses carry it."""
         name = f"{_slug(approval.product)}-g{approval.generation}-{approval.policy.hex()[:16]}.hwapp"
         storage.atomic_write(self.path / "approvals" / name, raw, 0o600)
 
     def keep_license(self, issued: License, raw: bytes) -> None:
-        storage.atomic_write(self.path / "issued" / f"{issued.grant.license}-r{issued.grant.revision}.hwlic", raw, 0o600)
+        """Record a license as it was sent."""
+        storage.atomic_write(
+            self.path / "issued" / f"{issued.grant.license}-r{issued.grant.revision}.hwlic", raw, 0o600
+        )
 
 
 def _slug(product: str) -> str:

@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 
 class Issued(NamedTuple):
-    """The license with its envelope, and the approval (with its envelope) that it made, where it was a product's first."""
+    """The license with its envelope, and where it was a product's first, the approval that it made, with its own."""
 
     license: License
     raw: bytes
     approval: tuple[Approval, bytes] | None
 
 
-def issue(
+def issue(  # noqa: PLR0913  # who, for what, under what: all of it
     vendor: VendorPublic,
     keys: Keys,
     examined: Examined,
@@ -55,7 +55,9 @@ def issue(
             what = f"The package {manifest.name!r} is another vendor's."
             raise RefusedError(Reason.WRONG_VENDOR, what, "Issue with the vendor folder that packed it.")
     generation = approving.current_generation(approvals)
-    usable, first = _platform(vendor, keys, examined, terms, [a for a in approvals if a.generation == generation], generation)
+    usable, first = _platform(
+        vendor, keys, examined, terms, [a for a in approvals if a.generation == generation], generation
+    )
     grant = Grant(
         license=secrets.token_hex(16),
         revision=1,
@@ -102,7 +104,8 @@ def _platform(
     wanted = set(terms.selection)
     pcrs = [pcr for pcr in examined.evidence.pcrs if (pcr.bank, pcr.index) in wanted]
     if len(pcrs) != len(wanted):
-        what = f"The terms require the PCRs {terms.selection}; the request holds {Selection.of(examined.evidence.pcrs) or 'none'}."
+        held = str(Selection.of(examined.evidence.pcrs)) or "none"
+        what = f"The terms require the PCRs {terms.selection}; the request holds {held}."
         raise RefusedError(Reason.PCR_UNUSABLE, what, f"Enroll the device again with --pcrs {terms.selection}.")
     if not approvals:
         first = approving.approve(vendor, keys, terms.product, generation, pcrs)
@@ -111,12 +114,16 @@ def _platform(
     if not usable:
         had = Selection.of(approvals[0].pcrs)
         what = f"The terms require the PCRs {terms.selection}, but {terms.product!r} is approved by {had}."
-        raise UsageError(Reason.TERM_INVALID, what, "Use the PCRs of the product line in the terms, or approve a new state.")
+        raise UsageError(
+            Reason.TERM_INVALID, what, "Use the PCRs of the product line in the terms, or approve a new state."
+        )
     approving.matching(usable, pcrs, terms.product)
     return usable, None
 
 
-def _bind(examined: Examined, policy_key: Public | None, platform: bytes | None, pin: Secret | None) -> tuple[TpmBinding, Secret]:
+def _bind(
+    examined: Examined, policy_key: Public | None, platform: bytes | None, pin: Secret | None
+) -> tuple[TpmBinding, Secret]:
     """A fresh member secret in three parts, each of which only this TPM gives out."""
     srk, ek, ak = examined.storage_root_key, examined.endorsement_key, examined.attestation_key
     with Secret.random() as value, Secret.random() as storage_share, Secret.random() as attestation_share:

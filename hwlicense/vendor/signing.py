@@ -58,6 +58,7 @@ class KeySigner:
         self.keyid = keyid(public_bytes(key.public_key()))
 
     def sign(self, message: bytes) -> bytes:
+        """Ed25519, ECDSA P-256 with SHA-256 (DER), or ML-DSA-65 as TAP 21 says."""
         if isinstance(self._key, ec.EllipticCurvePrivateKey):
             return self._key.sign(message, ec.ECDSA(hashes.SHA256()))
         return self._key.sign(ml_dsa_message(message) if isinstance(self._key, mldsa.MLDSA65PrivateKey) else message)
@@ -82,7 +83,9 @@ def public_part(name: str, keys: dict[str, list[PrivateKeyTypes]]) -> VendorPubl
 
 def assembled(keys: dict[str, list[PrivateKeyTypes]], public: VendorPublic) -> Keys:
     """The loaded keys, each of its kind and of this vendor. Raises DamagedError DOCUMENT_MALFORMED."""
-    (classical,), (ml_dsa,), (policy,), (first, second) = (keys[name] for name in ("classical", "mldsa", "policy", "content"))
+    (classical,), (ml_dsa,), (policy,), (first, second) = (
+        keys[name] for name in ("classical", "mldsa", "policy", "content")
+    )
     if (
         not isinstance(classical, ed25519.Ed25519PrivateKey | ec.EllipticCurvePrivateKey)
         or not isinstance(ml_dsa, mldsa.MLDSA65PrivateKey)
@@ -120,7 +123,9 @@ def from_pem(pem: bytes, password: Secret | None) -> list[PrivateKeyTypes]:
     except ValueError:
         if password:
             what = "The passphrase does not open the vendor's keys."
-            raise RefusedError(Reason.PASSPHRASE_WRONG, what, "Try again with the passphrase of this vendor folder.") from None
+            raise RefusedError(
+                Reason.PASSPHRASE_WRONG, what, "Try again with the passphrase of this vendor folder."
+            ) from None
         raise DamagedError(Reason.DOCUMENT_MALFORMED, "A private key of the vendor folder is damaged.") from None
     except TypeError:
         what = "A private key of the vendor folder is not protected as the others are."
