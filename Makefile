@@ -50,7 +50,8 @@ lock: $(READY) ## resolve requirements/*.txt anew; ARGS=--upgrade for newer rele
 build: $(READY) ## source archive and wheel in dist/, of the product alone
 	rm -rf dist build
 	python -m build --no-isolation --outdir dist
-	@! python -m zipfile -l $$(ls dist/*.whl) | grep -E 'simulators/|hwlicense_simulators|tests/' || { echo 'what is not the product got into the wheel' >&2; exit 1; }
+	@if { python -m zipfile -l dist/*.whl; tar -tf dist/*.tar.gz; } | grep -E '(^|/)(hwlicense_)?simulators/|(^|/)tests/'; then \
+		echo 'error: what is not the product got into dist/' >&2; exit 1; fi
 
 clean: ## remove what was made, the virtual environment too
 	rm -rf $(VENV) build dist simulators/build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
