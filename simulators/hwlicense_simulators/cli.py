@@ -8,7 +8,7 @@ import re
 import signal
 import tomllib
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -20,22 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 _FORWARDED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
-
-
-class Failed(click.ClickException):
-    """The simulator failed, not the command: exit status 3, as for hardware."""
-
-    exit_code = 3
-
-    def __init__(self, error: SimulatorError) -> None:
-        super().__init__(str(error))
-        self.error = error
-
-    def show(self, file: IO[Any] | None = None) -> None:
-        """Write the lines that every command of hwlicense writes."""
-        click.echo(f"error: {self.error}\nreason: {self.error.reason}", err=True, file=file)
-        if self.error.hint:
-            click.echo(f"hint: {self.error.hint}", err=True, file=file)
 
 
 @click.command(context_settings={"allow_interspersed_args": False, "max_content_width": 100})
@@ -63,7 +47,7 @@ def simulate(
     boot: tuple[str, ...],
     command: tuple[str, ...],
 ) -> None:
-    r"""Run COMMAND with simulated hardware, and pass on its exit status.
+    """Run COMMAND with simulated hardware, and pass on its exit status.
 
     COMMAND finds the hardware by its environment: HWLICENSE_TPM and TPM2TOOLS_TCTI name the TPM, and
     HWLICENSE_SIMULATOR_EK_ROOT a PEM file with the root of its EK certificate, for vendor issue --ek-root.
@@ -74,7 +58,7 @@ def simulate(
       hwlicense simulate --tpm -- pytest tests
       hwlicense simulate --tpm --state board-7 -- ./selftest.sh
       hwlicense simulate --tpm --state board-7 --firmware "firmware 2" -- ./selftest.sh
-    """
+    """  # noqa: D301  click needs the \b itself
     if not tpm:
         raise click.UsageError("Nothing to simulate: give --tpm.")
     try:
@@ -86,7 +70,11 @@ def simulate(
             click.echo(f"simulated TPM: {wire.tcti}\nits EK root: {simulated.ek_root}", err=True)
             status = _run(command, os.environ | wire.environment, mask)
     except SimulatorError as error:
-        raise Failed(error) from error
+        # An exit, not a ClickException: `hwlicense` takes those for wrong usage.
+        click.echo(f"error: {error}\nreason: {error.reason}", err=True)
+        if error.hint:
+            click.echo(f"hint: {error.hint}", err=True)
+        status = 3
     context.exit(status)
 
 

@@ -34,6 +34,7 @@ class ShortFolder:
         self._janitor = subprocess.Popen(
             ["/bin/sh", "-c", _JANITOR, "sh", self.path],
             stdin=subprocess.PIPE,
+            env={"PATH": "/usr/bin:/bin"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # a Ctrl-C in the terminal is not for it
