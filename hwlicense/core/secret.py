@@ -17,16 +17,25 @@ SIZE = 32
 """Bytes in every secret and key of the project."""
 
 
-class Secret:
-    """Mutable bytes, overwritten by `wipe()`, at the end of a `with` block, and when collected.
+class _Buffer(bytearray):
+    """Overwritten when the last reference to it goes, and not before: it may outlive its `Secret`."""
 
-    `buffer` is what the cryptography is given; it is never copied into an immutable object by this class.
+    def __del__(self) -> None:
+        self[:] = bytes(len(self))
+
+
+class Secret:
+    """Mutable bytes, overwritten by `wipe()`, at the end of a `with` block, and when nothing refers to them any more.
+
+    `buffer` is what the cryptography is given; it is never copied into an immutable object by this class. What it is
+    made from is taken over and overwritten.
     """
 
     __slots__ = ("buffer",)
 
-    def __init__(self, buffer: bytearray) -> None:
-        self.buffer = buffer
+    def __init__(self, content: bytearray) -> None:
+        self.buffer = _Buffer(content)
+        content[:] = bytes(len(content))
 
     @classmethod
     def random(cls, size: int = SIZE) -> Self:
@@ -51,9 +60,6 @@ class Secret:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.wipe()
-
-    def __del__(self) -> None:
         self.wipe()
 
     def __repr__(self) -> str:
