@@ -2,7 +2,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PACKAGES := hwlicense simulators examples
+PACKAGES := hwlicense simulators examples $(wildcard benchmarks)
 export PATH := $(abspath $(BIN)):$(PATH)
 unexport PYTHONPATH PYTHONHOME
 
