@@ -67,6 +67,14 @@ def gone(path):
     return False
 
 
+def test_the_simulators_need_nothing_of_the_product():
+    program = (
+        "import sys, hwlicense_simulators.cli, hwlicense_simulators.pytest_plugin;"
+        "print({'hwlicense', 'tpm2_pytss'} & set(sys.modules))"
+    )
+    assert ask({}, sys.executable, "-c", program) == b"set()\n"
+
+
 def test_it_is_booted_like_a_real_machine(hwlicense_tpm):
     boot: Measurements = {0: b"UEFI 7", 4: [b"shim", b"GRUB"], 9: b"Linux"}
     hwlicense_tpm.reboot(boot=boot)
@@ -170,6 +178,22 @@ def test_suspend_keeps_pcrs_and_is_no_reset(hwlicense_tpm):
     assert pcrs(hwlicense_tpm) == before
     assert after["reset_count"] == counted["reset_count"]
     assert int(after["restart_count"]) == int(counted["restart_count"]) + 1
+
+
+def test_the_power_may_be_cut_in_the_middle_of_a_command(hwlicense_tpm, tmp_path):
+    create = ("tpm2_createprimary", "-C", "o", "-G", "rsa", "-c", tmp_path / "context")
+    failed = False
+    for _ in range(10):  # making an RSA key takes swtpm some 20 to 300 ms
+        with subprocess.Popen(
+            create, env=os.environ | hwlicense_tpm.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ) as client:
+            time.sleep(0.025)
+            hwlicense_tpm.power_cut()
+            client.wait(10)
+            failed = failed or client.returncode != 0
+    assert failed
+    assert clock(hwlicense_tpm)["safe"] == "no"
+    assert pcrs(hwlicense_tpm) == predict_pcrs()
 
 
 def test_resume_without_suspend_fails(hwlicense_tpm):
