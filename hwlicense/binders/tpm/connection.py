@@ -1,0 +1,224 @@
+"""One connection to one TPM: one user at a time, and nothing left loaded in the TPM afterwards."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+import weakref
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+from tpm2_pytss import (
+    ESAPI,
+    ESYS_TR,
+    TPM2_ALG,
+    TPM2_CAP,
+    TPM2_SE,
+    TPM2B_PUBLIC,
+    TPM2B_SENSITIVE_CREATE,
+    TPMA_SESSION,
+    TPMT_SYM_DEF,
+    TSS2_Exception,
+)
+from tpm2_pytss.TCTILdr import TCTILdr
+
+from hwlicense.binders.tpm import failures
+from hwlicense.core.errors import HardwareError, Reason, UsageError
+from hwlicense.core.tpm.structures import Public
+from hwlicense.core.tpm.wire import number, sized
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PATIENCE: Final = 20.0
+"""Seconds to wait for a TPM that says it is busy; some rate-limit writes for that long."""
+
+_TCTI: Final = re.compile(r"device:/[^:]+|(swtpm|mssim):[^:]*")
+_FLUSH_CONTEXT: Final = 0x165
+_TRANSIENT, _LOADED_SESSIONS = 0x80000000, 0x02000000
+_KEY_RESOURCE: Final = 1  # IESYSC_KEY_RSRC in the metadata that tpm2-tss serializes
+
+_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
+
+
+class Connection:
+    """Opens when first used, and afresh in a forked child and after anything that left the context unusable."""
+
+    def __init__(self, tcti: str) -> None:
+        # No other TCTI: "cmd:" runs programs, and any other name loads a library of that name.
+        if not _TCTI.fullmatch(tcti):
+            raise UsageError(
+                Reason.USAGE,
+                f'"{tcti}" does not name a TPM.',
+                "Use device:/dev/tpmrm0, swtpm:path=SOCKET or mssim:host=HOST.",
+            )
+        self.tcti = tcti
+        self._lock = threading.Lock()
+        self._open: tuple[TCTILdr, ESAPI] | None = None
+        _connections.add(self)
+
+    @contextmanager
+    def work(self) -> Iterator[Work]:
+        """Commands of one purpose, without those of another thread in between.
+
+        Raises HardwareError for response codes that the caller has not dealt with.
+        """
+        with self._lock:
+            work = Work(*self.open())
+            try:
+                yield work
+            except TSS2_Exception as error:
+                if not failures.from_tpm(error):
+                    self._drop(work)
+                raise failures.hardware_error(error, work.command) from error
+            finally:
+                if self._open is not None and not work.flush_all():
+                    self._drop(work)
+
+    def open(self) -> tuple[TCTILdr, ESAPI]:
+        """Connect, if that is not done yet. Raises HardwareError and AbsentError."""
+        if self._open is None:
+            try:
+                tcti = TCTILdr.parse(self.tcti)
+            except TSS2_Exception as error:
+                raise failures.connect_error(error, self.tcti) from error
+            try:
+                self._open = tcti, ESAPI(tcti)
+            except TSS2_Exception as error:
+                tcti.close()
+                raise failures.connect_error(error, self.tcti) from error
+        return self._open
+
+    def close(self) -> None:
+        """Disconnect. The next use connects again."""
+        with self._lock:
+            self._drop(None)
+
+    def _drop(self, work: Work | None) -> None:
+        if work is not None:
+            work.flush_all()  # the context may be of no use, but the wire below it may be well
+        if self._open is not None:
+            tcti, esapi = self._open
+            self._open = None
+            esapi.close()
+            tcti.close()
+
+    def forget(self) -> None:
+        """In a forked child: the parent's context is neither used nor closed, its lock may be held by no one here."""
+        self._lock = threading.Lock()
+        self._open = None
+
+
+def _forget_all() -> None:
+    for connection in tuple(_connections):
+        connection.forget()
+
+
+os.register_at_fork(after_in_child=_forget_all)
+
+
+class Work:
+    """Sends commands, and knows what they have left in the TPM."""
+
+    def __init__(self, tcti: TCTILdr, esapi: ESAPI) -> None:
+        self._tcti, self._esapi = tcti, esapi
+        self._live: dict[ESYS_TR, int] = {}
+        self.command = ""
+
+    def call(self, command: str, *arguments: Any, **keywords: Any) -> Any:  # noqa: ANN401 - as many types as commands
+        """One command by its name in `ESAPI`. Raises TSS2_Exception with the TPM's response code."""
+        self.command = command
+        give_up, pause, full = time.monotonic() + PATIENCE, 0.01, False
+        while True:
+            try:
+                return getattr(self._esapi, command)(*arguments, **keywords)
+            except TSS2_Exception as error:
+                if failures.code(error) in failures.FULL and not full:
+                    full = True
+                    self._make_room()
+                elif failures.code(error) in failures.BUSY and time.monotonic() < give_up:
+                    time.sleep(pause)
+                    pause = min(2 * pause, 1.0)
+                else:
+                    raise
+
+    # ---- what is loaded ----
+
+    def hold(self, handle: ESYS_TR) -> ESYS_TR:
+        """Flush `handle` at the end of the work."""
+        self._live[handle] = int(self._esapi.tr_get_tpm_handle(handle))
+        return handle
+
+    def primary(self, hierarchy: ESYS_TR, template: TPM2B_PUBLIC) -> tuple[ESYS_TR, Public]:
+        """A primary key, until the end of the work. Raises DamagedError for one of a kind that `Public` lacks."""
+        handle, public, *_ = self.call("create_primary", TPM2B_SENSITIVE_CREATE(), template, hierarchy)
+        return self.hold(handle), Public.parse(public.marshal()[2:])
+
+    def known(self, handle: int, public: Public) -> ESYS_TR:
+        """A persistent key whose public area is known, without asking the TPM or anyone between: no command.
+
+        Sessions salted to it reach this key or fail.
+        """
+        metadata = number(handle, 4) + sized(public.name) + number(_KEY_RESOURCE, 4) + sized(public.raw)
+        key = self.call("tr_deserialize", metadata)
+        if bytes(self.call("tr_get_name", key)) != public.name:
+            raise HardwareError(
+                Reason.TPM_UNSUPPORTED, "This release of tpm2-tss keeps key metadata in an unknown form."
+            )
+        return key
+
+    def session(
+        self, salt: ESYS_TR, kind: TPM2_SE, attributes: TPMA_SESSION, auth_hash: int = TPM2_ALG.SHA256
+    ) -> ESYS_TR:
+        """A session salted to a key, with parameter encryption where `attributes` ask for it."""
+        aes = TPMT_SYM_DEF.parse("aes128cfb")
+        handle = self.call("start_auth_session", salt, ESYS_TR.NONE, kind, aes, TPM2_ALG(auth_hash))
+        self.hold(handle)
+        self.call("trsess_set_attributes", handle, attributes)
+        return handle
+
+    def ended(self, session: ESYS_TR) -> None:
+        """The TPM has ended this session with the command that it authorised."""
+        self._live.pop(session, None)
+
+    def flush(self, *handles: ESYS_TR) -> None:
+        """Flush before the end of the work what is not needed any more."""
+        for handle in handles:
+            self.call("flush_context", handle)
+            self._live.pop(handle, None)
+
+    def flush_all(self) -> bool:
+        """Flush what is left, on every path. False where the connection must not be used any more."""
+        usable = True
+        while self._live and usable:
+            handle, raw = self._live.popitem()
+            try:
+                self._flush_raw(raw)
+                self._esapi.tr_close(handle)
+            except TSS2_Exception as error:
+                usable = not failures.from_transport(error)
+        self._live.clear()
+        return usable
+
+    def _make_room(self) -> None:
+        """Flush what killed processes have left in a TPM without a resource manager.
+
+        Safe, because such a connection has one user: raw devices and simulators are exclusive. Behind a resource
+        manager the lists show our own handles alone, so there is nothing to flush here.
+        """
+        ours = set(self._live.values())
+        for first in (_TRANSIENT, _LOADED_SESSIONS):
+            _, capability = self._esapi.get_capability(TPM2_CAP.HANDLES, first, 64)
+            for raw in map(int, capability.data.handles):
+                if raw not in ours:
+                    self._flush_raw(raw)
+
+    def _flush_raw(self, handle: int) -> None:
+        """TPM2_FlushContext, past the library: it refuses to after an answer that it rejected, or for others' handles.
+
+        The answer is not looked at. It says done, or that there is no such handle, which is as good.
+        """
+        self._tcti.transmit(number(0x8001, 2) + number(14, 4) + number(_FLUSH_CONTEXT, 4) + number(handle, 4))
+        self._tcti.receive()

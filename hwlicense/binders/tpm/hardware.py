@@ -1,0 +1,172 @@
+"""A TPM as `Hardware`: enrolling, installing and opening licenses that are sealed to it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, Self
+
+from tpm2_pytss import TPM2_CAP, TPM2_RC, TPM2_SE, TPMA_SESSION, TSS2_Exception
+
+from hwlicense.binders.tpm import installing, keys, opening
+from hwlicense.binders.tpm.connection import Connection, Work
+from hwlicense.binders.tpm.failures import NOT_ITS_OWN, WRONG_AUTHORIZATION, code
+from hwlicense.binders.tpm.held import Held, Ticket
+from hwlicense.binders.tpm.sealed import Sealed
+from hwlicense.core.documents import TpmEvidence
+from hwlicense.core.errors import AbsentError, Reason, RefusedError
+from hwlicense.core.hardware import Unwrapped
+from hwlicense.core.secret import Secret
+from hwlicense.core.tpm.duplicate import member_secret, pin_value
+from hwlicense.core.tpm.pcrs import Selection
+from hwlicense.core.tpm.policy import pcr_step
+from hwlicense.core.tpm.quote import check_quote, quote_data
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+
+    from hwlicense.core.documents import Approval, Binding, Evidence
+    from hwlicense.core.hardware import PinSource
+
+DEFAULT_TCTI: Final = "device:/dev/tpmrm0"
+"""The kernel's resource manager: programs share the TPM, and it flushes what a killed one leaves behind."""
+
+_MANUFACTURER, _FIRMWARE_VERSION = (
+    0x105,
+    0x10B,
+)  # TPM_PT (Part 2, 6.13): one and two of them; four of the vendor between
+
+
+class TpmHardware:
+    """One TPM, by TCTI string (device:, swtpm: or mssim:). Safe for use by several threads and in forked children.
+
+    Connects when first used, and closes at the end of a `with` block. Raises UsageError for another kind of TCTI.
+    """
+
+    def __init__(self, tcti: str | None = None) -> None:
+        self._connection = Connection(tcti or DEFAULT_TCTI)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the connection. Nothing is loaded in the TPM between calls, so nothing is left there."""
+        self._connection.close()
+
+    def describe(self, selection: Selection) -> TpmEvidence:
+        """Public keys, certificates and PCR values. Raises HardwareError, and RefusedError PCR_UNUSABLE."""
+        with self._connection.work() as work:
+            pcrs = keys.read_pcrs(work, selection)
+            pcr_step(pcrs)  # refuses PCRs into which nothing was measured
+            _, storage_root_key, _ = keys.storage_root_key(work)
+            handle, attestation_key = keys.attestation_key(work)
+            work.flush(handle)
+            endorsement_keys = keys.endorsement_keys(work)
+            public = storage_root_key.raw, attestation_key.raw
+            return TpmEvidence(*identity(work), endorsement_keys, *public, pcrs)
+
+    def prove(self, evidence: Evidence, statement: bytes) -> bytes:
+        """TPM2B_ATTEST and TPMT_SIGNATURE of a quote of the evidence's PCRs over SHA-256 of `statement`.
+
+        Raises DamagedError QUOTE_INVALID where the PCRs have changed since.
+        """
+        selection = keys.tpm_selection(Selection.of(evidence.pcrs))
+        with self._connection.work() as work:
+            handle, attestation_key = keys.attestation_key(work)
+            attest, signature = work.call("quote", handle, selection, quote_data(statement))
+            quote = bytes(attest.marshal() + signature.marshal())
+        check_quote(attestation_key, quote, statement, evidence.pcrs)
+        return quote
+
+    def install(self, binding: Binding, approvals: Sequence[Approval]) -> bytes:
+        """Import the sealed value, activate both shares, have the approvals' signatures checked.
+
+        Raises RefusedError WRONG_DEVICE where the binding was made for another TPM, DamagedError, HardwareError.
+        """
+        sealed = Sealed.check(binding, approvals)
+        with self._connection.work() as work:
+            root, public, handle = keys.storage_root_key(work, binding.storage_root_key)
+            private = installing.import_sealed(work, root, sealed)
+            shares = installing.activate(work, root, sealed)
+            return Held.of(binding, public, handle, private, shares, _tickets(work, sealed)).write()
+
+    def admit(self, binding: Binding, held: bytes, approval: Approval) -> bytes:
+        """`held` with the TPM's word on one more approval. Raises RefusedError PLATFORM_UNAPPROVED for another's."""
+        sealed, kept = Sealed.check(binding, [approval]), Held.read(held, binding)
+        if not sealed.approvals:
+            what = f'This license does not ask for "{approval.product}", generation {approval.generation}.'
+            hint = "Ask the vendor for an approval for this license's product and generation."
+            raise RefusedError(Reason.PLATFORM_UNAPPROVED, what, hint)
+        with self._connection.work() as work:
+            return kept.with_tickets(_tickets(work, sealed)).write()
+
+    def unwrap(self, binding: Binding, held: bytes, approvals: Sequence[Approval], pin: PinSource | None) -> Unwrapped:
+        """The member secret. What can be found wrong without the TPM is found before its first command.
+
+        Raises RefusedError (PLATFORM_UNAPPROVED, PCR_MISMATCH, PIN_NEEDED, PIN_WRONG, WRONG_DEVICE), DamagedError,
+        HardwareError, AbsentError.
+        """
+        sealed, kept = Sealed.check(binding, approvals), Held.read(held, binding)
+        if sealed.policy_key and not sealed.approvals:
+            what = "There is no approval of a platform state for this license's product and generation."
+            hint = "Ask the vendor for one, then: hwlicense device install APPROVAL."
+            raise RefusedError(Reason.PLATFORM_UNAPPROVED, what, hint)
+        auth = _authorization(binding, pin)  # before the TPM is taken: a person may think for a while
+        with auth, self._connection.work() as work:
+            root, loaded = opening.load(work, kept, sealed)
+            if binding.pin:
+                work.call("tr_set_auth", loaded, bytes(auth.buffer))
+            with opening.unseal(work, root, loaded, sealed, kept) as value:
+                return Unwrapped(member_secret(value, *kept.shares))
+
+    def present(self, binding: Binding, held: bytes) -> None:
+        """Prove with two commands that the storage root key is here. Raises AbsentError, and HardwareError."""
+        kept = Held.read(held, binding)
+        with self._connection.work() as work:
+            try:
+                root, _ = opening.storage_root_key(work, kept)
+                # Only the TPM that has the key learns the salt, without which it cannot authenticate its answer.
+                session = work.session(root, TPM2_SE.HMAC, TPMA_SESSION.ENCRYPT)
+                work.call("get_random", 16, session1=session)
+                work.ended(session)
+            except (TSS2_Exception, RefusedError) as error:
+                if isinstance(error, TSS2_Exception) and code(error) not in _NOT_HERE:
+                    raise
+                what = "The TPM that this license was issued for is not here, or it was cleared."
+                raise AbsentError(Reason.TPM_ABSENT, what, "After a clear, enroll the device again.") from error
+
+
+_NOT_HERE: Final = (*NOT_ITS_OWN, *WRONG_AUTHORIZATION, TPM2_RC.HANDLE)
+
+
+def _authorization(binding: Binding, pin: PinSource | None) -> Secret:
+    """The authValue that stands for the PIN; empty where none is asked for. Raises RefusedError PIN_NEEDED."""
+    if not binding.pin:
+        return Secret(bytearray())
+    if pin is None:
+        what = "This license asks for a PIN."
+        raise RefusedError(Reason.PIN_NEEDED, what, "Give it when asked, or in a file: --pin-file.")
+    with pin("PIN of the license") as given:
+        return pin_value(given)
+
+
+def _tickets(work: Work, sealed: Sealed) -> list[Ticket]:
+    if sealed.policy_key is None or sealed.binding.platform is None:
+        return []
+    key, platform = sealed.policy_key, sealed.binding.platform
+    return [Ticket(a.policy, installing.ticket(work, key, a, platform)) for a in sealed.approvals]
+
+
+def identity(work: Work) -> tuple[str, str]:
+    """Manufacturer with model, and firmware version, as the TPM gives them."""
+    _, capability = work.call("get_capability", TPM2_CAP.TPM_PROPERTIES, _MANUFACTURER, 16)
+    facts = {int(fact.property): int(fact.value) for fact in capability.data.tpmProperties}
+    letters = [facts.get(_MANUFACTURER + i, 0).to_bytes(4, "big").decode("latin-1") for i in range(5)]
+    name = "".join(filter(str.isprintable, letters[0] + " " + "".join(letters[1:])))
+    version = b"".join(facts.get(_FIRMWARE_VERSION + i, 0).to_bytes(4, "big") for i in range(2))
+    numbers = (str(int.from_bytes(version[at : at + 2], "big")) for at in range(0, 8, 2))
+    return " ".join(name.split()), ".".join(numbers)

@@ -1,0 +1,54 @@
+"""What is known of a license's TPM part before the TPM is asked anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from hwlicense.core.errors import DamagedError, Reason
+from hwlicense.core.tpm.policy import Step, approved_digest, digest, platform_reference, sealed_steps
+from hwlicense.core.tpm.signatures import check_approval
+from hwlicense.core.tpm.structures import Public, sealed_public
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hwlicense.core.documents import Approval, TpmBinding
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """A binding whose parts fit each other, and the approvals that are meant for it."""
+
+    binding: TpmBinding
+    public: Public
+    steps: list[Step]
+    policy_key: Public | None
+    approvals: list[Approval]
+
+    @classmethod
+    def check(cls, binding: TpmBinding, approvals: Sequence[Approval]) -> Self:
+        """Raises DamagedError: LICENSE_DAMAGED unless the sealed object's policy is what the binding says it is,
+        SIGNATURE_INVALID for an approval that names the binding's product and generation but is not the vendor's.
+        """
+        public = Public.parse(binding.public, Reason.LICENSE_DAMAGED)
+        policy_key = Public.parse(binding.policy_key, Reason.LICENSE_DAMAGED) if binding.policy_key else None
+        steps = sealed_steps(policy_key.name if policy_key else None, binding.platform, pin=binding.pin)
+        sizes = [(binding.duplicate, 1024), (binding.seed, 512)]
+        for credential in (binding.storage_credential, binding.attestation_credential):
+            sizes += [(credential.blob, 128), (credential.secret, 512)]
+        if (
+            public != sealed_public(digest(steps), public.unique[0], pin=binding.pin)
+            or (policy_key is None) != (binding.platform is None)
+            or any(len(part) > limit for part, limit in sizes)
+        ):
+            what = "The license's TPM part contradicts itself."
+            raise DamagedError(Reason.LICENSE_DAMAGED, what, "Ask the vendor for the license again.")
+        if policy_key is None or binding.platform is None:
+            return cls(binding, public, steps, None, [])
+        meant = [a for a in approvals if platform_reference(a.product, a.generation) == binding.platform]
+        for approval in meant:
+            if approved_digest(approval.pcrs) != approval.policy:
+                raise DamagedError(Reason.SIGNATURE_INVALID, "The approval signs other PCR values than it shows.")
+            check_approval(policy_key, approval.policy, binding.platform, approval.signature)
+        return cls(binding, public, steps, policy_key, meant)
