@@ -1,0 +1,244 @@
+"""Where keys and plaintext live: memory that is kept out of core dumps, swap and other processes, and zeroed after use.
+
+While any of it exists the process is not dumpable (PR_SET_DUMPABLE, prctl(2)): no core file, no ptrace and no
+/proc/PID/mem for other processes of the same user, for a framework's own copies as well. The former value returns with
+the last release. Pages are excluded from dumps (MADV_DONTDUMP), which a collector that runs as root honours too, and
+locked (mlock(2)) as far as RLIMIT_MEMLOCK allows; where it does not, that is remembered and reported. A forked child
+inherits everything but the locks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+import threading
+import weakref
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from hwlicense.core.errors import Reason, StorageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+HUGE_PAGE: Final = 2 << 20
+_PR_GET_DUMPABLE, _PR_SET_DUMPABLE = 3, 4
+_MFD_NOEXEC_SEAL: Final = 8  # Linux 6.3; not among Python 3.11's constants
+_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mlock.argtypes = _libc.munlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
+
+
+class Protection(NamedTuple):
+    """How well this process guards what it holds now. Sizes in bytes."""
+
+    held: int
+    locked: int
+    dumpable: bool
+    swap: bool
+    huge_pages: str
+
+
+class Memory:
+    """Anonymous memory for keys or plaintext. `view` is writable until `wipe`, which zeroes it and gives it back."""
+
+    def __init__(self, size: int) -> None:
+        """Raises StorageError where the system has no `size` bytes left."""
+        self.size = size
+        self._map = _mapped(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, mmap.PROT_READ | mmap.PROT_WRITE)
+        _undumpable.hold()
+        self.view = memoryview(self._map)[:size]
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self.locked_by = _lock(self._address, size)
+        self.lent = self._wiped = False
+        _remember(self)
+
+    def wipe(self) -> None:
+        """Zero it, even while someone still holds a view: only for what was never lent, or has come back."""
+        if self._wiped:
+            return
+        self._wiped = True
+        _libc.munlock(self._address, self.size)
+        for start in range(0, self.size, HUGE_PAGE):
+            size = min(HUGE_PAGE, self.size - start)
+            ctypes.memset(self._address + start, 0, size)
+            # Zeroed pages go back at once: in a forked child, zeroing made a copy of each shared page.
+            with suppress(OSError):
+                self._map.madvise(mmap.MADV_DONTNEED, start, size)
+        _undumpable.release()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_wiped") and not self.lent:
+            self.wipe()
+
+
+def lend(memory: Memory) -> ctypes.Array[ctypes.c_ubyte]:
+    """An object over `memory` whose buffers can be lent out: when it and the last of them are gone, memory is wiped.
+
+    A memoryview, and whatever is built upon it (numpy.frombuffer, torch.frombuffer), keeps the object that it views
+    alive. So its end is the moment at which nobody can see the bytes any more, and no buffer in use is ever zeroed.
+    """
+    memory.lent = True
+    array = (ctypes.c_ubyte * memory.size).from_buffer(memory.view)
+    # Not at exit: threads of a framework may still compute then, and the kernel clears pages before it reuses them.
+    weakref.finalize(array, memory.wipe).atexit = False
+    return array
+
+
+class SealedFile:
+    """A file in memory that nothing can change once it is filled (memfd_create(2)), for libraries that want a path.
+
+    Its pages cannot be zeroed, as they are sealed and a library may map them beyond `close`: the kernel frees them with
+    their last mapping, and clears them before reuse.
+    """
+
+    def __init__(self, size: int, fill: Callable[[memoryview], None]) -> None:
+        """`fill` writes the content. Raises StorageError where memory is short."""
+        self.size = size
+        self.locked_by = 0
+        self._map: mmap.mmap | None = None
+        self.fd = _memfd()
+        _undumpable.hold()
+        try:
+            if size:
+                os.ftruncate(self.fd, size)
+                writable = _mapped(self.fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+                fill(memoryview(writable))
+                writable.close()  # the seal against writing waits for it
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
+            self._lock()
+        except OSError as error:
+            self.close()
+            raise _short(size) from error
+        except BaseException:
+            self.close()
+            raise
+        _remember(self)
+
+    @property
+    def path(self) -> str:
+        """Valid in this process and in what it forks, until `close`."""
+        return f"/proc/self/fd/{self.fd}"
+
+    def close(self) -> None:
+        """Forget it. The kernel frees it when no library has it open or mapped any more."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+            self._map = None
+            _undumpable.release()
+
+    def _lock(self) -> None:
+        if self.size:
+            locked = _mapped(self.fd, self.size, mmap.MAP_SHARED, mmap.PROT_READ)
+            self.locked_by = _lock(_address_of(locked), self.size)
+            self._map = locked if self.locked_by else None
+
+    def __del__(self) -> None:
+        if hasattr(self, "fd"):
+            self.close()
+
+
+def protection() -> Protection:
+    """What guards the memory of this process now."""
+    with _guard:
+        alive = list(_alive)
+    return Protection(
+        held=sum(one.size for one in alive),
+        locked=sum(one.size for one in alive if one.locked_by == os.getpid()),  # locks do not pass on to a child
+        dumpable=_libc.prctl(_PR_GET_DUMPABLE, 0, 0, 0, 0) == 1,
+        swap=len(_kernel_says("/proc/swaps").splitlines()) > 1,
+        huge_pages=_kernel_says("/sys/kernel/mm/transparent_hugepage/enabled").partition("[")[2].partition("]")[0],
+    )
+
+
+class _Undumpable:
+    """Counts what must not be dumped, and sets the process's flag while there is any."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._former = 0
+
+    def hold(self) -> None:
+        with _guard:
+            if not self._count:
+                self._former = _libc.prctl(_PR_GET_DUMPABLE, 0, 0, 0, 0)
+                _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+            self._count += 1
+
+    def release(self) -> None:
+        with _guard:
+            self._count -= 1
+            if not self._count and self._former == 1:  # 2 cannot be set by a process, and 0 is what it is
+                _libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)
+
+
+_guard = threading.RLock()  # reentrant: the collector may run a finalizer inside
+_alive: weakref.WeakSet[Memory | SealedFile] = weakref.WeakSet()
+_undumpable = _Undumpable()
+
+
+def _remember(one: Memory | SealedFile) -> None:
+    with _guard:
+        _alive.add(one)
+
+
+def _mapped(fd: int, size: int, flags: int, protection_: int) -> mmap.mmap:
+    try:
+        made = mmap.mmap(fd, size, flags, protection_)
+    except OSError as error:
+        raise _short(size) from error
+    advice = [mmap.MADV_DONTDUMP, *([mmap.MADV_HUGEPAGE] if size >= HUGE_PAGE else [])]
+    for each in advice:
+        with suppress(OSError):  # a kernel without huge pages is slower, and one without MADV_DONTDUMP is not dumpable
+            made.madvise(each)
+    return made
+
+
+def _memfd() -> int:
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        return os.memfd_create("hwlicense", flags | _MFD_NOEXEC_SEAL)
+    except OSError:
+        return os.memfd_create("hwlicense", flags)  # before Linux 6.3
+
+
+def _lock(address: int, size: int) -> int:
+    """The process that locked the pages, or 0 where the limit forbids it."""
+    return os.getpid() if _libc.mlock(address, size) == 0 else 0
+
+
+def _address_of(readable: mmap.mmap) -> int:
+    """Where a read-only mapping lies; ctypes itself takes writable buffers only."""
+    view = ctypes.py_object(readable)
+    buffer = (ctypes.c_void_p * 16)()  # Py_buffer (PEP 3118) begins with the address, and is under 16 pointers long
+    ctypes.pythonapi.PyObject_GetBuffer(view, ctypes.byref(buffer), 0)
+    try:
+        return buffer[0] or 0
+    finally:
+        ctypes.pythonapi.PyBuffer_Release(ctypes.byref(buffer))
+
+
+def _short(size: int) -> StorageError:
+    what = f"The system has no {size:,} bytes of memory left for the model."
+    return StorageError(Reason.STORAGE, what, "Free some memory, or read the member in parts with `model.open`.")
+
+
+def _kernel_says(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:  # hidden in some containers
+        return ""
+
+
+def _after_fork() -> None:
+    global _guard  # noqa: PLW0603  # another thread may have held it
+    _guard = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,216 @@
+"""An open model: its members, decrypted in memory."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final, Self
+
+from hwlicense.core import package
+from hwlicense.core.errors import ClosedError, Reason, UsageError
+from hwlicense.core.secret import SIZE
+from hwlicense.device.memory import Memory, SealedFile, lend
+from hwlicense.device.streaming import MemberReader
+
+if TYPE_CHECKING:
+    import ctypes
+    from collections.abc import Iterator
+    from types import TracebackType
+
+    from hwlicense.core.documents import Member
+    from hwlicense.core.secret import Secret
+    from hwlicense.device.reading import PackageFile
+
+THREADED: Final = 8
+"""Chunks from which on several threads are worth their start."""
+
+
+class Model:
+    """The decrypted members of a package, until `close`. Threads share it, and so do forked processes.
+
+    Closing wipes the keys at once. A buffer that `read` lent lives on as long as someone holds it, whether the model is
+    open or closed, and is zeroed the moment nobody does. Threads inside a call finish with ClosedError.
+    """
+
+    def __init__(self, file: PackageFile, content_key: Secret) -> None:
+        """Takes `file` over if this succeeds; the content key is not kept. Raises DamagedError, StorageError."""
+        self.name, self.version = file.manifest.name, file.manifest.version
+        self._file = file
+        self._layout = file.layout
+        self._keys = Memory(max(1, file.layout.chunk_count) * SIZE)
+        try:
+            keys = self._keys.view[: file.layout.chunk_count * SIZE]
+            package.open_table_into(content_key, file.table(), keys)
+        except BaseException:
+            self._keys.wipe()
+            raise
+        self._closed = False
+        self._users = 0
+        self._lent: weakref.WeakValueDictionary[str, ctypes.Array[ctypes.c_ubyte]] = weakref.WeakValueDictionary()
+        self._sealed: dict[str, SealedFile] = {}
+        self._readers: weakref.WeakSet[MemberReader] = weakref.WeakSet()
+        self._renew()
+        _models.add(self)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The members' relative paths, as packed."""
+        self._check()
+        return tuple(self._layout.members)
+
+    def size(self, name: str) -> int:
+        """Bytes of a member. Raises UsageError MEMBER_ABSENT."""
+        return self._member(name).size
+
+    def read(self, name: str) -> memoryview:
+        """The whole of a member, verified, as a read-only buffer. Who holds the same member shares one buffer.
+
+        Raises UsageError MEMBER_ABSENT, DamagedError PACKAGE_DAMAGED, StorageError, ClosedError.
+        """
+        member = self._member(name)
+        if not member.size:
+            return memoryview(b"")
+        with self._using(), self._turn(name):
+            array = self._lent.get(name)
+            if array is None:
+                memory = Memory(member.size)
+                try:
+                    self._decrypt(member, memory.view)
+                except BaseException:
+                    memory.wipe()
+                    raise
+                array = self._lent[name] = lend(memory)
+            return memoryview(array).cast("B").toreadonly()
+
+    def open(self, name: str) -> MemberReader:
+        """A member as a binary file that is decrypted as it is read, in little memory. Raises as `read`."""
+        member = self._member(name)
+
+        buffer = bytearray()  # for ciphertext; a reader opens one chunk at a time
+
+        def open_chunk(index: int, out: memoryview) -> None:
+            chunk = self._layout.chunk(member, index)
+            self._open(chunk, self._file.sealed(chunk, buffer), out)
+
+        with self._lock:
+            self._check()
+            reader = MemberReader(member.size, self._layout.manifest.chunk_size, open_chunk, self._using)
+            self._readers.add(reader)
+        return reader
+
+    def path(self, name: str) -> str:
+        """A path to a member for libraries that take nothing else; valid in this process until `close`.
+
+        It leads to memory, sealed against change, and is no file on any disk. Raises as `read`.
+        """
+        member = self._member(name)
+        with self._using(), self._turn(name):
+            if name not in self._sealed:
+                self._sealed[name] = SealedFile(member.size, lambda view: self._decrypt(member, view))
+            return self._sealed[name].path
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    def close(self) -> None:
+        """Wipe the keys and close the package; lent buffers stay. Doing it again changes nothing."""
+        with self._lock:
+            self._closed = True
+            if not self._users:
+                self._release()
+
+    def __enter__(self) -> Self:
+        self._check()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_lock"):
+            self.close()
+
+    def __repr__(self) -> str:
+        return f"<Model {self.name!r} {self.version!r}{', closed' if self._closed else ''}>"
+
+    def _member(self, name: str) -> Member:
+        self._check()
+        member = self._layout.members.get(name)
+        if member is None:
+            what = f"The package {self.name!r} has no member {name!r}."
+            raise UsageError(Reason.MEMBER_ABSENT, what, "`hwlicense inspect` and `model.names` list the members.")
+        return member
+
+    def _check(self) -> None:
+        if self._closed:
+            raise ClosedError(Reason.MODEL_CLOSED, f"The model {self.name!r} was closed.", "Open it again.")
+
+    @contextmanager
+    def _using(self) -> Iterator[None]:
+        """Keep keys and file for a call that runs while another thread closes: the last one out wipes."""
+        with self._lock:
+            self._check()
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._closed and not self._users:
+                    self._release()
+
+    def _release(self) -> None:
+        self._keys.wipe()
+        for reader in list(self._readers):
+            reader.forget()
+        while self._sealed:
+            self._sealed.popitem()[1].close()
+        self._file.close()
+
+    def _turn(self, name: str) -> threading.RLock:
+        """Two threads that want one member: the second waits and gets what the first made."""
+        with self._lock:
+            return self._turns.setdefault(name, threading.RLock())
+
+    def _decrypt(self, member: Member, out: memoryview) -> None:
+        step, count = self._layout.manifest.chunk_size, self._layout.count(member)
+        first = self._layout.chunk(member, 0).key if count else 0
+
+        def handle(chunk: package.Chunk, sealed: memoryview) -> None:
+            start = (chunk.key - first) * step
+            self._open(chunk, sealed, out[start : start + chunk.size])
+
+        chunks = (self._layout.chunk(member, index) for index in range(count))
+        if count < THREADED:
+            self._file.scan(chunks, handle, threads=1)
+        else:
+            self._file.scan(chunks, handle)
+
+    def _open(self, chunk: package.Chunk, sealed: memoryview, out: memoryview) -> None:
+        self._check()
+        package.open_chunk_into(self._keys.view[chunk.key * SIZE : (chunk.key + 1) * SIZE], sealed, chunk, out)
+
+    def _renew(self) -> None:
+        """New locks: in a forked child, threads that are not there may have held the old ones."""
+        self._lock = threading.RLock()  # reentrant: a signal handler or the collector may close within a call
+        self._turns: dict[str, threading.RLock] = {}
+        self._users = 0
+        for reader in list(self._readers):
+            reader.renew()
+
+
+_models: weakref.WeakSet[Model] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for model in list(_models):
+        model._renew()  # noqa: SLF001  # a module's own class
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,151 @@
+"""A package on the disk: its manifest, and ciphertext that the vendor's digests vouch for. Needs no key."""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Final, Self
+
+from hwlicense.core import package
+from hwlicense.core.documents import Manifest
+from hwlicense.core.envelope import verified
+from hwlicense.core.errors import Reason, RefusedError
+from hwlicense.storage import OpenFile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from pathlib import Path
+    from types import TracebackType
+
+    from hwlicense.core.documents import VendorPublic
+
+THREADS: Final = 4
+"""At most so many read, verify and decrypt side by side: more outrun no memory bus."""
+
+
+class PackageFile:
+    """An open package whose manifest is the vendor's. The file may be replaced meanwhile: the old one stays open.
+
+    Every byte is read with pread(2) into own memory, verified there and used from there: it cannot change in between,
+    and a file that is cut while it is open gives an error, no signal.
+    """
+
+    def __init__(self, path: Path, vendor: VendorPublic) -> None:
+        """Raises DamagedError, RefusedError WRONG_VENDOR, UsageError FILE_ABSENT, StorageError."""
+        self._file = OpenFile(path)
+        try:
+            envelope = package.envelope_of(self._file)
+            self.manifest = verified(envelope, Manifest, vendor)
+            _check_vendor(self.manifest, vendor)
+            self.layout = package.Layout(self.manifest, len(envelope), self._file.size)
+        except BaseException:
+            self._file.close()
+            raise
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole package."""
+        return self._file.size
+
+    def verify(self, progress: Callable[[int], None] | None = None) -> None:
+        """Read all of it and check every digest. `progress` gets the bytes done since its last call, `size` in all.
+
+        Raises DamagedError PACKAGE_DAMAGED, StorageError.
+        """
+        turn = threading.Lock()
+
+        def report(size: int) -> None:
+            if progress:
+                with turn:  # a progress bar belongs to one thread at a time
+                    progress(size)
+
+        self.table()
+        report(self.layout.table_offset + self.layout.table_size)
+        self.scan(self._everything(), lambda chunk, _: report(chunk.sealed_size))
+
+    def table(self) -> memoryview:
+        """The encrypted key table, verified."""
+        sealed = bytearray(self.layout.table_size)
+        self._fill(sealed, self.layout.table_offset)
+        package.check_digest(sealed, self.manifest.table, self.manifest.algorithm, "The key table")
+        return memoryview(sealed)
+
+    def sealed(self, chunk: package.Chunk, buffer: bytearray) -> memoryview:
+        """The ciphertext of one chunk, verified, in `buffer`, which grows to hold it."""
+        if len(buffer) < chunk.sealed_size:
+            buffer.extend(bytes(chunk.sealed_size - len(buffer)))
+        view = memoryview(buffer)[: chunk.sealed_size]
+        self._fill(view, chunk.offset)
+        what = f"Chunk {chunk.key} of the package"
+        package.check_digest(view, chunk.digest, self.manifest.algorithm, what)
+        return view
+
+    def scan(
+        self,
+        chunks: Iterable[package.Chunk],
+        handle: Callable[[package.Chunk, memoryview], None],
+        threads: int = THREADS,
+    ) -> None:
+        """Call `handle` with the verified ciphertext of each chunk, in any order and from several threads.
+
+        Reading, hashing and decrypting leave the interpreter's lock, so the threads do run side by side. They end
+        before this returns: none is left for a fork to lose.
+        """
+        source, turn, stop = iter(chunks), threading.Lock(), threading.Event()
+
+        def work() -> None:
+            buffer = bytearray()
+            try:
+                while not stop.is_set():
+                    with turn:
+                        chunk = next(source, None)
+                    if chunk is None:
+                        return
+                    handle(chunk, self.sealed(chunk, buffer))
+            except BaseException:
+                stop.set()
+                raise
+
+        others = min(threads, len(os.sched_getaffinity(0))) - 1
+        if others < 1:
+            work()
+            return
+        with ThreadPoolExecutor(others) as pool:
+            running = [pool.submit(work) for _ in range(others)]
+            work()
+            for each in running:
+                each.result()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _everything(self) -> Iterator[package.Chunk]:
+        for member in self.manifest.members:
+            for index in range(self.layout.count(member)):
+                yield self.layout.chunk(member, index)
+
+    def _fill(self, buffer: bytearray | memoryview, offset: int) -> None:
+        if self._file.read_into(buffer, offset) < len(buffer):
+            raise package.damaged("The package was cut since it was opened.")
+
+
+def read_envelope(path: Path) -> bytes:
+    """The signed envelope of a package, nothing of it checked but its length. Raises DamagedError, StorageError."""
+    with OpenFile(path) as file:
+        return package.envelope_of(file)
+
+
+def _check_vendor(manifest: Manifest, vendor: VendorPublic) -> None:
+    if manifest.vendor != vendor.fingerprint:
+        what = f"The package names another vendor than {vendor.name!r}, who signed it."
+        raise RefusedError(Reason.WRONG_VENDOR, what, "Ask the vendor for a package packed under its own name.")

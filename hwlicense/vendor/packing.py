@@ -1,0 +1,235 @@
+"""Packing: files in, one encrypted and signed package out.
+
+The inputs are read twice. The first pass encrypts in memory and keeps the digests alone; then the manifest is signed;
+the second pass encrypts again, with the same keys, and writes. So the package is written once, from its start to its
+end, needs no disk space but its own, and only ciphertext reaches the disk. The keys serve one ciphertext as ever: the
+second pass writes a chunk only if it has the digest of the first, so an input that changes meanwhile is an error.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from hwlicense.core import package
+from hwlicense.core.documents import SCHEMA, Manifest, Member
+from hwlicense.core.envelope import seal, verified
+from hwlicense.core.errors import DamagedError, Reason, RefusedError, StorageError, UsageError
+from hwlicense.core.keys import TAG_SIZE
+from hwlicense.core.secret import SIZE, Secret
+from hwlicense.storage import OpenFile, new_file, reporting
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from hwlicense.core.documents import VendorPublic
+    from hwlicense.core.envelope import Signer
+
+CHUNK_SIZES: Final = range(4096, (1 << 26) + 1)
+MEMBER_LIMIT: Final = 100_000
+NAME_LIMIT: Final = 200
+
+
+class Source(NamedTuple):
+    """A file to pack. `stamp` tells whether it was changed since it was found: size, time (ns), inode, device."""
+
+    name: str
+    path: Path
+    stamp: tuple[int, int, int, int]
+
+    @property
+    def size(self) -> int:
+        """Bytes of plaintext."""
+        return self.stamp[0]
+
+
+def sources(inputs: Sequence[Path]) -> list[Source]:
+    """What `inputs` hold, in the order of their names: a folder's files relative to it, a file under its own name.
+
+    Hidden files are packed as others are. Symbolic links to files are followed unless they lead out of the folder;
+    links to folders, sockets, devices and other things that are no files are refused, rather than left out in silence.
+    Empty folders leave no trace. Raises UsageError MEMBER_NAME, FILE_ABSENT, USAGE, and StorageError.
+    """
+    found: list[Source] = []
+    for given in inputs:
+        if given.is_dir():
+            root = given.resolve()
+            found += [_source(path.relative_to(root).as_posix(), path, root) for path in _walk(root)]
+        else:
+            found.append(_source(given.name, given, None))
+        if len(found) > MEMBER_LIMIT:
+            raise UsageError(Reason.USAGE, f"There are more than {MEMBER_LIMIT:,} files.", "Pack fewer, or an archive.")
+    if not found:
+        raise UsageError(Reason.USAGE, "There is nothing to pack.", "Give files, or folders with files in them.")
+    found.sort(key=lambda source: source.name)
+    package.check_names([source.name for source in found])
+    return found
+
+
+def total_size(inputs: Sequence[Path]) -> int:
+    """Bytes that `pack` will report to its `progress`."""
+    return sum(source.size for source in sources(inputs))
+
+
+def pack(  # noqa: PLR0913  # what a package says, and who says it
+    inputs: Sequence[Path],
+    out: Path,
+    *,
+    name: str,
+    version: str,
+    vendor: VendorPublic,
+    signers: Sequence[Signer],
+    wrap_content_key: Callable[[Secret, str], bytes],
+    chunk_size: int = package.DEFAULT_CHUNK_SIZE,
+    algorithm: package.Algorithm = "blake3",
+    progress: Callable[[int], None] | None = None,
+    force: bool = False,
+) -> Manifest:
+    """Pack `inputs` into `out` under a new content key, which `wrap_content_key` wraps for the vendor's later use.
+
+    `progress` gets the bytes done since its last call. `out` appears when it is complete and on the disk; after any
+    failure, interruption or kill what was there before is still there. Needs memory for a chunk and 64 bytes for each.
+
+    Raises UsageError (FILE_EXISTS unless `force`, FILE_ABSENT, MEMBER_NAME, USAGE), StorageError.
+    """
+    if chunk_size not in CHUNK_SIZES:
+        raise UsageError(Reason.USAGE, "The chunk size must be 4 KiB to 64 MiB.", "Leave it out for 1 MiB.")
+    if not all(1 <= len(text) <= NAME_LIMIT for text in (name, version)):
+        raise UsageError(Reason.USAGE, f"Name and version must have 1 to {NAME_LIMIT} characters.")
+    found = sources(inputs)
+    if any(source.path.resolve() == out.resolve() for source in found):
+        raise UsageError(
+            Reason.USAGE, f"{out} is also one of the inputs.", "Write the package outside of what it packs."
+        )
+    # The file is begun first, so that a wrong path costs seconds, not the first pass
+    with new_file(out, 0o644, force=force) as file, Secret.random() as content_key:
+        count = sum(package.chunk_count(source.size, chunk_size) for source in found)
+        with Secret.random(count * SIZE) as keys:
+            packer = _Packer(keys, chunk_size, algorithm, progress or (lambda _: None))
+            members = [Member(s.name, s.size, b"".join(d for d, _ in packer.seal(s))) for s in found]
+            table = package.seal_table(content_key, keys.buffer)
+            identifier = secrets.token_hex(16)
+            manifest = Manifest(
+                schema=SCHEMA,
+                name=name,
+                version=version,
+                vendor=vendor.fingerprint,
+                content_key=identifier,
+                wrapped_content_key=wrap_content_key(content_key, identifier),
+                algorithm=algorithm,
+                chunk_size=chunk_size,
+                table=package.digest(table, algorithm),
+                members=members,
+            )
+            envelope = seal(manifest, signers)
+            _check(envelope, vendor)
+            with reporting(out):
+                file.write(package.header(envelope) + envelope + table)
+            packer.rewind()
+            for source, member in zip(found, members, strict=True):
+                for place, (digest, sealed) in enumerate(packer.seal(source)):
+                    if digest != member.digests[place * package.DIGEST_SIZE :][: package.DIGEST_SIZE]:
+                        raise _changed(source)
+                    with reporting(out):
+                        file.write(sealed)
+    return manifest
+
+
+def read_manifest(path: Path, vendor: VendorPublic) -> Manifest:
+    """The verified manifest of a package whose layout is whole; its chunks are not read.
+
+    Raises DamagedError, RefusedError WRONG_VENDOR, UsageError FILE_ABSENT, StorageError.
+    """
+    with OpenFile(path) as file:
+        envelope = package.envelope_of(file)
+        manifest = verified(envelope, Manifest, vendor)
+        package.Layout(manifest, len(envelope), file.size)
+    return manifest
+
+
+class _Packer:
+    """Encrypts sources one after the other, each chunk under the next key of the table."""
+
+    def __init__(
+        self, keys: Secret, chunk_size: int, algorithm: package.Algorithm, progress: Callable[[int], None]
+    ) -> None:
+        self._keys = memoryview(keys.buffer)
+        self._algorithm = algorithm
+        self._progress = progress
+        self._plain, self._sealed = memoryview(bytearray(chunk_size)), memoryview(bytearray(chunk_size + TAG_SIZE))
+        self._next = 0
+        self._passes = 0
+
+    def rewind(self) -> None:
+        """Begin the second pass."""
+        self._next = 0
+        self._passes += 1
+
+    def seal(self, source: Source) -> Iterator[tuple[bytes, memoryview]]:
+        """Digest and ciphertext of each chunk; the ciphertext is good until the next is asked for."""
+        with OpenFile(source.path) as file:
+            _check_unchanged(source, file)
+            for start in range(0, source.size, len(self._plain)):
+                size = min(len(self._plain), source.size - start)
+                plain, sealed = self._plain[:size], self._sealed[: size + TAG_SIZE]
+                if file.read_into(plain, start) < size:
+                    raise _changed(source)
+                key = self._keys[self._next * SIZE :][:SIZE]
+                package.seal_chunk_into(key, plain, sealed, last=start + size == source.size)
+                self._next += 1
+                yield package.digest(sealed, self._algorithm), sealed
+                self._progress(size // 2 if self._passes else size - size // 2)
+            _check_unchanged(source, file)
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """Every entry below `root` that is not a folder."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    with reporting(root):
+        for folder, folders, files in os.walk(root, onerror=refuse):
+            for name in folders:
+                if Path(folder, name).is_symlink():
+                    what = f"{Path(folder, name)} is a symbolic link to a folder."
+                    raise UsageError(
+                        Reason.USAGE, what, "Put the folder itself there, or pack it as an input of its own."
+                    )
+            yield from (Path(folder, name) for name in files)
+
+
+def _source(name: str, path: Path, root: Path | None) -> Source:
+    if root and path.is_symlink() and not path.resolve().is_relative_to(root):
+        what = f"{path} is a symbolic link that leads out of {root}."
+        raise UsageError(Reason.USAGE, what, "Put the file itself there, or pack it as an input of its own.")
+    with OpenFile(path) as file:
+        return Source(name, path, _stamp(file))
+
+
+def _stamp(file: OpenFile) -> tuple[int, int, int, int]:
+    status = os.fstat(file.fd)
+    return status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev
+
+
+def _check_unchanged(source: Source, file: OpenFile) -> None:
+    if _stamp(file) != source.stamp:
+        raise _changed(source)
+
+
+def _changed(source: Source) -> StorageError:
+    what = f"{source.path} changed while it was packed."
+    return StorageError(Reason.STORAGE, what, "Pack again when nothing writes to the files.")
+
+
+def _check(envelope: bytes, vendor: VendorPublic) -> None:
+    """A package that no device would accept is not worth its writing."""
+    if len(envelope) > package.ENVELOPE_LIMIT:
+        raise UsageError(Reason.USAGE, "There are too many chunks for one package.", "Choose a larger chunk size.")
+    try:
+        verified(envelope, Manifest, vendor)
+    except (DamagedError, RefusedError) as error:
+        what = f"The package would not verify as {vendor.name!r}'s: {error.what}"
+        raise UsageError(Reason.USAGE, what, "Check name, version and the vendor folder's keys.") from error
