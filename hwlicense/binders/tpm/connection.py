@@ -32,6 +32,9 @@ from hwlicense.core.tpm.wire import number, sized
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+DEFAULT_TCTI: Final = "device:/dev/tpmrm0"
+"""The kernel's resource manager: programs share the TPM, and it flushes what a killed one leaves behind."""
+
 PATIENCE: Final = 20.0
 """Seconds to wait for a TPM that says it is busy; some rate-limit writes for that long."""
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Self
 
-from tpm2_pytss import TPM2_CAP, TPM2_RC, TPM2_SE, TPMA_SESSION, TSS2_Exception
+from tpm2_pytss import TPM2_RC, TPM2_SE, TPMA_SESSION, TSS2_Exception
 
-from hwlicense.binders.tpm import installing, keys, opening
-from hwlicense.binders.tpm.connection import Connection, Work
+from hwlicense.binders.tpm import installing, keys, opening, probing
+from hwlicense.binders.tpm.connection import DEFAULT_TCTI, Connection, Work
 from hwlicense.binders.tpm.failures import NOT_ITS_OWN, WRONG_AUTHORIZATION, code
 from hwlicense.binders.tpm.held import Held, Ticket
 from hwlicense.binders.tpm.sealed import Sealed
@@ -26,14 +26,6 @@ if TYPE_CHECKING:
 
     from hwlicense.core.documents import Approval, Binding, Evidence
     from hwlicense.core.hardware import PinSource
-
-DEFAULT_TCTI: Final = "device:/dev/tpmrm0"
-"""The kernel's resource manager: programs share the TPM, and it flushes what a killed one leaves behind."""
-
-_MANUFACTURER, _FIRMWARE_VERSION = (
-    0x105,
-    0x10B,
-)  # TPM_PT (Part 2, 6.13): one and two of them; four of the vendor between
 
 
 class TpmHardware:
@@ -67,7 +59,7 @@ class TpmHardware:
             work.flush(handle)
             endorsement_keys = keys.endorsement_keys(work)
             public = storage_root_key.raw, attestation_key.raw
-            return TpmEvidence(*identity(work), endorsement_keys, *public, pcrs)
+            return TpmEvidence(*probing.identity(work), endorsement_keys, *public, pcrs)
 
     def prove(self, evidence: Evidence, statement: bytes) -> bytes:
         """TPM2B_ATTEST and TPMT_SIGNATURE of a quote of the evidence's PCRs over SHA-256 of `statement`.
@@ -159,14 +151,3 @@ def _tickets(work: Work, sealed: Sealed) -> list[Ticket]:
         return []
     key, platform = sealed.policy_key, sealed.binding.platform
     return [Ticket(a.policy, installing.ticket(work, key, a, platform)) for a in sealed.approvals]
-
-
-def identity(work: Work) -> tuple[str, str]:
-    """Manufacturer with model, and firmware version, as the TPM gives them."""
-    _, capability = work.call("get_capability", TPM2_CAP.TPM_PROPERTIES, _MANUFACTURER, 16)
-    facts = {int(fact.property): int(fact.value) for fact in capability.data.tpmProperties}
-    letters = [facts.get(_MANUFACTURER + i, 0).to_bytes(4, "big").decode("latin-1") for i in range(5)]
-    name = "".join(filter(str.isprintable, letters[0] + " " + "".join(letters[1:])))
-    version = b"".join(facts.get(_FIRMWARE_VERSION + i, 0).to_bytes(4, "big") for i in range(2))
-    numbers = (str(int.from_bytes(version[at : at + 2], "big")) for at in range(0, 8, 2))
-    return " ".join(name.split()), ".".join(numbers)

@@ -58,7 +58,7 @@ def storage_root_key(work: Work, name: bytes | None = None) -> tuple[ESYS_TR, Pu
 
     Raises RefusedError WRONG_DEVICE where neither has `name`.
     """
-    persistent = _persistent_storage_root_key(work)
+    persistent = persistent_storage_root_key(work)
     if persistent is not None and name in (None, persistent.name):
         return work.known(STORAGE_ROOT_HANDLE, persistent), persistent, STORAGE_ROOT_HANDLE
     return *template_storage_root_key(work, name), None
@@ -72,7 +72,8 @@ def template_storage_root_key(work: Work, name: bytes | None) -> tuple[ESYS_TR, 
     return handle, public
 
 
-def _persistent_storage_root_key(work: Work) -> Public | None:
+def persistent_storage_root_key(work: Work) -> Public | None:
+    """The key that an operating system has made persistent at the usual handle, if it is fit for use."""
     try:
         key = work.call("tr_from_tpmpublic", STORAGE_ROOT_HANDLE)
         area, *_ = work.call("read_public", key)
