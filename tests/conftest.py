@@ -7,8 +7,14 @@ from typing import TYPE_CHECKING
 import hypothesis
 import pytest
 
+from hwlicense.device.home import Home
+from tests.world import Device, Vendor
+
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
+    from pathlib import Path
+
+    from hwlicense_simulators import Tpm
 
 # Deadlines measure how busy the machine is. Examples are found anew in each run, and reproduced from what is printed.
 hypothesis.settings.register_profile("hwlicense", deadline=None, print_blob=True)
@@ -48,3 +54,22 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section(f"documentation blocks not run: {len(left_out)}")
         for line in left_out:
             terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session")
+def vendor(tmp_path_factory: pytest.TempPathFactory) -> Vendor:
+    """A vendor that many tests share; those that approve states make one of their own."""
+    return Vendor(tmp_path_factory.mktemp("acme"))
+
+
+@pytest.fixture
+def own_vendor(tmp_path: Path) -> Vendor:
+    """A vendor for one test."""
+    (tmp_path / "acme").mkdir()
+    return Vendor(tmp_path / "acme")
+
+
+@pytest.fixture
+def device(tmp_path: Path, hwlicense_tpms: Callable[..., Tpm]) -> Device:
+    """A device with a home and a TPM, not enrolled."""
+    return Device(Home(tmp_path / "home"), hwlicense_tpms())

@@ -46,8 +46,8 @@ class _Root(click.Group):
 
 @click.group(cls=_Root, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="hwlicense")
-def root() -> None:
-    r"""Bind machine-learning models to the hardware that they were sold for.
+def root() -> None:  # noqa: D301  # click's mark for "do not wrap" is this very character
+    """Bind machine-learning models to the hardware that they were sold for.
 
     A vendor packs a model and issues a license for one device; the device opens the package only with its own TPM.
 

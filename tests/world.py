@@ -1,0 +1,158 @@
+"""A vendor, a package and devices, made by the library's own calls: what most tests start from."""
+
+from __future__ import annotations
+
+import datetime
+import subprocess
+
+import sysconfig
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import hwlicense
+from hwlicense import storage
+from hwlicense.binders.tpm import TpmHardware
+from hwlicense.core.documents import Manifest, VendorPublic
+from hwlicense.core.keys import wrap_for_vendor
+from hwlicense.core.terms import parse_terms
+from hwlicense.core.tpm.pcrs import Selection
+from hwlicense.device.enrolling import enroll
+from hwlicense.device.home import Home
+from hwlicense.device.installing import install
+from hwlicense.vendor import approving, evidence, issuing, packing, signing
+from hwlicense.vendor.folder import Folder
+
+if TYPE_CHECKING:
+    from hwlicense_simulators import Tpm
+
+    from hwlicense.core.secret import Secret
+
+NOW = datetime.datetime.now(datetime.UTC)
+TERMS = 'licensee = "Acme Robotics"\nproduct = "label-reader"\n'
+WITH_PCRS = TERMS + '[require]\npcrs = ["sha256:0,7"]\n'
+PCRS = Selection.parse("sha256:0,7")
+MEMBERS = {"weights.bin": b"a marker that is in the model" * 9001, "labels/names.txt": b"bolt\nnut\n", "empty": b""}
+PROGRAM = Path(sysconfig.get_path("scripts"), "hwlicense")
+
+
+def run(
+    *arguments: str | Path, status: int | None = 0, cwd: Path | None = None, **options
+) -> subprocess.CompletedProcess:
+    """The installed command line."""
+    done = subprocess.run(
+        [PROGRAM, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=120, check=False, **options
+    )
+    assert status is None or done.returncode == status, f"{arguments}: {done.returncode}\n{done.stdout}{done.stderr}"
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+class Vendor:
+    """A vendor with one package."""
+
+    def __init__(self, folder: Path, classical: str = "ed25519", chunk_size: int = 64 << 10) -> None:
+        self.folder = folder
+        self.place = Folder.create(folder / "vendor", "Acme", None, classical)
+        self.keys: signing.Keys = self.place.unlock(None)
+        self.public: VendorPublic = self.place.public
+        self.text = (folder / "vendor" / "vendor.pub.json").read_text()
+        files = folder / "files"
+        for name, content in MEMBERS.items():
+            (files / name).parent.mkdir(parents=True, exist_ok=True)
+            (files / name).write_bytes(content)
+        self.package = folder / "model.hwpkg"
+        self.manifest = self.pack(self.package, files, chunk_size=chunk_size)
+
+    def pack(self, target: Path, *inputs: Path, name: str = "reader", version: str = "1.0", **options) -> Manifest:
+        return packing.pack(
+            inputs,
+            target,
+            name=name,
+            version=version,
+            vendor=self.public,
+            signers=self.keys.signers,
+            wrap_content_key=partial(self._wrap),
+            **options,
+        )
+
+    def _wrap(self, content_key: Secret, identifier: str) -> bytes:
+        return wrap_for_vendor(content_key, identifier, self.keys.content.public_key())
+
+    def issue(
+        self,
+        request: bytes,
+        tpm: Tpm,
+        terms: str = WITH_PCRS,
+        *,
+        pin: Secret | None = None,
+        recorded: tuple[bytes, ...] = (),
+        roots: list[evidence.Root] | None = None,
+    ) -> issuing.Issued:
+        chosen = evidence.read_roots(tpm.ek_root.read_bytes(), "virtual") if roots is None else roots
+        examined = evidence.examine(request, chosen, recorded, NOW)
+        agreed = parse_terms(terms)
+        issued = issuing.issue(
+            self.public,
+            self.keys,
+            examined,
+            [self.manifest],
+            agreed,
+            self.place.approvals(agreed.product),
+            today=NOW.date(),
+            pin=pin,
+        )
+        if issued.approval:
+            self.place.keep_approval(*issued.approval)
+        return issued
+
+    def approve(self, request: bytes, generation: int = 1, product: str = "label-reader") -> bytes:
+        from hwlicense.core.documents import Request
+        from hwlicense.core.envelope import unverified
+
+        pcrs = unverified(request, Request)[0].hardware[0].pcrs
+        approval, raw = approving.approve(self.public, self.keys, product, generation, pcrs)
+        self.place.keep_approval(approval, raw)
+        return raw
+
+
+class Device(NamedTuple):
+    """A device's home and its TPM."""
+
+    home: Home
+    tpm: Tpm
+
+    def connect(self) -> TpmHardware:
+        return TpmHardware(self.tpm.tcti)
+
+    def request(self, selection: Selection = PCRS) -> bytes:
+        with self.connect() as hardware:
+            return enroll(hardware, selection, "controller", NOW.date())
+
+    def install(self, raw: bytes, vendor: Vendor):
+        self.home.trust(vendor.public)
+        return install(self.home, raw, self.connect)
+
+    def open(self, vendor: Vendor, package: Path | None = None, **options) -> hwlicense.device.model.Model:
+        return hwlicense.open(
+            package or vendor.package, vendor=vendor.text, home=self.home.path, tpm=self.tpm.tcti, **options
+        )
+
+
+def licensed(vendor: Vendor, device: Device, terms: str = WITH_PCRS, **options) -> bytes:
+    """The whole way: request, license, installation. The license as it was sent."""
+    raw = vendor.issue(device.request(), device.tpm, terms, **options).raw
+    device.install(raw, vendor)
+    return raw
+
+
+def everything(model) -> dict[str, bytes]:
+    return {name: bytes(model.read(name)) for name in model.names}
+
+
+def write(path: Path, raw: bytes) -> Path:
+    storage.atomic_write(path, raw, 0o644)
+    return path
+
+
+__all__ = ["MEMBERS", "PROGRAM", "Device", "Vendor", "everything", "licensed", "run", "write"]
