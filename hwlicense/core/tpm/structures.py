@@ -122,11 +122,11 @@ class Public:
         """Raises DamagedError EVIDENCE_INVALID where the numbers are no key of this kind."""
         numbers = [int.from_bytes(part, "big") for part in self.unique]
         try:
-            if self.type == Algorithm.RSA and numbers[0].bit_length() == self.bits:
+            if self.type == Algorithm.RSA and numbers[0].bit_length() == self.bits and numbers[0] & 1:
                 return rsa.RSAPublicNumbers(self.exponent or 65537, numbers[0]).public_key()
             if self.type == Algorithm.ECC:
                 return ec.EllipticCurvePublicNumbers(numbers[0], numbers[1], _CURVES[self.bits][1]).public_key()
-        except ValueError:  # even modulus, or a point off the curve: both would give secrets away
+        except ValueError:  # a point off the curve: the seed wrapped to it would be known to others
             pass
         raise DamagedError(Reason.EVIDENCE_INVALID, "The TPM public area does not hold a valid public key.")
 
