@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import subprocess
-
 import sysconfig
 from functools import partial
 from pathlib import Path
@@ -13,20 +12,20 @@ from typing import TYPE_CHECKING, NamedTuple
 import hwlicense
 from hwlicense import storage
 from hwlicense.binders.tpm import TpmHardware
-from hwlicense.core.documents import Manifest, VendorPublic
+from hwlicense.core.documents import Manifest, Request, VendorPublic
+from hwlicense.core.envelope import unverified
 from hwlicense.core.keys import wrap_for_vendor
 from hwlicense.core.terms import parse_terms
 from hwlicense.core.tpm.pcrs import Selection
 from hwlicense.device.enrolling import enroll
-from hwlicense.device.home import Home
 from hwlicense.device.installing import install
 from hwlicense.vendor import approving, evidence, issuing, packing, signing
 from hwlicense.vendor.folder import Folder
 
 if TYPE_CHECKING:
-    from hwlicense_simulators import Tpm
-
     from hwlicense.core.secret import Secret
+    from hwlicense.device.home import Home
+    from hwlicense_simulators import Tpm
 
 NOW = datetime.datetime.now(datetime.UTC)
 TERMS = 'licensee = "Acme Robotics"\nproduct = "label-reader"\n'
@@ -38,7 +37,7 @@ PROGRAM = Path(sysconfig.get_path("scripts"), "hwlicense")
 
 def run(
     *arguments: str | Path, status: int | None = 0, cwd: Path | None = None, **options
-) -> subprocess.CompletedProcess:
+) -> subprocess.CompletedProcess[str]:
     """The installed command line."""
     done = subprocess.run(
         [PROGRAM, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=120, check=False, **options
@@ -107,9 +106,6 @@ class Vendor:
         return issued
 
     def approve(self, request: bytes, generation: int = 1, product: str = "label-reader") -> bytes:
-        from hwlicense.core.documents import Request
-        from hwlicense.core.envelope import unverified
-
         pcrs = unverified(request, Request)[0].hardware[0].pcrs
         approval, raw = approving.approve(self.public, self.keys, product, generation, pcrs)
         self.place.keep_approval(approval, raw)

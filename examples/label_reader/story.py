@@ -16,15 +16,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hwlicense_simulators import CertificateAuthority, Tpm
-
 import hwlicense
 from hwlicense.core import package
 from hwlicense.core.documents import Manifest
 from hwlicense.core.envelope import verified
 from hwlicense.core.keys import unwrap_for_vendor
+from hwlicense.core.secret import SIZE
 from hwlicense.storage import OpenFile
 from hwlicense.vendor.folder import Folder
+from hwlicense_simulators import CertificateAuthority, Tpm
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -102,11 +102,11 @@ def forge(source: Path, target: Path) -> None:
         manifest = verified(envelope, Manifest, vendor.public)
         layout = package.Layout(manifest, len(envelope), file.size)
         content_key = unwrap_for_vendor(manifest.wrapped_content_key, manifest.content_key, vendor.unlock(None).content)
-        keys = bytearray(layout.chunk_count * package.SIZE)
+        keys = bytearray(layout.chunk_count * SIZE)
         package.open_table_into(content_key, file.read(layout.table_size, layout.table_offset), keys)
     chunk = layout.chunk(manifest.members[-1], 0)
     sealed = bytearray(chunk.sealed_size)
-    key = keys[chunk.key * package.SIZE : (chunk.key + 1) * package.SIZE]
+    key = keys[chunk.key * SIZE : (chunk.key + 1) * SIZE]
     package.seal_chunk_into(key, bytes(chunk.size), sealed, last=chunk.last)
     raw = bytearray(source.read_bytes())
     raw[chunk.offset : chunk.offset + len(sealed)] = sealed

@@ -46,7 +46,7 @@ class _Root(click.Group):
 
 @click.group(cls=_Root, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="hwlicense")
-def root() -> None:  # noqa: D301  # click's mark for "do not wrap" is this very character
+def root() -> None:
     """Bind machine-learning models to the hardware that they were sold for.
 
     A vendor packs a model and issues a license for one device; the device opens the package only with its own TPM.
@@ -54,4 +54,4 @@ def root() -> None:  # noqa: D301  # click's mark for "do not wrap" is this very
     \b
     Exit status: 0 done, 1 refused by the license or the vendor's policy, 2 wrong usage,
     3 hardware missing or failing, 4 damaged or forged input, 5 anything else.
-    """
+    """  # noqa: D301  # "do not wrap", to click, is this very character

@@ -16,7 +16,6 @@ from hwlicense.core.tpm.pcrs import Selection
 from hwlicense.device import diagnosing, installing, opening, reporting, selecting
 from hwlicense.device.enrolling import enroll as make_request
 from hwlicense.device.home import LICENSE_LIMIT, read_vendor
-from hwlicense.device.model import Model
 from hwlicense.device.reading import PackageFile
 
 if TYPE_CHECKING:
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
     from hwlicense.core.documents import VendorPublic
     from hwlicense.device.home import Home
+    from hwlicense.device.model import Model
 
 FILE = click.Path(path_type=Path)
 
@@ -198,7 +198,8 @@ def probe(home: Path | None, state: Path | None, tpm: str | None, pcrs: tuple[st
     for name, value in facts.items():
         output.say(f"# {name}: {_shown(value)}")
     for bank, found in values.items():
-        output.say(f"\n[{bank}]")
+        output.say()
+        output.say(f"[{bank}]")
         for index, value in found.items():
             output.say(f'{index} = "{value.hex()}"')
 

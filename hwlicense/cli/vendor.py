@@ -18,6 +18,7 @@ from hwlicense.vendor import approving, evidence, issuing, packing, signing
 from hwlicense.vendor.folder import DOCUMENT_LIMIT, Folder
 
 if TYPE_CHECKING:
+    from hwlicense.core.package import Algorithm
     from hwlicense.core.secret import Secret
 
 FILE = click.Path(path_type=Path)
@@ -81,7 +82,7 @@ def pack(
     name: str,
     version: str,
     target: Path,
-    algorithm: str,
+    algorithm: Algorithm,
     force: bool,
     passphrase_file: Path | None,
     inputs: tuple[Path, ...],

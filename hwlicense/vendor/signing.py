@@ -83,23 +83,20 @@ def public_part(name: str, keys: dict[str, list[PrivateKeyTypes]]) -> VendorPubl
 
 def assembled(keys: dict[str, list[PrivateKeyTypes]], public: VendorPublic) -> Keys:
     """The loaded keys, each of its kind and of this vendor. Raises DamagedError DOCUMENT_MALFORMED."""
-    (classical,), (ml_dsa,), (policy,), (first, second) = (
-        keys[name] for name in ("classical", "mldsa", "policy", "content")
+    match [key for name in ("classical", "mldsa", "policy", "content") for key in keys[name]]:
+        case [
+            ed25519.Ed25519PrivateKey() | ec.EllipticCurvePrivateKey() as classical,
+            mldsa.MLDSA65PrivateKey() as ml_dsa,
+            ec.EllipticCurvePrivateKey() as policy,
+            mlkem.MLKEM768PrivateKey() as first,
+            x25519.X25519PrivateKey() as second,
+        ] if public_part(public.name, keys) == public:
+            return Keys(classical, ml_dsa, policy, MLKEM768X25519PrivateKey(first, second))
+    raise DamagedError(
+        Reason.DOCUMENT_MALFORMED,
+        "The vendor folder's private keys are not those of its vendor.pub.json.",
+        "Restore the folder from its backup; a vendor folder's files belong together.",
     )
-    if (
-        not isinstance(classical, ed25519.Ed25519PrivateKey | ec.EllipticCurvePrivateKey)
-        or not isinstance(ml_dsa, mldsa.MLDSA65PrivateKey)
-        or not isinstance(policy, ec.EllipticCurvePrivateKey)
-        or not isinstance(first, mlkem.MLKEM768PrivateKey)
-        or not isinstance(second, x25519.X25519PrivateKey)
-        or public_part(public.name, keys) != public
-    ):
-        raise DamagedError(
-            Reason.DOCUMENT_MALFORMED,
-            "The vendor folder's private keys are not those of its vendor.pub.json.",
-            "Restore the folder from its backup; a vendor folder's files belong together.",
-        )
-    return Keys(classical, ml_dsa, policy, MLKEM768X25519PrivateKey(first, second))
 
 
 def stretched(passphrase: Secret, salt: bytes) -> Secret:

@@ -3,12 +3,12 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
-from tests.world import MEMBERS, TERMS, WITH_PCRS, everything, run
-
 import hwlicense
+from tests.world import MEMBERS, TERMS, WITH_PCRS, everything, run
 
 
 @pytest.fixture
@@ -68,8 +68,7 @@ def test_from_packing_to_the_open_model(shop, hwlicense_tpms):
     text = (shop / "vendor" / "vendor.pub.json").read_text()
     with hwlicense.open(shop / "model.hwpkg", vendor=text, home=shop / "a") as model:
         assert everything(model) == MEMBERS
-        with open(model.path("weights.bin"), "rb") as file:
-            assert file.read() == MEMBERS["weights.bin"]
+        assert Path(model.path("weights.bin")).read_bytes() == MEMBERS["weights.bin"]
 
 
 def test_another_device_refuses(shop, hwlicense_tpms):

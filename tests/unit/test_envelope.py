@@ -5,7 +5,7 @@ import json
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, mldsa
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
 from securesystemslib.dsse import Envelope as OracleEnvelope
 from securesystemslib.exceptions import VerificationError
 from securesystemslib.signer import CryptoSigner, SSlibKey
@@ -41,8 +41,6 @@ def test_round_trip(vendor):
 
 
 def oracle_key(public: bytes, identifier: str):
-    from cryptography.hazmat.primitives.serialization import load_der_public_key
-
     key = load_der_public_key(public)
     pem = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
     if isinstance(key, ed25519.Ed25519PublicKey):

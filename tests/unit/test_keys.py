@@ -1,6 +1,9 @@
 """The chain from member secrets to content keys."""
 
+import copy
 import datetime
+import hashlib
+import pickle
 from itertools import combinations
 
 import pytest
@@ -68,7 +71,8 @@ def test_content_keys_open_with_the_grant_as_it_was_signed_and_no_other():
     licensed = license_with(wraps)
     for reference, key in zip(GRANT.packages, keys, strict=True):
         assert unwrap_content_key(secret, licensed, reference.content_key) == key
-    for change in ({"not_after": None}, {"licensee": "Other"}, {"revision": 2}, {"pcrs": []}):
+    changes: tuple[dict[str, object], ...] = ({"not_after": None}, {"licensee": "Other"}, {"revision": 2}, {"pcrs": []})
+    for change in changes:
         edited = Grant(**{name: getattr(GRANT, name) for name in GRANT.__struct_fields__} | change)
         with pytest.raises(DamagedError) as caught:
             unwrap_content_key(secret, License(SCHEMA, edited, [], 1, [], wraps, []), "33" * 16)
@@ -82,14 +86,12 @@ def test_content_keys_open_with_the_grant_as_it_was_signed_and_no_other():
 
 def test_the_derivation_is_the_documented_one():
     """Written from docs/formats.md, with cryptography alone."""
-    import hashlib
-
     secret, key = Secret.random(), Secret.random()
     (wrap, _) = wrap_content_keys(secret, GRANT, [key, key])
     fields = (b"content key", hashlib.sha256(encode(GRANT)).digest(), bytes.fromhex("33" * 16))
     info = b"hwlicense 1 " + b"".join(len(field).to_bytes(4, "big") + field for field in fields)
     wrapping = HKDF(hashes.SHA256(), 32, None, info).derive(bytes(secret.buffer))
-    assert AESGCM(wrapping).decrypt(bytes(12), wrap.wrapped, None) == key.buffer
+    assert AESGCM(wrapping).decrypt(bytes(12), wrap.wrapped, None) == bytes(key.buffer)
 
 
 def test_no_two_contexts_derive_one_key():
@@ -100,7 +102,8 @@ def test_no_two_contexts_derive_one_key():
 
 
 def test_the_vendor_gets_its_content_key_back_and_no_other_vendor_does():
-    folders = [signing.assembled(keys, signing.public_part("Acme", keys)) for keys in map(signing.generate, ("p256",) * 2)]
+    generated = [signing.generate("p256") for _ in range(2)]
+    folders = [signing.assembled(keys, signing.public_part("Acme", keys)) for keys in generated]
     key = Secret.random()
     wrapped = wrap_for_vendor(key, "33" * 16, folders[0].content.public_key())
     assert unwrap_for_vendor(wrapped, "33" * 16, folders[0].content) == key
@@ -113,9 +116,6 @@ def test_the_vendor_gets_its_content_key_back_and_no_other_vendor_does():
 
 
 def test_a_secret_is_wiped_shows_nothing_and_cannot_be_copied():
-    import copy
-    import pickle
-
     source = bytearray(b"very secret")
     with Secret(source) as secret:
         buffer = secret.buffer
@@ -128,4 +128,4 @@ def test_a_secret_is_wiped_shows_nothing_and_cannot_be_copied():
 
 
 def test_a_buffer_outlives_the_secret_that_gave_it():
-    assert Secret(bytearray(b"very secret")).buffer == b"very secret"
+    assert Secret(bytearray(b"very secret")).buffer == bytearray(b"very secret")

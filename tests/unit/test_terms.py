@@ -20,7 +20,9 @@ def refusal(text):
 
 def test_what_this_release_enforces():
     terms = parse_terms(
-        BASE + '[validity]\nnot_before = 2026-12-01\nnot_after = 2027-12-31\n[require]\npcrs = ["sha256:7,4"]\nbindings = "all"\n'
+        BASE
+        + "[validity]\nnot_before = 2026-12-01\nnot_after = 2027-12-31\n"
+        + '[require]\npcrs = ["sha256:7,4"]\nbindings = "all"\n'
     )
     assert terms.validity.not_after == datetime.date(2027, 12, 31)
     assert str(terms.selection) == "sha256:4,7"
@@ -51,7 +53,8 @@ def test_a_term_that_is_not_enforced_is_an_error(term):
 
 
 @pytest.mark.parametrize(
-    "term", ["colour = 1", "[validity]\nuntil = 2027-12-31", "[limits]\nopenings = 3", "[require]\npcr = []", "[presence]"]
+    "term",
+    ["colour = 1", "[validity]\nuntil = 2027-12-31", "[limits]\nopenings = 3", "[require]\npcr = []", "[presence]"],
 )
 def test_an_unknown_term_is_an_error(term):
     assert refusal(BASE + term + "\n") in {Reason.TERM_UNKNOWN, Reason.TERM_UNSUPPORTED}
