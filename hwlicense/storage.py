@@ -8,6 +8,7 @@ removed on every failure that the process survives. Every OSError leaves here as
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import secrets
 import stat
@@ -168,6 +169,18 @@ def make_folders(path: Path, mode: int = 0o700) -> None:
             _sync_folder(folder.parent)
     if not path.is_dir():
         raise UsageError(Reason.USAGE, f"{path} is not a folder.", "Give the path of a folder.")
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Let one process at a time work in the folder `path`; others wait. The kernel lets go when a process dies."""
+    with reporting(path):
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def remove(path: Path) -> None:

@@ -174,14 +174,15 @@ def issue(
     if with_pin and pin is None:
         raise UsageError(Reason.USAGE, "There is no terminal to ask for the PIN.", "Give --pin-file.")
     keys = secrets.unlock(place, passphrase_file)
-    issued = issuing.issue(
-        place.public, keys, examined, manifests, agreed, place.approvals(agreed.product), today=now.date(), pin=pin
-    )
-    if issued.approval:
-        place.keep_approval(*issued.approval)
-        output.note(f"The device's PCRs are the first approved state of {agreed.product!r}.")
-    place.keep_license(issued.license, issued.raw)
-    storage.atomic_write(target, issued.raw, 0o644, force=force)
+    with storage.exclusive(place.path):  # so that a product has one first approval
+        issued = issuing.issue(
+            place.public, keys, examined, manifests, agreed, place.approvals(agreed.product), today=now.date(), pin=pin
+        )
+        if issued.approval:
+            place.keep_approval(*issued.approval)
+            output.note(f"The device's PCRs are the first approved state of {agreed.product!r}.")
+        place.keep_license(issued.license, issued.raw)
+        storage.atomic_write(target, issued.raw, 0o644, force=force)
     endorsement = examined.endorsement
     trust = (
         f"certificate under {endorsement.root} ({endorsement.root_class})" if endorsement.root else "recorded by hand"
@@ -236,12 +237,13 @@ def approve(
         values = evidence.examine(
             raw, chosen, [_name(n) for n in recorded], datetime.datetime.now(datetime.UTC)
         ).evidence.pcrs
-    known = place.approvals(product)
     keys = secrets.unlock(place, passphrase_file)
-    chosen_generation = generation or approving.current_generation(known)
-    approval, sealed = approving.approve(place.public, keys, product, chosen_generation, values)
-    storage.atomic_write(target, sealed, 0o644, force=force)
-    place.keep_approval(approval, sealed)
+    with storage.exclusive(place.path):
+        known = place.approvals(product)
+        chosen_generation = generation or approving.current_generation(known)
+        approval, sealed = approving.approve(place.public, keys, product, chosen_generation, values)
+        storage.atomic_write(target, sealed, 0o644, force=force)
+        place.keep_approval(approval, sealed)
     which = ", ".join(f"{p.bank}:{p.index}" for p in approval.pcrs)
     output.note(f"Approved a state of {product!r} ({which}), generation {approval.generation}, in {target}.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hwlicense import storage
 from hwlicense.core.documents import PAYLOAD_TYPES, Approval, License
 from hwlicense.core.envelope import disassemble
 from hwlicense.core.errors import Reason, RefusedError, UsageError
@@ -24,10 +25,11 @@ def install(home: Home, raw: bytes, connect: Callable[[], Hardware]) -> License 
     HardwareError.
     """
     payload_type = disassemble(raw).payloadType
-    if payload_type == PAYLOAD_TYPES[License]:
-        return _install_license(home, raw, connect)
-    if payload_type == PAYLOAD_TYPES[Approval]:
-        return _install_approval(home, raw, connect)
+    if payload_type in {PAYLOAD_TYPES[License], PAYLOAD_TYPES[Approval]}:
+        storage.make_folders(home.path)
+        with storage.exclusive(home.path):
+            act = _install_license if payload_type == PAYLOAD_TYPES[License] else _install_approval
+            return act(home, raw, connect)
     what = f"Only licenses and approvals are installed; the file is of type {payload_type!r}."
     raise UsageError(Reason.USAGE, what, "Give a .hwlic or .hwapp file.")
 
