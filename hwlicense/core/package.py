@@ -14,10 +14,12 @@ C counts the chunks of all members.
 
 Each chunk has a random key of 32 bytes that serves for this chunk alone, so AES-256-GCM (NIST SP 800-38D) runs with a
 nonce of 12 zeros: a nonce needs to differ only between uses of one key. The associated data of a chunk is
-`hwlicense chunk 1`, its plaintext length (u32, little-endian), and 1 if it is its member's last, else 0 (u8). The key
-table is encrypted in the same way, under HKDF-SHA256(content key, "key table") as `hwlicense.core.secret.derive` spells
-it out; a content key is drawn afresh for each package, so this key too serves once. Its associated data is `hwlicense
-key table 1` and C (u64, little-endian). Associated data holds nothing of the manifest, which depends on the ciphertext.
+`hwlicense chunk 1`, its plaintext length (u32, little-endian), and 1 if it is its member's last, else 0 (u8).
+
+The key table is encrypted in the same way, under HKDF-SHA256 (RFC 5869) of the content key without salt, with the info
+`hwlicense 1 `, 9 (u32, big-endian), `key table`. A content key is drawn afresh for each package, so this key too serves
+once. The associated data is `hwlicense key table 1` and C (u64, little-endian). None of it depends on the manifest,
+which depends on the ciphertext.
 
 The manifest holds the digest (BLAKE3 with 32 bytes, or SHA-256, as `algorithm` says) of the table's ciphertext and, in
 `digests` of each member, of every chunk's ciphertext, tags included. Hence anyone can verify a package without a key,

@@ -31,6 +31,7 @@ _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | f
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mlock.argtypes = _libc.munlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_MLOCK_ONFAULT: Final = 1
 _libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
 
 
@@ -54,7 +55,7 @@ class Memory:
         _undumpable.hold()
         self.view = memoryview(self._map)[:size]
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        self.locked_by = _lock(self._address, size)
+        self.locked_by = _lock(self._address, size, _MLOCK_ONFAULT)  # page faults then share out over the threads
         self.lent = self._wiped = False
         _remember(self)
 
@@ -70,7 +71,7 @@ class Memory:
             # Zeroed pages go back at once: in a forked child, zeroing made a copy of each shared page.
             with suppress(OSError):
                 self._map.madvise(mmap.MADV_DONTNEED, start, size)
-        _undumpable.release()
+        _forget(self)
 
     def __del__(self) -> None:
         if hasattr(self, "_wiped") and not self.lent:
@@ -97,7 +98,7 @@ class SealedFile:
     their last mapping, and clears them before reuse.
     """
 
-    def __init__(self, size: int, fill: Callable[[memoryview], None]) -> None:
+    def __init__(self, size: int, fill: Callable[[memoryview], object]) -> None:
         """`fill` writes the content. Raises StorageError where memory is short."""
         self.size = size
         self.locked_by = 0
@@ -131,7 +132,7 @@ class SealedFile:
         if fd >= 0:
             os.close(fd)
             self._map = None
-            _undumpable.release()
+            _forget(self)
 
     def _lock(self) -> None:
         if self.size:
@@ -188,6 +189,12 @@ def _remember(one: Memory | SealedFile) -> None:
         _alive.add(one)
 
 
+def _forget(one: Memory | SealedFile) -> None:
+    with _guard:
+        _alive.discard(one)
+        _undumpable.release()
+
+
 def _mapped(fd: int, size: int, flags: int, protection_: int) -> mmap.mmap:
     try:
         made = mmap.mmap(fd, size, flags, protection_)
@@ -208,9 +215,13 @@ def _memfd() -> int:
         return os.memfd_create("hwlicense", flags)  # before Linux 6.3
 
 
-def _lock(address: int, size: int) -> int:
+def _lock(address: int, size: int, flags: int = 0) -> int:
     """The process that locked the pages, or 0 where the limit forbids it."""
-    return os.getpid() if _libc.mlock(address, size) == 0 else 0
+    if flags and hasattr(_libc, "mlock2"):
+        failed = _libc.mlock2(ctypes.c_void_p(address), ctypes.c_size_t(size), flags)
+    else:
+        failed = _libc.mlock(address, size)
+    return 0 if failed else os.getpid()
 
 
 def _address_of(readable: mmap.mmap) -> int:

@@ -1,0 +1,79 @@
+"""What tests of packages share: packing, opening, and a second reader of the format, written from its description."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import json
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from blake3 import blake3
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from hwlicense.core.keys import unwrap_for_vendor
+from hwlicense.device.model import Model
+from hwlicense.device.reading import PackageFile
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from hwlicense.core.documents import Manifest
+    from hwlicense.core.secret import Secret
+    from tests.world import Vendor
+
+
+def content_key(vendor: Vendor, manifest: Manifest) -> Secret:
+    return unwrap_for_vendor(manifest.wrapped_content_key, manifest.content_key, vendor.keys.content)
+
+
+@contextmanager
+def opened(vendor: Vendor, package: Path, key: Secret) -> Iterator[Model]:
+    """A model, without license and hardware."""
+    with PackageFile(package, vendor.public) as file, Model(file, key) as model:
+        yield model
+
+
+def pack(vendor: Vendor, folder: Path, members: dict[str, bytes], **options) -> tuple[Path, Secret, Manifest]:
+    """A package of `members`, its content key and its manifest."""
+    for name, content in members.items():
+        path = folder / "files" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    out = folder / "model.hwpkg"
+    manifest = vendor.pack(out, folder / "files", **options)
+    return out, content_key(vendor, manifest), manifest
+
+
+def decrypt(raw: bytes, key: bytes) -> dict[str, bytes]:
+    """The members of a package (format version 1). Signatures are not its business, digests are."""
+    assert raw[:8] == b"hwpkg\0\1\n"
+    end = 16 + int.from_bytes(raw[8:16], "little")
+    manifest = json.loads(base64.b64decode(json.loads(raw[16:end])["payload"]))
+    functions = {"blake3": lambda b: blake3(b).digest(), "sha256": lambda b: hashlib.sha256(b).digest()}
+    digest = functions[manifest["algorithm"]]
+    digests = {m["name"]: base64.b64decode(m["digests"]) for m in manifest["members"]}
+    count = sum(map(len, digests.values())) // 32
+    extracted = hmac.digest(bytes(32), key, "sha256")  # RFC 5869, with one block of output
+    table_key = hmac.digest(extracted, b"hwlicense 1 " + (9).to_bytes(4, "big") + b"key table" + b"\1", "sha256")
+    table = raw[end : end + 32 * count + 16]
+    assert digest(table) == base64.b64decode(manifest["table"])
+    keys = AESGCM(table_key).decrypt(bytes(12), table, b"hwlicense key table 1" + count.to_bytes(8, "little"))
+    at, used, members = end + len(table), 0, {}
+    for member in manifest["members"]:
+        name, left, parts = member["name"], member["size"], []
+        while left:
+            size = min(left, manifest["chunk_size"])
+            left -= size
+            sealed, at = raw[at : at + size + 16], at + size + 16
+            assert digest(sealed) == digests[name][:32]
+            digests[name] = digests[name][32:]
+            data = b"hwlicense chunk 1" + size.to_bytes(4, "little") + (b"\0" if left else b"\1")
+            parts.append(AESGCM(keys[32 * used : 32 * used + 32]).decrypt(bytes(12), sealed, data))
+            used += 1
+        assert digests[name] == b""
+        members[name] = b"".join(parts)
+    assert (at, used) == (len(raw), count)
+    return members

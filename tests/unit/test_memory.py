@@ -1,0 +1,222 @@
+"""Memory for keys and plaintext: when it is zeroed, and what it keeps others from."""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import mmap
+import os
+import subprocess
+import sys
+import threading
+import weakref
+from pathlib import Path
+
+import numpy
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hwlicense.core.errors import Reason, StorageError
+from hwlicense.device import memory
+from hwlicense.device.memory import HUGE_PAGE, Memory, SealedFile, lend, protection
+
+
+class Watched(Memory):
+    """Notes whether it was all zeros when its wipe ended."""
+
+    seen: list[bool]
+
+    def wipe(self) -> None:
+        super().wipe()
+        self.seen.append(not any(bytes(self.view)))
+
+
+@given(st.sampled_from([1, 4095, 4096, 4097, HUGE_PAGE - 1, HUGE_PAGE, HUGE_PAGE + 1, 3 * HUGE_PAGE + 5]))
+def test_wiping_zeroes_every_byte(size):
+    one = Memory(size)
+    one.view[:] = b"\xaa" * size
+    kept = one.view[:]
+    one.wipe()
+    one.wipe()
+    assert not any(bytes(kept))
+
+
+def test_lent_memory_is_zeroed_when_the_last_buffer_is_gone():
+    one = Watched(100_000)
+    one.view[:] = b"x" * 100_000
+    seen: list[bool] = []
+    one.seen = seen
+    alive = weakref.ref(one)
+    array = lend(one)
+    del one
+    view = memoryview(array).cast("B").toreadonly()
+    del array
+    weights = numpy.frombuffer(view, dtype="u1")
+    del view
+    part = weights[10:20].reshape(2, 5)
+    del weights
+    gc.collect()
+    assert seen == []
+    assert bytes(part) == b"x" * 10  # the last user still sees plaintext, not zeros
+    del part
+    assert seen == [True]
+    assert alive() is None
+
+
+def test_lent_memory_is_not_zeroed_at_exit_under_a_thread_that_computes():
+    code = """
+import ctypes, sys
+from hwlicense.device.memory import Memory, lend
+one = Memory(65); one.view[:64] = b"x" * 64
+view = memoryview(lend(one)); del one
+ctypes.pythonapi.Py_IncRef(ctypes.py_object(view))  # as native code holds it
+libc = ctypes.CDLL(None)  # what runs last of all, when the interpreter is gone: dprintf(exit status, buffer)
+libc.on_exit(ctypes.cast(libc.dprintf, ctypes.c_void_p), ctypes.c_void_p(ctypes.addressof(view.obj)))
+sys.exit(1)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)
+    assert ended.stdout == b"x" * 64
+
+
+def test_the_process_is_not_dumpable_while_anything_is_held():
+    assert protection().dumpable
+    first, second = Memory(10), Memory(10)
+    file = SealedFile(10, bytes)
+    for release in (first.wipe, second.wipe, file.close):
+        assert not protection().dumpable
+        release()
+    assert protection().dumpable
+
+
+def test_a_process_that_was_not_dumpable_stays_so():
+    code = (
+        "from hwlicense.device import memory\n"
+        "memory._libc.prctl(4, 0, 0, 0, 0)\n"
+        "memory.Memory(1).wipe()\n"
+        "print(memory.protection().dumpable)"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code]) == b"False\n"
+
+
+def open_files() -> set[str]:
+    return {path.name for path in Path("/proc/self/fd").iterdir()}
+
+
+def flags_of(address: int) -> set[str]:
+    """The kernel's flags of the mapping at `address`."""
+    inside = False
+    with Path("/proc/self/smaps").open() as lines:
+        for line in lines:
+            first = line.split()[0]
+            if "-" in first and not first.endswith(":"):
+                low, high = (int(part, 16) for part in first.split("-"))
+                inside = low <= address < high
+            elif inside and first == "VmFlags:":
+                return set(line.split()[1:])
+    raise AssertionError("not mapped")
+
+
+def test_mappings_are_left_out_of_dumps_and_locked():
+    one = Memory(3 * HUGE_PAGE)
+    assert flags_of(one._address) >= {"dd", "lo", "hg"}
+    held = protection()
+    assert (held.held, held.locked) == (3 * HUGE_PAGE, 3 * HUGE_PAGE)
+    one.wipe()
+
+
+def test_what_cannot_be_locked_is_reported():
+    code = """
+import os, resource
+from hwlicense.device.memory import Memory, protection
+resource.setrlimit(resource.RLIMIT_MEMLOCK, (65536, 65536))
+if os.getuid() == 0: os.setuid(65534)
+small, large = Memory(4096), Memory(1 << 20)
+large.view[:] = bytes(1 << 20)
+print(protection().held, protection().locked, protection().dumpable)
+"""
+    assert subprocess.check_output([sys.executable, "-c", code]).split() == [b"1052672", b"4096", b"False"]
+
+
+def test_a_sealed_file_cannot_be_changed_and_is_exact():
+    file = SealedFile(5000, lambda view: view.__setitem__(slice(None), b"y" * 5000))
+    assert Path(file.path).read_bytes() == b"y" * 5000
+    for change in (
+        lambda: os.pwrite(file.fd, b"z", 0),
+        lambda: os.ftruncate(file.fd, 4999),
+        lambda: os.ftruncate(file.fd, 5001),
+        lambda: mmap.mmap(file.fd, 5000, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE),
+        lambda: fcntl.fcntl(file.fd, fcntl.F_ADD_SEALS, 0),
+    ):
+        with pytest.raises(PermissionError):
+            change()
+    assert fcntl.fcntl(file.fd, fcntl.F_GET_SEALS) & 0xF == 0xF
+    assert os.get_inheritable(file.fd) is False
+    assert protection().locked == 5000
+    file.close()
+    file.close()
+    assert not Path(file.path).exists()
+    assert protection().held == 0
+
+
+def test_an_empty_sealed_file():
+    file = SealedFile(0, lambda _: pytest.fail())
+    assert Path(file.path).read_bytes() == b""
+    file.close()
+
+
+def test_a_failed_filling_leaves_no_file():
+    before = open_files()
+
+    def fail(view: memoryview) -> None:
+        part = view[1:]  # the traceback keeps it  # noqa: F841
+        raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        SealedFile(10, fail)
+    assert open_files() == before
+    assert protection().dumpable
+
+
+def test_no_memory_left_is_an_error_of_the_tree():
+    for make in (lambda: Memory(1 << 60), lambda: SealedFile(1 << 62, bytes)):
+        with pytest.raises(StorageError) as refused:
+            make()
+        assert refused.value.reason == Reason.STORAGE
+    gc.collect()
+    assert protection().dumpable
+    assert protection().held == 0
+
+
+def test_a_forked_child_wipes_its_own_copy_alone():
+    one = Memory(3 * HUGE_PAGE)
+    one.view[:] = b"x" * len(one.view)
+    child = os.fork()
+    if child == 0:
+        good = protection().locked == 0 and bytes(one.view[:3]) == b"xxx" and not protection().dumpable
+        one.wipe()
+        os._exit(0 if good and protection().dumpable else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert bytes(one.view) == b"x" * len(one.view)
+    assert not protection().dumpable
+    one.wipe()
+
+
+def test_a_fork_while_another_thread_holds_the_lock():
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with memory._guard:
+            held.set()
+            done.wait(30)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(30)
+    child = os.fork()
+    if child == 0:
+        Memory(1).wipe()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    done.set()
+    thread.join()

@@ -1,0 +1,234 @@
+"""Packing: what goes in, under which name, and what happens when something is in the way."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from hwlicense.core.errors import HwlicenseError, Reason, StorageError, UsageError
+from hwlicense.vendor import packing
+from tests.packages import content_key, decrypt, pack
+
+
+def tree(folder: Path, members: dict[str, bytes]) -> Path:
+    for name, content in members.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def names(*inputs: Path) -> list[str]:
+    return [source.name for source in packing.sources(inputs)]
+
+
+def test_folders_give_relative_names_and_files_their_own_in_one_order(tmp_path):
+    tree(tmp_path / "in", {"b/deep/x": b"", "a": b"", ".hidden": b"", "b.txt": b""})
+    tree(tmp_path, {"single": b""})
+    expected = sorted([".hidden", "a", "b.txt", "b/deep/x", "single"])
+    assert names(tmp_path / "in", tmp_path / "single") == expected
+    assert names(tmp_path / "single", tmp_path / "in") == expected
+
+
+def test_a_relative_folder_and_the_working_folder(tmp_path, monkeypatch):
+    tree(tmp_path / "in", {"a": b"", "b/c": b""})
+    monkeypatch.chdir(tmp_path / "in")
+    assert names(Path()) == names(Path("../in")) == ["a", "b/c"]
+
+
+def test_links_inside_are_followed_and_links_outside_refused(tmp_path):
+    tree(tmp_path, {"in/a": b"content", "outside": b"secret"})
+    (tmp_path / "in" / "b").symlink_to("a")
+    assert [source.size for source in packing.sources([tmp_path / "in"])] == [7, 7]
+    (tmp_path / "whole").symlink_to("in")
+    assert names(tmp_path / "whole") == ["a", "b"]
+    (tmp_path / "file").symlink_to("outside")
+    assert names(tmp_path / "file") == ["file"]  # named by the user, not found
+    for target in ("../outside", "/etc/passwd", "..", "."):
+        (tmp_path / "in" / "c").symlink_to(target)
+        with pytest.raises(UsageError) as refused:
+            names(tmp_path / "in")
+        assert refused.value.reason == Reason.USAGE
+        (tmp_path / "in" / "c").unlink()
+    (tmp_path / "in" / "c").symlink_to("absent")
+    with pytest.raises(UsageError) as absent:
+        names(tmp_path / "in")
+    assert absent.value.reason == Reason.FILE_ABSENT
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    tree(tmp_path, {"in/a": b""})
+    os.mkfifo(tmp_path / "in" / "fifo")
+    with pytest.raises(UsageError) as refused:
+        names(tmp_path / "in")
+    assert refused.value.reason == Reason.USAGE
+    (tmp_path / "in" / "fifo").unlink()
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "in" / "s"))
+        with pytest.raises(HwlicenseError):
+            names(tmp_path / "in")
+    for path, reason in ((tmp_path / "absent", Reason.FILE_ABSENT), (Path("/dev/null"), Reason.USAGE)):
+        with pytest.raises(UsageError) as given:
+            names(path)
+        assert given.value.reason == reason
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError) as nothing:
+        names(tmp_path / "empty")
+    assert nothing.value.reason == Reason.USAGE
+
+
+@pytest.mark.parametrize("members", [["A", "a"], ["x\ny"], [b"\xff".decode(errors="surrogateescape")], ["a\\b"]])
+def test_names_that_no_package_holds(tmp_path, members):
+    tree(tmp_path / "in", dict.fromkeys(members, b""))
+    with pytest.raises(UsageError) as refused:
+        names(tmp_path / "in")
+    assert refused.value.reason == Reason.MEMBER_NAME
+
+
+def test_one_file_given_twice(tmp_path):
+    tree(tmp_path, {"a": b""})
+    with pytest.raises(UsageError) as refused:
+        names(tmp_path / "a", tmp_path / "a")
+    assert refused.value.reason == Reason.MEMBER_NAME
+
+
+def test_progress_counts_every_byte_once(vendor, tmp_path):
+    tree(tmp_path / "in", {"a": bytes(10_001), "b": b"", "c": b"x"})
+    seen: list[int] = []
+    vendor.pack(tmp_path / "out", tmp_path / "in", chunk_size=4096, progress=seen.append)
+    assert sum(seen) == packing.total_size([tmp_path / "in"]) == 10_002
+
+
+@pytest.mark.parametrize(
+    "options", [{"chunk_size": 4095}, {"chunk_size": 1 << 27}, {"name": ""}, {"version": "x" * 201}]
+)
+def test_what_a_package_cannot_be(vendor, tmp_path, options):
+    tree(tmp_path / "in", {"a": b""})
+    with pytest.raises(UsageError) as refused:
+        vendor.pack(tmp_path / "out", tmp_path / "in", **options)
+    assert refused.value.reason == Reason.USAGE
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_package_is_kept_unless_forced(vendor, tmp_path):
+    out, _, _ = pack(vendor, tmp_path, {"a": b"first"})
+    raw = out.read_bytes()
+    with pytest.raises(UsageError) as refused:
+        vendor.pack(out, tmp_path / "files")
+    assert refused.value.reason == Reason.FILE_EXISTS
+    assert out.read_bytes() == raw
+    manifest = vendor.pack(out, tmp_path / "files", force=True)
+    assert decrypt(out.read_bytes(), bytes(content_key(vendor, manifest).buffer)) == {"a": b"first"}
+    assert packing.read_manifest(out, vendor.public) == manifest
+
+
+def test_a_package_is_not_packed_into_itself(vendor, tmp_path):
+    tree(tmp_path / "in", {"a": b"", "out": b"old"})
+    with pytest.raises(UsageError) as refused:
+        vendor.pack(tmp_path / "in" / "out", tmp_path / "in", force=True)
+    assert refused.value.reason == Reason.USAGE
+    assert (tmp_path / "in" / "out").read_bytes() == b"old"
+
+
+def append(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"x")
+
+
+def rewrite(path: Path) -> None:
+    """Same size, same time, other bytes: only the second pass's digest can tell."""
+    status = path.stat()
+    with path.open("r+b") as file:
+        file.seek(12_000)
+        file.write(b"CHANGED")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def replace(path: Path) -> None:
+    path.with_name("other").write_bytes(path.read_bytes())
+    path.with_name("other").rename(path)
+
+
+def shorten(path: Path) -> None:
+    os.truncate(path, 5000)
+
+
+@pytest.mark.parametrize(
+    ("change", "moment"),  # after so many of ten chunks, five in each pass
+    [(change, moment) for change in (append, shorten) for moment in (1, 5, 9)]
+    + [(change, moment) for change in (replace, Path.unlink) for moment in (1, 5)]
+    + [(rewrite, 5)],
+)
+def test_an_input_that_changes_meanwhile(vendor, tmp_path, change, moment):
+    tree(tmp_path / "in", {"a": bytes(20_000)})
+    seen: list[int] = []
+
+    def progress(size: int) -> None:
+        seen.append(size)
+        if len(seen) == moment:
+            change(tmp_path / "in" / "a")
+
+    with pytest.raises((StorageError, UsageError)) as refused:
+        vendor.pack(tmp_path / "out", tmp_path / "in", chunk_size=4096, progress=progress)
+    assert refused.value.reason == (Reason.FILE_ABSENT if change is Path.unlink else Reason.STORAGE)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_an_input_without_permission(tmp_path):
+    """As an ordinary user, in a child: root reads everything."""
+    tree(tmp_path / "in", {"a": b""})
+    (tmp_path / "in" / "a").chmod(0)
+    child = os.fork()
+    if child == 0:
+        for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+            folder.chmod(0o755)
+        if os.getuid() == 0:
+            os.setuid(65534)
+        try:
+            packing.sources([tmp_path / "in"])
+        except StorageError as error:
+            os._exit(0 if error.hint else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_memory_stays_bounded(vendor, tmp_path):
+    with (tmp_path / "big").open("wb") as file:
+        file.truncate(64 << 20)
+    tracemalloc.start()
+    vendor.pack(tmp_path / "out", tmp_path / "big")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20
+    assert (tmp_path / "out").stat().st_size > 64 << 20
+
+
+def test_no_plaintext_reaches_the_disk(tmp_path):
+    """Every write of the process, seen by strace."""
+    marker = b"MARKER-OF-THE-PLAINTEXT-" * 400
+    tree(tmp_path / "in", {"a": marker})
+    code = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+from pathlib import Path
+from hwlicense.vendor import packing, signing
+from hwlicense.core.keys import wrap_for_vendor
+made = signing.generate("ed25519")
+public = signing.public_part("Acme", made)
+keys = signing.assembled(made, public)
+packing.pack([Path("in")], Path("out"), name="n", version="1", vendor=public, signers=keys.signers, chunk_size=4096,
+             wrap_content_key=lambda key, name: wrap_for_vendor(key, name, keys.content.public_key()))
+"""
+    trace = tmp_path / "trace"
+    command = ["strace", "-f", "-xx", "-s", "20000", "-o", str(trace), "-e"]
+    calls = "trace=write,pwrite64,writev,pwritev,pwritev2,sendfile,copy_file_range,splice,openat,open,creat,mmap,fsync"
+    subprocess.run([*command, calls, sys.executable, "-c", code], cwd=tmp_path, check=True)
+    seen = trace.read_text()
+    assert "".join(f"\\x{byte:02x}" for byte in b"hwpkg\0") in seen  # what is written is seen
+    assert "".join(f"\\x{byte:02x}" for byte in marker[:16]) not in seen
+    assert "O_TMPFILE" in seen
+    assert seen.count("fsync(") >= 2
