@@ -1,0 +1,377 @@
+"""An open model: reading, streaming, paths, closing, threads, forks."""
+
+from __future__ import annotations
+
+import gc
+import io
+import os
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import numpy
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hwlicense.core.errors import ClosedError, DamagedError, HwlicenseError, Reason, StorageError, UsageError
+from hwlicense.device import memory
+from hwlicense.device.memory import protection
+from hwlicense.device.model import Model
+from hwlicense.device.reading import PackageFile
+from tests.packages import opened, pack
+
+CHUNK = 4096
+LINES = b"".join(b"line %d of many\n" % i * (i % 7) for i in range(1000))
+MEMBERS = {
+    "big": os.urandom(40 * CHUNK + 123),
+    "one-chunk": os.urandom(CHUNK),
+    "lines": LINES,
+    "empty": b"",
+    "folder/small": b"small",
+}
+
+
+@pytest.fixture(scope="module")
+def made(vendor, tmp_path_factory):
+    return pack(vendor, tmp_path_factory.mktemp("model"), MEMBERS, chunk_size=CHUNK)
+
+
+@pytest.fixture
+def model(vendor, made):
+    with opened(vendor, made[0], made[1]) as model:
+        yield model
+    gc.collect()
+
+
+def in_child(run) -> None:
+    """`run` in a forked child, where it must not raise."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            run()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+            raise
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_who_it_is(model):
+    assert (model.name, model.version, model.closed) == ("reader", "1.0", False)
+    assert model.names == tuple(sorted(MEMBERS))
+    assert repr(model) == "<Model 'reader' '1.0'>"
+
+
+def test_reading_gives_one_read_only_buffer(model):
+    first, second = model.read("big"), model.read("big")
+    assert bytes(first) == MEMBERS["big"]
+    assert first.obj is second.obj
+    assert first.readonly
+    assert (first.format, first.ndim, first.contiguous) == ("B", 1, True)
+    with pytest.raises(TypeError):
+        first[0] = 0
+    weights = numpy.frombuffer(model.read("one-chunk"), dtype="<f4")
+    assert not weights.flags.writeable
+    assert weights.tobytes() == MEMBERS["one-chunk"]
+    assert bytes(model.read("empty")) == b""
+
+
+def test_memory_is_given_back_with_the_last_buffer_open_or_closed(model):
+    before = protection().held
+    first, second = model.read("big"), model.read("big")
+    assert protection().held == before + len(MEMBERS["big"])
+    del first
+    assert protection().held == before + len(MEMBERS["big"])
+    del second
+    assert protection().held == before
+    weights = numpy.frombuffer(model.read("big"), dtype="u1")
+    model.close()
+    assert weights.tobytes() == MEMBERS["big"]  # lent: it outlives the model
+    assert not protection().dumpable
+    del weights
+    assert protection().held == 0
+    assert protection().dumpable
+
+
+def test_closing_wipes_the_keys_and_everything_raises(model):
+    keys = model._keys.view
+    path, reader = model.path("big"), model.open("big")
+    reader.read(10)
+    cached = reader._memory.view
+    descriptor = model._file._file.fd
+    model.close()
+    model.close()
+    assert not any(bytes(keys))
+    assert not any(bytes(cached))
+    assert not Path(path).exists()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+    calls = [
+        lambda: model.names,
+        lambda: model.size("big"),
+        lambda: model.read("big"),
+        lambda: model.read("empty"),
+        lambda: model.path("big"),
+        lambda: model.open("big"),
+        lambda: model.read("absent"),
+        lambda: reader.read(1),
+        lambda: reader.readinto(bytearray(1)),
+        reader.peek,
+        model.__enter__,
+    ]
+    for call in calls:
+        with pytest.raises(ClosedError) as refused:
+            call()
+        assert refused.value.reason == Reason.MODEL_CLOSED
+    assert model.closed
+    assert protection().dumpable
+
+
+def test_a_model_that_nobody_closes_is_closed_when_collected(vendor, made):
+    model = Model(PackageFile(made[0], vendor.public), made[1])
+    assert bytes(model.read("folder/small")) == b"small"
+    assert not protection().dumpable
+    del model
+    gc.collect()
+    assert protection().dumpable
+
+
+def test_a_member_that_is_not_there(model):
+    for call in (model.size, model.read, model.open, model.path):
+        with pytest.raises(UsageError) as refused:
+            call("../big")
+        assert refused.value.reason == Reason.MEMBER_ABSENT
+
+
+def test_a_path_is_sealed_memory_and_stays_the_same(model):
+    path = model.path("big")
+    assert path == model.path("big") != model.path("one-chunk")
+    assert path.startswith("/proc/self/fd/")
+    assert Path(path).read_bytes() == MEMBERS["big"]
+    assert str(Path(path).readlink()).startswith("/memfd:hwlicense")
+    with pytest.raises(PermissionError):
+        Path(path).write_bytes(b"")
+
+
+OPERATIONS = st.lists(
+    st.one_of(
+        st.tuples(st.sampled_from(["read", "read1", "readinto", "readline"]), st.integers(-1, 3 * CHUNK)),
+        st.tuples(st.just("seek"), st.integers(0, 42 * CHUNK), st.just(0)),
+        st.tuples(st.just("seek"), st.integers(-2 * CHUNK, 2 * CHUNK), st.sampled_from([1, 2])),
+        st.tuples(st.sampled_from(["tell", "peek"])),
+    ),
+    max_size=30,
+)
+
+
+@settings(max_examples=150)
+@given(name=st.sampled_from(sorted(MEMBERS)), operations=OPERATIONS)
+def test_a_member_reads_as_a_file_does(vendor, made, name, operations):
+    with opened(vendor, made[0], made[1]) as model, model.open(name) as file:
+        oracle = io.BytesIO(MEMBERS[name])
+        for operation, *arguments in operations:
+            if operation == "readinto":
+                got, expected = bytearray(max(0, arguments[0])), bytearray(max(0, arguments[0]))
+                assert (file.readinto(got), got) == (oracle.readinto(expected), expected)
+            elif operation == "peek":
+                found = file.peek()
+                assert MEMBERS[name][oracle.tell() :].startswith(found)
+                assert bool(found) == (oracle.tell() < len(MEMBERS[name]))
+            elif operation == "read1":  # may give less, but nothing else
+                found = file.read1(*arguments)
+                assert found == oracle.read(len(found))
+                assert found or arguments == [0] or oracle.read(1) == b""
+            elif (
+                operation == "seek"
+                and arguments[1]
+                and oracle.tell() * (arguments[1] == 1) + arguments[0] + len(MEMBERS[name]) * (arguments[1] == 2) < 0
+            ):
+                with pytest.raises(ValueError, match="negative"):
+                    file.seek(*arguments)
+            else:
+                assert getattr(file, operation)(*arguments) == getattr(oracle, operation)(*arguments)
+            assert file.tell() == oracle.tell()
+
+
+def test_lines_and_other_readers(model):
+    with model.open("lines") as file:
+        assert list(file) == LINES.splitlines(keepends=True)
+        assert (file.readable(), file.seekable(), file.writable()) == (True, True, False)
+    with io.TextIOWrapper(model.open("lines")) as text:
+        assert text.read() == LINES.decode()
+    with io.BufferedReader(model.open("big")) as buffered:
+        assert buffered.read() == MEMBERS["big"]
+    with pytest.raises(ValueError, match="closed"):
+        file.read()
+
+
+def test_a_stream_holds_little_memory(vendor, tmp_path):
+    content = os.urandom(24 << 20)
+    package, key, _ = pack(vendor, tmp_path, {"big": content}, chunk_size=1 << 20)
+    with opened(vendor, package, key) as model:
+        before = protection().held
+        file, buffer, done = model.open("big"), bytearray(1 << 16), 0
+        while got := file.readinto(buffer):
+            assert buffer[:got] == content[done : done + got]
+            done += got
+            assert protection().held - before <= 4 << 20
+        assert done == len(content)
+
+
+def test_many_threads_get_one_buffer(model):
+    start, found = threading.Barrier(8), []
+
+    def read() -> None:
+        start.wait()
+        found.append(model.read("big"))
+
+    threads = [threading.Thread(target=read) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({id(view.obj) for view in found}) == 1
+    assert bytes(found[0]) == MEMBERS["big"]
+
+
+def test_threads_that_read_while_another_closes(vendor, made):
+    for round_ in range(15):
+        model = Model(PackageFile(made[0], vendor.public), made[1])
+        keys = model._keys.view
+        wrong: list[str] = []
+
+        def read(model=model, wrong=wrong) -> None:
+            file = model.open("big")
+            try:
+                while True:
+                    if bytes(model.read("big")) != MEMBERS["big"] or file.seek(0) or file.read() != MEMBERS["big"]:
+                        wrong.append("bytes")
+            except ClosedError:
+                pass
+            except HwlicenseError as error:
+                wrong.append(error.reason)
+
+        threads = [threading.Thread(target=read) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.002 * round_)
+        model.close()
+        for thread in threads:
+            thread.join()
+        assert wrong == []
+        assert not any(bytes(keys))
+        assert protection().held == 0
+
+
+def test_forked_children_read_and_close_on_their_own(model):
+    path, file = model.path("big"), model.open("big")
+    file.seek(5)
+    file.read(10)
+    lent = model.read("one-chunk")
+
+    def child() -> None:
+        assert file.read(100) == MEMBERS["big"][15:115]
+        assert Path(path).read_bytes() == MEMBERS["big"]
+        assert bytes(model.read("big")) == MEMBERS["big"]
+        assert bytes(lent) == MEMBERS["one-chunk"]
+        model.close()
+        assert bytes(lent) == MEMBERS["one-chunk"]
+
+    in_child(child)
+    in_child(child)
+    assert file.read(100) == MEMBERS["big"][15:115]
+    assert bytes(model.read("big")) == MEMBERS["big"]
+    assert Path(path).read_bytes() == MEMBERS["big"]
+
+
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")  # what is tested here
+def test_a_fork_while_other_threads_read(model):
+    stop = threading.Event()
+    wrong: list[int] = []
+    file = model.open("big")
+
+    def read() -> None:
+        while not stop.is_set():
+            file.seek(0)
+            wrong.extend([1] if bytes(model.read("big")) != MEMBERS["big"] or len(file.read(9)) > 9 else [])
+
+    threads = [threading.Thread(target=read) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+
+    def child() -> None:
+        assert bytes(model.read("big")) == MEMBERS["big"]
+        assert len(file.read(5)) <= 5
+        keys = model._keys.view
+        model.close()
+        assert not any(bytes(keys))
+
+    for _ in range(20):
+        in_child(child)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_the_package_may_be_replaced_and_must_not_be_cut(vendor, tmp_path):
+    package, key, _ = pack(vendor, tmp_path, {"big": MEMBERS["big"], "end": b"end" * CHUNK}, chunk_size=CHUNK)
+    with opened(vendor, package, key) as model:
+        (tmp_path / "other").write_bytes(b"other")
+        (tmp_path / "other").rename(package)
+        assert bytes(model.read("big")) == MEMBERS["big"]
+    package, key, _ = pack(vendor, tmp_path, {}, chunk_size=CHUNK, force=True)
+    with opened(vendor, package, key) as model:
+        file = model.open("big")
+        assert file.read(10) == MEMBERS["big"][:10]
+        os.truncate(package, package.stat().st_size // 2)
+        for call in (lambda: model.read("end"), lambda: model.path("end"), file.read, lambda: model.open("end").read()):
+            with pytest.raises(DamagedError) as refused:
+                call()
+            assert refused.value.reason == Reason.PACKAGE_DAMAGED
+        before = protection().held
+        file.seek(5)
+        assert file.read(10) == MEMBERS["big"][5:15]  # the failure spoilt nothing
+        assert protection().held == before
+
+
+def test_a_failing_disk(model, monkeypatch):
+    def fail(*_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", fail)
+    for call in (lambda: model.read("big"), lambda: model.open("big").read(1), lambda: model.path("big")):
+        with pytest.raises(StorageError) as refused:
+            call()
+        assert refused.value.reason == Reason.STORAGE
+        assert refused.value.hint
+
+
+def test_an_ordinary_user_reads_and_follows_paths(vendor, made):
+    """Not dumpable, /proc/self belongs to root: its fd must still lead an ordinary user to his own files."""
+    package, key, _ = made
+    for folder in [package, *package.parents][:4]:
+        folder.chmod(0o755)
+
+    def child() -> None:
+        if os.getuid() == 0:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            memory._libc.prctl(4, 1, 0, 0, 0)  # setuid(2) took it off; an ordinary process has it
+        assert protection().dumpable
+        with opened(vendor, package, key) as model:
+            assert os.stat("/proc/self/fd").st_uid == 0  # noqa: PTH116
+            path = model.path("big")
+            assert Path(path).read_bytes() == MEMBERS["big"]
+            assert numpy.fromfile(path, dtype="u1").tobytes() == MEMBERS["big"]
+            assert bytes(model.read("big")) == MEMBERS["big"]
+            in_child(lambda: Path(path).read_bytes() == MEMBERS["big"] or 1 / 0)
+        assert protection().dumpable
+
+    in_child(child)
