@@ -47,6 +47,10 @@ def _run(command: click.Command) -> int:  # noqa: PLR0911  # one return for each
     except BrokenPipeError:
         sys.stderr.close()
         return 141
+    except OSError as error:  # of what no other place reads or writes: standard output on a full disk, say
+        what = f"{error.filename or 'Output'}: {error.strerror}."
+        output.failure(Reason.STORAGE, what, "Check the disk and the permissions.")
+        return 5
     except Exception as error:  # noqa: BLE001  # the last net: a traceback could show what it must not, so name only the place
         frame = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{type(error).__name__} at {frame.name}:{frame.lineno}"

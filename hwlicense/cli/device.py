@@ -71,10 +71,11 @@ def enroll(
     """Write a request for a license: what this device's TPM says of itself, quoted by it."""
     place = selecting.home(home, state)
     selection = Selection.parse(*pcrs)
-    with selecting.tpm(tpm, place)() as hardware:
-        raw = make_request(hardware, selection, name, opening.utc_today())
-    storage.atomic_write(target, raw, 0o644, force=force)
-    place.keep_enrolled(selecting.tpm_address(tpm, place), str(selection))
+    with storage.new_file(target, force=force) as file:  # begun first: a wrong path costs nothing, and changes nothing
+        with selecting.tpm(tpm, place)() as hardware:
+            file.write(make_request(hardware, selection, name, opening.utc_today()))
+        file.flush()
+        place.keep_enrolled(selecting.tpm_address(tpm, place), str(selection))
     output.note(f"Wrote the request {target} ({str(selection) or 'no PCRs'}). Send it to the vendor.")
 
 

@@ -60,7 +60,7 @@ def columns(rows: Iterable[tuple[str, str]]) -> None:
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar in bytes; what it gives takes the number of bytes done since the last call."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         yield lambda _done: None
         return
     with click.progressbar(length=total, label=label, file=sys.stderr, width=30, update_min_steps=1 << 22) as bar:

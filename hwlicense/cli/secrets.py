@@ -49,7 +49,7 @@ def from_file(path: Path) -> Secret:
 
 def from_prompt(text: str, *, confirm: bool = False) -> Secret | None:
     """What a person types, or None where nobody is at a terminal."""
-    if not sys.stdin.isatty():
+    if not _at_terminal():
         return None
     return Secret(bytearray(click.prompt(text, hide_input=True, confirmation_prompt=confirm, err=True), "utf-8"))
 
@@ -81,9 +81,13 @@ def pin_source(path: Path | None) -> PinSource | None:
     """Where a license's PIN comes from; None where there is neither a file nor a terminal."""
     if path:
         return lambda _prompt: from_file(path)
-    if sys.stdin.isatty():
+    if _at_terminal():
         return _asked
     return None
+
+
+def _at_terminal() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()  # services may start with it closed
 
 
 def _asked(prompt: str) -> Secret:

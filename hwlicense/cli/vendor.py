@@ -174,15 +174,18 @@ def issue(
     if with_pin and pin is None:
         raise UsageError(Reason.USAGE, "There is no terminal to ask for the PIN.", "Give --pin-file.")
     keys = secrets.unlock(place, passphrase_file)
-    with storage.exclusive(place.path):  # so that a product has one first approval
+    # One at a time, so that a product has one first approval. The file is begun first: the folder records nothing that
+    # could not be written.
+    with storage.exclusive(place.path), storage.new_file(target, force=force) as file:
         issued = issuing.issue(
             place.public, keys, examined, manifests, agreed, place.approvals(agreed.product), today=now.date(), pin=pin
         )
+        file.write(issued.raw)
+        file.flush()
         if issued.approval:
             place.keep_approval(*issued.approval)
             output.note(f"The device's PCRs are the first approved state of {agreed.product!r}.")
         place.keep_license(issued.license, issued.raw)
-        storage.atomic_write(target, issued.raw, 0o644, force=force)
     endorsement = examined.endorsement
     trust = (
         f"certificate under {endorsement.root} ({endorsement.root_class})" if endorsement.root else "recorded by hand"
@@ -238,11 +241,12 @@ def approve(
             raw, chosen, [_name(n) for n in recorded], datetime.datetime.now(datetime.UTC)
         ).evidence.pcrs
     keys = secrets.unlock(place, passphrase_file)
-    with storage.exclusive(place.path):
+    with storage.exclusive(place.path), storage.new_file(target, force=force) as file:
         known = place.approvals(product)
         chosen_generation = generation or approving.current_generation(known)
         approval, sealed = approving.approve(place.public, keys, product, chosen_generation, values)
-        storage.atomic_write(target, sealed, 0o644, force=force)
+        file.write(sealed)
+        file.flush()
         place.keep_approval(approval, sealed)
     which = ", ".join(f"{p.bank}:{p.index}" for p in approval.pcrs)
     output.note(f"Approved a state of {product!r} ({which}), generation {approval.generation}, in {target}.")

@@ -13,7 +13,7 @@ from typing import Annotated, Final, Literal, TypeVar
 
 import msgspec
 
-from hwlicense.core.errors import DamagedError, Reason
+from hwlicense.core.errors import DamagedError, Reason, UsageError
 
 SCHEMA: Final = 1
 """Version of every schema here. A device refuses versions that it does not know."""
@@ -25,6 +25,7 @@ Identifier = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
 Fingerprint = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
 Positive = Annotated[int, msgspec.Meta(ge=1, lt=2**53)]
+Generation = Annotated[int, msgspec.Meta(ge=1, lt=2**32)]
 
 
 class Document(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -134,7 +135,7 @@ class Grant(Document, frozen=True):
     vendor: Fingerprint
     licensee: Name
     product: Name
-    generation: Positive
+    generation: Generation
     packages: Annotated[list[PackageReference], msgspec.Meta(min_length=1, max_length=100)]
     issued: datetime.date
     not_before: datetime.date | None
@@ -165,7 +166,7 @@ class Approval(Document, frozen=True):
     schema: int
     vendor: Fingerprint
     product: Name
-    generation: Positive
+    generation: Generation
     pcrs: Annotated[list[Pcr], msgspec.Meta(min_length=1, max_length=48)]
     policy: Digest
     signature: Blob
@@ -238,6 +239,16 @@ DEFAULT_SIZE_LIMIT: Final = 1 << 20
 def encode(document: msgspec.Struct) -> bytes:
     """The one encoding of a document."""
     return msgspec.json.encode(document)
+
+
+def check(document: Document) -> None:
+    """Refuse to make what `decode` would refuse to read. Raises UsageError."""
+    try:
+        decode(encode(document), type(document))
+    except (DamagedError, UnicodeEncodeError) as error:
+        why = error.what if isinstance(error, DamagedError) else "A text is not in UTF-8."
+        what = f"The {_title(type(document))} cannot be made. {why}"
+        raise UsageError(Reason.USAGE, what, "Names have 1 to 200 characters; lists have the limits shown.") from None
 
 
 def decode(raw: bytes, kind: type[D], *, spaced: bool = False) -> D:

@@ -67,7 +67,7 @@ def parse_terms(text: str) -> Terms:
         raise UsageError(Reason.TERM_INVALID, f"The terms are longer than {SIZE_LIMIT:,} characters.")
     try:
         table = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # beside TOML's own, numbers too long for Python to read
         raise UsageError(Reason.TERM_INVALID, f"The terms are not TOML: {error}.", "Mend the terms file.") from None
     _refuse_unsupported(table)
     try:

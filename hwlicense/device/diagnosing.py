@@ -109,9 +109,15 @@ def _node(node: Path) -> Iterator[Finding]:
         yield Finding("ok", "device node", f"{node} can be read and written")
         return
     group = _group(node.stat().st_gid)
-    user = pwd.getpwuid(os.geteuid()).pw_name
-    mend = f"sudo usermod --append --groups {group} {user}, then log in again (or restart the service)."
+    mend = f"sudo usermod --append --groups {group} {_user()}, then log in again (or restart the service)."
     yield Finding("missing", "device node", f"no permission for {node}, which belongs to the group {group}", mend)
+
+
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:  # nor its users
+        return str(os.geteuid())
 
 
 def _group(number: int) -> str:

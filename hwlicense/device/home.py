@@ -19,7 +19,7 @@ import msgspec
 
 from hwlicense import storage
 from hwlicense.core.documents import SCHEMA, Approval, License, VendorPublic, decode, encode
-from hwlicense.core.envelope import unverified, verified
+from hwlicense.core.envelope import classical_verifier, ml_dsa_verifier, unverified, verified
 from hwlicense.core.errors import DamagedError, HwlicenseError, Reason, RefusedError
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Home:
 
     def enrolled(self) -> Enrolled | None:
         """How the device was enrolled, if it was."""
-        return self._read("device.json", Enrolled)
+        return self._read("device.json", Enrolled, "Run `hwlicense device enroll --tpm TCTI` again.")
 
     def keep_enrolled(self, tpm: str | None, pcrs: str) -> None:
         """Remember the TPM and the PCRs of an enrolment."""
@@ -77,7 +77,7 @@ class Home:
 
     def trusted(self) -> list[VendorPublic]:
         """The vendors that the command line trusts here."""
-        trust = self._read("trust.json", Trust)
+        trust = self._read("trust.json", Trust, "Remove the file and run `hwlicense device trust` again.")
         return trust.vendors if trust else []
 
     def trust(self, vendor: VendorPublic) -> None:
@@ -90,13 +90,17 @@ class Home:
 
     def licenses(self, vendors: Sequence[VendorPublic]) -> tuple[list[Installed], list[HwlicenseError]]:
         """Installed licenses of these vendors, newest revision first, and what is wrong with others of theirs."""
-        found, problems = [], []
+        found: list[Installed] = []
+        problems: list[HwlicenseError] = []
         for folder in self._folders():
             try:
                 raw = storage.read_limited(folder / "license.hwlic", LICENSE_LIMIT)
                 installed = verified_by_any(raw, License, vendors)
             except RefusedError:
                 continue  # another vendor's license lies beside ours, by right
+            except DamagedError as error:
+                what = f"{folder / 'license.hwlic'}: {error.what}"
+                problems.append(DamagedError(error.reason, what, "Install the license file again as it was sent."))
             except HwlicenseError as error:
                 problems.append(error)
             else:
@@ -114,12 +118,15 @@ class Home:
         for stale in (folder / "held").iterdir():
             if stale.name not in current:
                 storage.remove(stale)
+        if self.state != self.path:  # whose copy would be read in place of the new one
+            for name in current:
+                storage.remove(self.state / "licenses" / licensed.grant.license / "held" / name)
 
     def held(self, licensed: License, binding: Binding) -> bytes:
         """What the binder kept at installation. Raises DamagedError HOME_DAMAGED where it is gone."""
         for base in (self.state, self.path):
             path = base / "licenses" / licensed.grant.license / "held" / _held_name(binding)
-            if path.exists():
+            if _exists(path):
                 return storage.read_limited(path, HELD_LIMIT)
         raise DamagedError(
             Reason.HOME_DAMAGED,
@@ -142,7 +149,7 @@ class Home:
             for path in sorted((base / "licenses" / licensed.grant.license / "approvals").glob("*.hwapp"))[
                 :ENTRY_LIMIT
             ]:
-                approval = verified(storage.read_limited(path, LICENSE_LIMIT), Approval, vendor)
+                approval = _approval(path, vendor)
                 if approval.product == licensed.grant.product:
                     installed[approval.policy, approval.generation] = approval
         for approval in licensed.approvals:
@@ -159,13 +166,18 @@ class Home:
 
     def _folders(self) -> Iterator[Path]:
         root = self.path / "licenses"
-        if root.is_dir():
-            yield from sorted(entry for entry in root.iterdir() if (entry / "license.hwlic").exists())[:ENTRY_LIMIT]
+        with storage.reporting(root):
+            entries = sorted(root.iterdir()) if root.is_dir() else []
+        yield from [entry for entry in entries if _exists(entry / "license.hwlic")][:ENTRY_LIMIT]
 
-    def _read(self, name: str, kind: type[T]) -> T | None:
-        if not (self.path / name).exists():
+    def _read(self, name: str, kind: type[T], mend: str) -> T | None:
+        path = self.path / name
+        if not _exists(path):
             return None
-        return decode(storage.read_limited(self.path / name, LICENSE_LIMIT), kind, spaced=True)
+        try:
+            return decode(storage.read_limited(path, LICENSE_LIMIT), kind, spaced=True)
+        except DamagedError as error:
+            raise DamagedError(Reason.HOME_DAMAGED, f"{path} is damaged. {error.what}", mend) from error
 
     def _write(self, name: str, document: msgspec.Struct) -> None:
         storage.make_folders(self.path, 0o700)
@@ -192,8 +204,11 @@ def verified_by_any(raw: bytes, kind: type[D], vendors: Sequence[VendorPublic]) 
 
 
 def read_vendor(text: bytes) -> VendorPublic:
-    """The text of a vendor.pub.json. Raises DamagedError."""
-    return decode(text, VendorPublic, spaced=True)
+    """The text of a vendor.pub.json. Raises DamagedError, also for keys of a wrong kind."""
+    vendor = decode(text, VendorPublic, spaced=True)
+    classical_verifier(vendor.classical)
+    ml_dsa_verifier(vendor.ml_dsa_65)
+    return vendor
 
 
 def check_known(approvals: Sequence[Approval], licensed: License) -> list[Approval]:
@@ -206,6 +221,26 @@ def check_known(approvals: Sequence[Approval], licensed: License) -> list[Approv
             Reason.APPROVAL_WITHDRAWN, what, "Install the vendor's current approval: `hwlicense device install`."
         )
     return accepted
+
+
+def check_vendor(licensed: License, vendor: VendorPublic) -> None:
+    """Raises RefusedError WRONG_VENDOR unless `vendor`, who signed the license, also granted it."""
+    if licensed.grant.vendor != vendor.fingerprint:
+        what = f"The license {licensed.grant.license} was granted by another vendor than the one that signed it."
+        raise RefusedError(Reason.WRONG_VENDOR, what, "Ask the vendor for a license that its own keys sign.")
+
+
+def _approval(path: Path, vendor: VendorPublic) -> Approval:
+    try:
+        return verified(storage.read_limited(path, LICENSE_LIMIT), Approval, vendor)
+    except (DamagedError, RefusedError) as error:
+        hint = "Remove the file; if the present system needs this approval, install it again."
+        raise DamagedError(Reason.HOME_DAMAGED, f"{path} is damaged. {error.what}", hint) from error
+
+
+def _exists(path: Path) -> bool:
+    with storage.reporting(path):
+        return path.exists()
 
 
 def _held_name(binding: Binding) -> str:

@@ -8,7 +8,7 @@ from hwlicense import storage
 from hwlicense.core.documents import PAYLOAD_TYPES, Approval, License
 from hwlicense.core.envelope import disassemble
 from hwlicense.core.errors import Reason, RefusedError, UsageError
-from hwlicense.device.home import verified_by_any
+from hwlicense.device.home import check_vendor, verified_by_any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,8 +21,8 @@ def install(home: Home, raw: bytes, connect: Callable[[], Hardware]) -> License 
     """Install a license or an approval by a trusted vendor, and return it. Doing it again is harmless.
 
     `connect` opens the hardware; nothing is asked of it before the signatures hold.
-    Raises RefusedError (VENDOR_UNTRUSTED, WRONG_DEVICE, LICENSE_SUPERSEDED, WRONG_PRODUCT), DamagedError,
-    HardwareError.
+    Raises RefusedError (VENDOR_UNTRUSTED, WRONG_VENDOR, WRONG_DEVICE, LICENSE_SUPERSEDED, WRONG_PRODUCT,
+    APPROVAL_WITHDRAWN), DamagedError, HardwareError.
     """
     payload_type = disassemble(raw).payloadType
     if payload_type in {PAYLOAD_TYPES[License], PAYLOAD_TYPES[Approval]}:
@@ -36,6 +36,7 @@ def install(home: Home, raw: bytes, connect: Callable[[], Hardware]) -> License 
 
 def _install_license(home: Home, raw: bytes, connect: Callable[[], Hardware]) -> License:
     licensed, vendor = verified_by_any(raw, License, home.trusted())
+    check_vendor(licensed, vendor)
     for other, _ in home.licenses([vendor])[0]:
         if other.grant.license == licensed.grant.license and other.grant.revision > licensed.grant.revision:
             older, newer = licensed.grant.revision, other.grant.revision
@@ -57,6 +58,10 @@ def _install_approval(home: Home, raw: bytes, connect: Callable[[], Hardware]) -
         raise RefusedError(
             Reason.WRONG_PRODUCT, what, "Install the license first, or give the approval to the right device."
         )
+    oldest = min(licensed.grant.generation for licensed in fitting)
+    if approval.generation < oldest:
+        what = f"The approval is of generation {approval.generation}; the licenses here ask for generation {oldest}."
+        raise RefusedError(Reason.APPROVAL_WITHDRAWN, what, "Ask the vendor for its current approval of this system.")
     with connect() as hardware:
         for licensed in fitting:
             if licensed.grant.generation == approval.generation and licensed.grant.pcrs:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import datetime
 from typing import TYPE_CHECKING
 
-from hwlicense.core.errors import HwlicenseError, Reason, RefusedError
+from hwlicense.core.errors import DamagedError, HwlicenseError, Reason, RefusedError
 from hwlicense.core.keys import unwrap_content_key, unwrap_license_secret
 from hwlicense.core.terms import check_validity
-from hwlicense.device.home import Home, Installed, check_known
+from hwlicense.device.home import Home, Installed, check_known, check_vendor
 from hwlicense.device.model import Model
 from hwlicense.device.reading import PackageFile
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from hwlicense.core.documents import License, Manifest, VendorPublic
+    from hwlicense.core.documents import Manifest, VendorPublic
     from hwlicense.core.hardware import Hardware, PinSource
     from hwlicense.core.secret import Secret
 
@@ -53,7 +53,7 @@ def content_key(
         try:
             check_validity(installed.license.grant, today)
             return _unwrapped(installed, manifest, home, connect, pin)
-        except RefusedError as error:
+        except (RefusedError, DamagedError) as error:
             refusals.append(error)  # the next license may still say yes
     raise refusals[0]
 
@@ -106,7 +106,7 @@ def _unwrapped(
     pin: PinSource | None,
 ) -> Secret:
     licensed, vendor = installed
-    _check_vendor(licensed, vendor)
+    check_vendor(licensed, vendor)
     approvals = check_known(home.approvals(licensed, vendor), licensed)
     members: dict[int, Secret] = {}
     try:
@@ -118,9 +118,3 @@ def _unwrapped(
     finally:
         for member in members.values():
             member.wipe()
-
-
-def _check_vendor(licensed: License, vendor: VendorPublic) -> None:
-    if licensed.grant.vendor != vendor.fingerprint:
-        what = f"The license {licensed.grant.license} was granted by another vendor than the one that signed it."
-        raise RefusedError(Reason.WRONG_VENDOR, what, "Ask the vendor for a license that its own keys sign.")

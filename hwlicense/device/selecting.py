@@ -29,7 +29,11 @@ def default_home() -> Path:
         return Path(given)
     if os.geteuid() == 0:
         return Path("/var/lib/hwlicense")
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "hwlicense"
+    try:
+        return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "hwlicense"
+    except RuntimeError:  # neither $HOME nor an entry in the list of users, as in some containers
+        what = "This user has no home folder to keep the device's state in."
+        raise UsageError(Reason.USAGE, what, f"Give --home DIR, or set {HOME_VARIABLE}.") from None
 
 
 def home(path: str | os.PathLike[str] | None, state: str | os.PathLike[str] | None = None) -> Home:
@@ -55,7 +59,7 @@ def vendor(text: str) -> VendorPublic:
     if not text.lstrip().startswith("{"):
         what = "vendor= takes the text of vendor.pub.json itself, not its path."
         raise UsageError(Reason.USAGE, what, "Make the text a constant of the application.")
-    return read_vendor(text.encode())
+    return read_vendor(text.encode(errors="surrogatepass"))
 
 
 def _connect(tcti: str | None) -> Hardware:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from hwlicense.core.documents import SCHEMA, Approval, Pcr
+from hwlicense.core.documents import SCHEMA, Approval, Pcr, check
 from hwlicense.core.envelope import seal
 from hwlicense.core.errors import Reason, RefusedError, UsageError
 from hwlicense.core.tpm.pcrs import BANKS, Selection, values_digest
@@ -28,8 +28,10 @@ def approve(
     if not pcrs:
         raise UsageError(Reason.USAGE, "An approval needs at least one PCR.", "Enroll with --pcrs, such as sha256:7.")
     policy = approved_digest(pcrs)
+    draft = Approval(SCHEMA, vendor.fingerprint, product, generation, list(pcrs), policy, b"")
+    check(draft)
     signature = sign_approval(keys.policy, policy, platform_reference(product, generation))
-    approval = Approval(SCHEMA, vendor.fingerprint, product, generation, list(pcrs), policy, signature)
+    approval = msgspec.structs.replace(draft, signature=signature)
     return approval, seal(approval, keys.signers)
 
 
@@ -65,7 +67,7 @@ def parse_pcrs(text: str) -> list[Pcr]:
             for bank, values in table.items()
             for index, value in values.items()
         ]
-    except (tomllib.TOMLDecodeError, ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         hint = f'Write a table [BANK] (BANK is {" or ".join(BANKS)}) with lines like 7 = "64 hexadecimal digits".'
         raise UsageError(Reason.USAGE, f"The file of PCR values cannot be used: {error}.", hint) from None
     values_digest(pcrs)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, get_args
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.verification import Criticality, ExtensionPolicy, PolicyBuilder, Store, VerificationError
 
@@ -94,7 +95,7 @@ def _endorsed(
             continue
         try:
             root = _verified_root(key.certificate, public, roots, now)
-        except (VerificationError, ValueError) as error:
+        except _BAD_CERTIFICATE as error:
             problems.append(str(error))
         else:
             return public, Endorsement("certificate", root.certificate.subject.rfc4514_string()[:500], root.root_class)
@@ -104,6 +105,17 @@ def _endorsed(
         "Give the TPM maker's CA with --ek-root, or an EK's Name that you recorded yourself with --ek "
         "(`hwlicense inspect` shows the Names; trust only one that you saw on the device).",
     )
+
+
+# All that reading a certificate raises: whoever made the request chose its bytes
+_BAD_CERTIFICATE: Final = (
+    VerificationError,
+    UnsupportedAlgorithm,
+    ValueError,
+    x509.DuplicateExtension,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
 
 
 def _verified_root(der: bytes, public: Public, roots: Sequence[Root], now: datetime.datetime) -> Root:

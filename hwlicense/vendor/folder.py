@@ -13,9 +13,9 @@ import secrets
 from typing import TYPE_CHECKING, Final, Self
 
 from hwlicense import storage
-from hwlicense.core.documents import Approval, VendorPublic, decode, encode
+from hwlicense.core.documents import Approval, VendorPublic, check, decode, encode
 from hwlicense.core.envelope import verified
-from hwlicense.core.errors import Reason, RefusedError, UsageError
+from hwlicense.core.errors import DamagedError, Reason, RefusedError, UsageError
 from hwlicense.vendor import signing
 
 if TYPE_CHECKING:
@@ -34,7 +34,9 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         """Raises UsageError FILE_ABSENT where `path` is no vendor folder."""
-        if not (path / PUBLIC).is_file():
+        with storage.reporting(path):
+            found = (path / PUBLIC).is_file()
+        if not found:
             what = f"{path} is not a vendor folder: it has no {PUBLIC}."
             raise UsageError(Reason.FILE_ABSENT, what, "Make one with `hwlicense vendor init`.")
         self.path = path
@@ -45,6 +47,8 @@ class Folder:
         """New keys in a new folder, which appears whole or not at all. Raises UsageError FILE_EXISTS."""
         with storage.new_folder(path) as building:
             keys = signing.generate(classical)
+            public = signing.public_part(name, keys)
+            check(public)
             salt = secrets.token_bytes(signing.SALT_SIZE)
             password = signing.stretched(passphrase, salt) if passphrase else None
             for folder in ("keys", "approvals", "issued"):
@@ -54,14 +58,14 @@ class Folder:
             if password:
                 storage.atomic_write(building / "keys" / "salt", salt, 0o600)
                 password.wipe()
-            public = encode(signing.public_part(name, keys)) + b"\n"
-            storage.atomic_write(building / PUBLIC, public, 0o644)
+            storage.atomic_write(building / PUBLIC, encode(public) + b"\n", 0o644)
         return cls(path)
 
     @property
     def locked(self) -> bool:
         """Whether the keys are under a passphrase."""
-        return (self.path / "keys" / "salt").exists()
+        with storage.reporting(self.path / "keys"):
+            return (self.path / "keys" / "salt").exists()
 
     def unlock(self, passphrase: Secret | None) -> signing.Keys:
         """The private keys. Raises RefusedError PASSPHRASE_NEEDED or PASSPHRASE_WRONG."""
@@ -78,8 +82,19 @@ class Folder:
 
     def approvals(self, product: str) -> list[Approval]:
         """Every approved state of a product line, of all generations."""
-        found = sorted((self.path / "approvals").glob(f"{_slug(product)}-g*.hwapp"))
-        return [verified(storage.read_limited(path, DOCUMENT_LIMIT), Approval, self.public) for path in found]
+        try:
+            slug = _slug(product)
+        except UnicodeEncodeError:
+            raise UsageError(Reason.USAGE, "The product's name is not in UTF-8.", "Write it in UTF-8.") from None
+        found = sorted((self.path / "approvals").glob(f"{slug}-g*.hwapp"))
+        return [self._approval(path) for path in found]
+
+    def _approval(self, path: Path) -> Approval:
+        try:
+            return verified(storage.read_limited(path, DOCUMENT_LIMIT), Approval, self.public)
+        except (DamagedError, RefusedError) as error:
+            hint = "Restore the folder from its backup; a vendor folder's files belong together."
+            raise DamagedError(error.reason, f"{path}: {error.what}", hint) from error
 
     def keep_approval(self, approval: Approval, raw: bytes) -> None:
         """Record an approval, so that later licenses carry it."""

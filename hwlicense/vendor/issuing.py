@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from typing import TYPE_CHECKING, NamedTuple
 
-from hwlicense.core.documents import SCHEMA, Credential, Grant, License, PackageReference, TpmBinding
+from hwlicense.core.documents import SCHEMA, Credential, Grant, License, PackageReference, TpmBinding, check
 from hwlicense.core.envelope import seal
 from hwlicense.core.errors import Reason, RefusedError, UsageError
 from hwlicense.core.keys import unwrap_for_vendor, wrap_content_keys, wrap_license_secret
@@ -87,6 +87,7 @@ def issue(  # noqa: PLR0913  # who, for what, under what: all of it
         )
     for content_key in content_keys:
         content_key.wipe()
+    check(issued)
     return Issued(issued, seal(issued, keys.signers), first)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, mldsa, mlkem, x25519
 from cryptography.hazmat.primitives.hpke import MLKEM768X25519PrivateKey
@@ -117,13 +118,14 @@ def from_pem(pem: bytes, password: Secret | None) -> list[PrivateKeyTypes]:
     blocks = [b"-----BEGIN" + block for block in pem.split(b"-----BEGIN")[1:]]
     try:
         return [load_pem_private_key(block, bytes(password.buffer) if password else None) for block in blocks]
-    except ValueError:
+    except (ValueError, UnsupportedAlgorithm):
         if password:
             what = "The passphrase does not open the vendor's keys."
             raise RefusedError(
                 Reason.PASSPHRASE_WRONG, what, "Try again with the passphrase of this vendor folder."
             ) from None
-        raise DamagedError(Reason.DOCUMENT_MALFORMED, "A private key of the vendor folder is damaged.") from None
+        what = "A private key of the vendor folder is damaged."
+        raise DamagedError(Reason.DOCUMENT_MALFORMED, what, "Restore the folder from its backup.") from None
     except TypeError:
         what = "A private key of the vendor folder is not protected as the others are."
         raise DamagedError(Reason.DOCUMENT_MALFORMED, what, "Restore the folder from its backup.") from None
