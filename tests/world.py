@@ -89,7 +89,7 @@ class Vendor:
         roots: list[evidence.Root] | None = None,
     ) -> issuing.Issued:
         chosen = evidence.read_roots(tpm.ek_root.read_bytes(), "virtual") if roots is None else roots
-        examined = evidence.examine(request, chosen, recorded, NOW)
+        examined = evidence.examine(request, chosen, recorded, datetime.datetime.now(datetime.UTC))
         agreed = parse_terms(terms)
         issued = issuing.issue(
             self.public,

@@ -6,11 +6,13 @@ of the request, so keys that do not live in that EK's TPM give a license that ne
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, get_args
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.utils import CryptographyDeprecationWarning
 from cryptography.x509.verification import Criticality, ExtensionPolicy, PolicyBuilder, Store, VerificationError
 
 from hwlicense.core.documents import Endorsement, Request, TpmEvidence  # NamedTuple fields
@@ -29,6 +31,9 @@ RootClass = Literal["discrete", "firmware", "virtual", "unknown"]
 ROOT_CLASSES: Final[tuple[str, ...]] = get_args(RootClass)
 EK_CERTIFICATE_USAGE: Final = x509.ObjectIdentifier("2.23.133.8.1")
 """tcg-kp-EKCertificate (TCG EK Credential Profile, 3.2.16)."""
+
+
+_ENROLL_AGAIN: Final = "Enroll the device again (`hwlicense device enroll`); a request must not be edited."
 
 
 class Root(NamedTuple):
@@ -63,6 +68,15 @@ def examine(raw: bytes, roots: Sequence[Root], recorded: Collection[bytes], now:
 
     Raises RefusedError EK_UNTRUSTED or PCR_UNUSABLE, DamagedError QUOTE_INVALID, EVIDENCE_INVALID or a decoder's.
     """
+    try:
+        return _examined(raw, roots, recorded, now)
+    except UsageError as error:  # what would be a slip in arguments is forged in a request
+        raise DamagedError(Reason.EVIDENCE_INVALID, error.what, _ENROLL_AGAIN) from error
+    except (DamagedError, RefusedError) as error:
+        raise type(error)(error.reason, error.what, error.hint or _ENROLL_AGAIN) from error
+
+
+def _examined(raw: bytes, roots: Sequence[Root], recorded: Collection[bytes], now: datetime.datetime) -> Examined:
     request, envelope = unverified(raw, Request)
     if len(request.hardware) != 1:
         raise DamagedError(Reason.EVIDENCE_INVALID, "The request names more than one piece of hardware.")
@@ -73,8 +87,7 @@ def examine(raw: bytes, roots: Sequence[Root], recorded: Collection[bytes], now:
     signatures = {signature.keyid: signature.sig for signature in envelope.signatures}
     quote = signatures.get(attestation_key.name.hex())
     if quote is None:
-        what = "The request carries no quote by its attestation key."
-        raise DamagedError(Reason.QUOTE_INVALID, what, "Enroll again; a request must not be edited.")
+        raise DamagedError(Reason.QUOTE_INVALID, "The request carries no quote by its attestation key.")
     check_quote(attestation_key, quote, statement(request), evidence.pcrs)
     endorsement_key, endorsement = _endorsed(evidence, roots, recorded, now)
     return Examined(request, evidence, endorsement_key, storage_root_key, attestation_key, endorsement)
@@ -122,7 +135,9 @@ def _verified_root(der: bytes, public: Public, roots: Sequence[Root], now: datet
     if not roots:
         msg = "no EK root was given"
         raise ValueError(msg)
-    certificate = x509.load_der_x509_certificate(der)
+    with warnings.catch_warnings():  # real makers' certificates are odd in ways that concern nobody here
+        warnings.simplefilter("ignore", CryptographyDeprecationWarning)
+        certificate = x509.load_der_x509_certificate(der)
     certified = certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     if certified != public.key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo):
         msg = "an EK certificate is for another key than the EK beside it"
