@@ -55,7 +55,7 @@ def init(path: Path, name: str | None, classical: str, no_passphrase: bool, pass
     VENDOR_DIR/vendor.pub.json is public; applications carry its text, and devices trust it.
     """
     if no_passphrase and passphrase_file:
-        raise UsageError(Reason.USAGE, "--no-passphrase and --passphrase-file exclude each other.")
+        raise UsageError(Reason.USAGE, "--no-passphrase and --passphrase-file exclude each other.", "Give one of them.")
     passphrase = None if no_passphrase else secrets.new_passphrase(passphrase_file)
     made = Folder.create(path, name or path.resolve().name, passphrase, classical)
     output.note(f"Made {made.path} for the vendor {made.public.name!r} (fingerprint {made.public.fingerprint[:16]}).")

@@ -259,7 +259,9 @@ def decode(raw: bytes, kind: type[D], *, spaced: bool = False) -> D:
     what = _title(kind)
     limit = SIZE_LIMITS.get(kind, DEFAULT_SIZE_LIMIT)
     if len(raw) > limit:
-        raise DamagedError(Reason.DOCUMENT_TOO_LARGE, f"The {what} is larger than {limit:,} bytes.")
+        raise DamagedError(
+            Reason.DOCUMENT_TOO_LARGE, f"The {what} is larger than {limit:,} bytes.", "Check the file's name."
+        )
     try:
         if spaced:
             raw = msgspec.json.format(raw.strip(), indent=-1)

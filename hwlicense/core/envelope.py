@@ -93,7 +93,9 @@ def disassemble(raw: bytes) -> Envelope:
     """Decode an envelope strictly, its payload unread. Raises DamagedError."""
     limit = max(SIZE_LIMITS.values()) * 4 // 3 + DEFAULT_SIZE_LIMIT
     if len(raw) > limit:
-        raise DamagedError(Reason.DOCUMENT_TOO_LARGE, f"The file is larger than {limit:,} bytes.")
+        raise DamagedError(
+            Reason.DOCUMENT_TOO_LARGE, f"The file is larger than {limit:,} bytes.", "Check the file's name."
+        )
     try:
         envelope = msgspec.json.decode(raw, type=Envelope)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -156,14 +158,16 @@ def classical_verifier(public: bytes) -> Callable[[bytes, bytes], None]:
         return key.verify
     if isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1):
         return lambda signature, message: key.verify(signature, message, ec.ECDSA(hashes.SHA256()))
-    raise DamagedError(Reason.DOCUMENT_MALFORMED, "The vendor's classical key is neither Ed25519 nor P-256.")
+    raise DamagedError(
+        Reason.DOCUMENT_MALFORMED, "The vendor's classical key is neither Ed25519 nor P-256.", COPY_AGAIN
+    )
 
 
 def ml_dsa_verifier(public: bytes) -> Callable[[bytes, bytes], None]:
     """Checks (signature, message) with an ML-DSA-65 key; raises InvalidSignature."""
     key = _load(public)
     if not isinstance(key, mldsa.MLDSA65PublicKey):
-        raise DamagedError(Reason.DOCUMENT_MALFORMED, "The vendor's second key is not an ML-DSA-65 key.")
+        raise DamagedError(Reason.DOCUMENT_MALFORMED, "The vendor's second key is not an ML-DSA-65 key.", COPY_AGAIN)
     return lambda signature, message: key.verify(signature, ml_dsa_message(message))
 
 

@@ -100,7 +100,7 @@ def unwrap_for_vendor(wrapped: bytes, identifier: str, private: MLKEM768X25519Pr
             Reason.PACKAGE_DAMAGED, what, "Issue with the vendor folder that packed the package."
         ) from None
     if len(key) != SIZE:
-        raise DamagedError(Reason.PACKAGE_DAMAGED, "The package's content key has a wrong size.")
+        raise DamagedError(Reason.PACKAGE_DAMAGED, "The package's content key has a wrong size.", "Pack again.")
     return Secret(bytearray(key))
 
 

@@ -64,7 +64,9 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def parse_terms(text: str) -> Terms:
     """Raises UsageError: TERM_UNKNOWN, TERM_INVALID, TERM_UNSUPPORTED."""
     if len(text) > SIZE_LIMIT:
-        raise UsageError(Reason.TERM_INVALID, f"The terms are longer than {SIZE_LIMIT:,} characters.")
+        raise UsageError(
+            Reason.TERM_INVALID, f"The terms are longer than {SIZE_LIMIT:,} characters.", "Check the file's name."
+        )
     try:
         table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # beside TOML's own, numbers too long for Python to read

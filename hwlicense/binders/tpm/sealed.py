@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Self
 
 from hwlicense.core.errors import DamagedError, Reason
 from hwlicense.core.tpm.policy import Step, approved_digest, digest, platform_reference, sealed_steps
-from hwlicense.core.tpm.signatures import check_approval
+from hwlicense.core.tpm.signatures import AGAIN, check_approval
 from hwlicense.core.tpm.structures import Public, sealed_public
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ class Sealed:
         meant = [a for a in approvals if platform_reference(a.product, a.generation) == binding.platform]
         for approval in meant:
             if approved_digest(approval.pcrs) != approval.policy:
-                raise DamagedError(Reason.SIGNATURE_INVALID, "The approval signs other PCR values than it shows.")
+                raise DamagedError(
+                    Reason.SIGNATURE_INVALID, "The approval signs other PCR values than it shows.", AGAIN
+                )
             check_approval(policy_key, approval.policy, binding.platform, approval.signature)
         return cls(binding, public, steps, policy_key, meant)

@@ -95,7 +95,9 @@ def values_digest(pcrs: Iterable[Pcr], algorithm: Algorithm = Algorithm.SHA256) 
     values: dict[tuple[str, int], bytes] = {(pcr.bank, pcr.index): pcr.value for pcr in pcrs}
     for (bank, index), value in values.items():
         if len(value) != DIGEST_SIZES[BANKS[bank]]:
-            raise RefusedError(Reason.PCR_UNUSABLE, f"The value of PCR {index} ({bank}) has {len(value)} bytes.")
+            raise RefusedError(
+                Reason.PCR_UNUSABLE, f"The value of PCR {index} ({bank}) has {len(value)} bytes.", _SYNTAX
+            )
         if not value.strip(b"\0") or not value.strip(b"\xff"):
             raise RefusedError(
                 Reason.PCR_UNUSABLE,

@@ -19,6 +19,8 @@ HASHES: Final[dict[Algorithm, hashes.HashAlgorithm]] = {
     Algorithm.SHA512: hashes.SHA512(),
 }
 
+AGAIN: Final = "Get the file again from where it was made; it must not be edited."
+
 
 def policy_key_public(key: ec.EllipticCurvePublicKey) -> Public:
     """The vendor's P-256 policy key as the TPM loads it: the Name of this area is what policies hold."""
@@ -64,5 +66,5 @@ def verify(key: Public, message: bytes, signature: bytes, reason: Reason, what: 
             pair = encode_dss_signature(int.from_bytes(first, "big"), int.from_bytes(second, "big"))
             public.verify(pair, message, ec.ECDSA(HASHES[algorithm]))
     except InvalidSignature:
-        raise DamagedError(reason, f"The signature of the {what} is not by the key that it names.") from None
+        raise DamagedError(reason, f"The signature of the {what} is not by the key that it names.", AGAIN) from None
     return algorithm

@@ -85,4 +85,5 @@ class Reader:
 
     def damaged(self, why: str) -> DamagedError:
         """The error to raise."""
-        return DamagedError(self._reason, f"The {self._what} is not valid: {why}.")
+        hint = "Get the file again from where it was made; it must not be edited."
+        return DamagedError(self._reason, f"The {self._what} is not valid: {why}.", hint)
