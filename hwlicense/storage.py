@@ -162,7 +162,8 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def make_folders(path: Path, mode: int = 0o700) -> None:
     """Make `path` and what is missing above it, on the disk when this returns. Existing folders stay as they are."""
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    with reporting(path):
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     for folder in reversed(missing):
         with reporting(folder), suppress(FileExistsError):  # another process made it meanwhile
             folder.mkdir(mode)

@@ -6,6 +6,9 @@ import base64
 import hashlib
 import hmac
 import json
+import os
+import tempfile
+import traceback
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -13,11 +16,12 @@ from blake3 import blake3
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from hwlicense.core.keys import unwrap_for_vendor
+from hwlicense.device import memory
 from hwlicense.device.model import Model
 from hwlicense.device.reading import PackageFile
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from hwlicense.core.documents import Manifest
@@ -45,6 +49,38 @@ def pack(vendor: Vendor, folder: Path, members: dict[str, bytes], **options) -> 
     out = folder / "model.hwpkg"
     manifest = vendor.pack(out, folder / "files", **options)
     return out, content_key(vendor, manifest), manifest
+
+
+def in_child(run: Callable[[], object]) -> None:
+    """`run` in a forked child, where it must not raise."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            run()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+            raise
+        finally:
+            os._exit(status)  # whatever happens: the child has no business in the rest of the test run
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def ordinary_user() -> None:
+    """Give up root, and be as dumpable as any process of a user."""
+    if os.getuid() == 0:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+        memory._libc.prctl(4, 1, 0, 0, 0)
+
+
+def reachable(path: Path) -> None:
+    """Let an ordinary user reach `path`, below a temporary folder that is its owner's alone."""
+    for folder in [path, *path.parents]:
+        if folder.stat().st_uid == os.getuid() and folder.is_relative_to(tempfile.gettempdir()) and folder.name:
+            folder.chmod(folder.stat().st_mode | (0o755 if folder.is_dir() else 0o644))
 
 
 def decrypt(raw: bytes, key: bytes) -> dict[str, bytes]:

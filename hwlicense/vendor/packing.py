@@ -54,8 +54,9 @@ def sources(inputs: Sequence[Path]) -> list[Source]:
     """
     found: list[Source] = []
     for given in inputs:
-        if given.is_dir():
-            root = given.resolve()
+        with reporting(given):
+            root = given.resolve() if given.is_dir() else None
+        if root:
             found += [_source(path.relative_to(root).as_posix(), path, root) for path in _walk(root)]
         else:
             found.append(_source(given.name, given, None))
@@ -99,7 +100,7 @@ def pack(  # noqa: PLR0913  # what a package says, and who says it
     if not all(1 <= len(text) <= NAME_LIMIT for text in (name, version)):
         raise UsageError(Reason.USAGE, f"Name and version must have 1 to {NAME_LIMIT} characters.")
     found = sources(inputs)
-    if any(source.path.resolve() == out.resolve() for source in found):
+    if os.path.realpath(out) in {os.path.realpath(source.path) for source in found}:
         raise UsageError(
             Reason.USAGE, f"{out} is also one of the inputs.", "Write the package outside of what it packs."
         )
@@ -202,7 +203,7 @@ def _walk(root: Path) -> Iterator[Path]:
 
 
 def _source(name: str, path: Path, root: Path | None) -> Source:
-    if root and path.is_symlink() and not path.resolve().is_relative_to(root):
+    if root and path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root):
         what = f"{path} is a symbolic link that leads out of {root}."
         raise UsageError(Reason.USAGE, what, "Put the file itself there, or pack it as an input of its own.")
     with OpenFile(path) as file:

@@ -7,7 +7,6 @@ import io
 import os
 import threading
 import time
-import traceback
 from pathlib import Path
 
 import numpy
@@ -16,11 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hwlicense.core.errors import ClosedError, DamagedError, HwlicenseError, Reason, StorageError, UsageError
-from hwlicense.device import memory
 from hwlicense.device.memory import protection
 from hwlicense.device.model import Model
 from hwlicense.device.reading import PackageFile
-from tests.packages import opened, pack
+from tests.packages import in_child, opened, ordinary_user, pack, reachable
 
 CHUNK = 4096
 LINES = b"".join(b"line %d of many\n" % i * (i % 7) for i in range(1000))
@@ -43,22 +41,6 @@ def model(vendor, made):
     with opened(vendor, made[0], made[1]) as model:
         yield model
     gc.collect()
-
-
-def in_child(run) -> None:
-    """`run` in a forked child, where it must not raise."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            run()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-            raise
-        finally:
-            os._exit(status)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_who_it_is(model):
@@ -355,15 +337,10 @@ def test_a_failing_disk(model, monkeypatch):
 def test_an_ordinary_user_reads_and_follows_paths(vendor, made):
     """Not dumpable, /proc/self belongs to root: its fd must still lead an ordinary user to his own files."""
     package, key, _ = made
-    for folder in [package, *package.parents][:4]:
-        folder.chmod(0o755)
+    reachable(package)
 
     def child() -> None:
-        if os.getuid() == 0:
-            os.setgroups([])
-            os.setgid(65534)
-            os.setuid(65534)
-            memory._libc.prctl(4, 1, 0, 0, 0)  # setuid(2) took it off; an ordinary process has it
+        ordinary_user()
         assert protection().dumpable
         with opened(vendor, package, key) as model:
             assert os.stat("/proc/self/fd").st_uid == 0  # noqa: PTH116
