@@ -207,8 +207,8 @@ def reporting(path: Path) -> Iterator[None]:
     except IsADirectoryError as error:
         raise UsageError(Reason.USAGE, f"{path} is a folder, not a file.", "Give the path of a file.") from error
     except OSError as error:
-        what = f"{path}: {error.strerror or error}."
-        raise StorageError(Reason.STORAGE, what, _HINTS.get(error.errno or 0, "")) from error
+        what, hint = f"{path}: {error.strerror or error}.", _HINTS.get(error.errno or 0, "Check the path and the disk.")
+        raise StorageError(Reason.STORAGE, what, hint) from error
 
 
 def _regular(fd: int, path: Path) -> os.stat_result:

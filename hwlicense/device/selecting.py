@@ -6,12 +6,15 @@ None of these choices is a check. Another TPM, or another home, can only fail to
 from __future__ import annotations
 
 import os
+import stat
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from hwlicense.core.errors import Reason, UsageError
 from hwlicense.device.home import Home, read_vendor
+from hwlicense.storage import reporting
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,8 +40,16 @@ def default_home() -> Path:
 
 
 def home(path: str | os.PathLike[str] | None, state: str | os.PathLike[str] | None = None) -> Home:
-    """The home at `path`, or the default one; `state` is where later changes go, if elsewhere."""
-    return Home(Path(path) if path else default_home(), Path(state) if state else None)
+    """The home at `path`, or the default one; `state` is where later changes go, if elsewhere.
+
+    Either may be absent. Raises UsageError for what is no folder.
+    """
+    place = Home(Path(path) if path else default_home(), Path(state) if state else None)
+    for folder in (place.path, place.state):
+        with reporting(folder), suppress(FileNotFoundError):
+            if not stat.S_ISDIR(folder.stat().st_mode):
+                raise UsageError(Reason.USAGE, f"{folder} is not a folder.", "Give the path of a folder.")
+    return place
 
 
 def tpm_address(tcti: str | None, place: Home) -> str | None:

@@ -9,6 +9,7 @@ second pass writes a chunk only if it has the digest of the first, so an input t
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 CHUNK_SIZES: Final = range(4096, (1 << 26) + 1)
 MEMBER_LIMIT: Final = 100_000
 NAME_LIMIT: Final = 200
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")  # what Python makes of arguments that are not in UTF-8
 
 
 class Source(NamedTuple):
@@ -97,8 +99,9 @@ def pack(  # noqa: PLR0913  # what a package says, and who says it
     """
     if chunk_size not in CHUNK_SIZES:
         raise UsageError(Reason.USAGE, "The chunk size must be 4 KiB to 64 MiB.", "Leave it out for 1 MiB.")
-    if not all(1 <= len(text) <= NAME_LIMIT for text in (name, version)):
-        raise UsageError(Reason.USAGE, f"Name and version must have 1 to {NAME_LIMIT} characters.")
+    if not all(1 <= len(text) <= NAME_LIMIT and not _SURROGATE.search(text) for text in (name, version)):
+        what = f"Name and version must have 1 to {NAME_LIMIT} characters, in UTF-8."
+        raise UsageError(Reason.USAGE, what, "Shorten them, or check the terminal's encoding.")
     found = sources(inputs)
     if os.path.realpath(out) in {os.path.realpath(source.path) for source in found}:
         raise UsageError(

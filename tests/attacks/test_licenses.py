@@ -158,7 +158,7 @@ def test_an_expired_license_does_not_open_with_the_keys_of_another(vendor, devic
         mixed = replace(old, **parts)
         mixed = replace(mixed, grant=replace(mixed.grant, license=good.grant.license, not_after=None))
         only(device.home).write_bytes(signed_anew(mixed, vendor))
-        with refused("LICENSE_DAMAGED", "APPROVAL_WITHDRAWN", "PLATFORM_UNAPPROVED"):
+        with refused("LICENSE_DAMAGED", "HOME_DAMAGED", "APPROVAL_WITHDRAWN", "PLATFORM_UNAPPROVED"):
             device.open(vendor)
 
 
