@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING
 import hypothesis
 import pytest
 
-from hwlicense.device.home import Home
-from tests.world import Device, Vendor
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from pathlib import Path
 
     from hwlicense_simulators import Tpm
+
+    from tests.world import Device, Vendor
 
 # Deadlines measure how busy the machine is. Examples are found anew in each run, and reproduced from what is printed.
 hypothesis.settings.register_profile("hwlicense", deadline=None, print_blob=True)
@@ -59,12 +58,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(scope="session")
 def vendor(tmp_path_factory: pytest.TempPathFactory) -> Vendor:
     """A vendor that many tests share; those that approve states make one of their own."""
+    from tests.world import Vendor  # noqa: PLC0415  # this file also stands alone, in the test of its hooks
+
     return Vendor(tmp_path_factory.mktemp("acme"))
 
 
 @pytest.fixture
 def own_vendor(tmp_path: Path) -> Vendor:
     """A vendor for one test."""
+    from tests.world import Vendor  # noqa: PLC0415
+
     (tmp_path / "acme").mkdir()
     return Vendor(tmp_path / "acme")
 
@@ -72,4 +75,7 @@ def own_vendor(tmp_path: Path) -> Vendor:
 @pytest.fixture
 def device(tmp_path: Path, hwlicense_tpms: Callable[..., Tpm]) -> Device:
     """A device with a home and a TPM, not enrolled."""
+    from hwlicense.device.home import Home  # noqa: PLC0415
+    from tests.world import Device  # noqa: PLC0415
+
     return Device(Home(tmp_path / "home"), hwlicense_tpms())
