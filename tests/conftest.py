@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hwlicense_simulators import Tpm
-
     from tests.world import Device, Vendor
 
 # Deadlines measure how busy the machine is. Examples are found anew in each run, and reproduced from what is printed.
