@@ -38,7 +38,7 @@ def tools(tpm, tmp_path):
         subprocess.run(["tpm2_flushcontext", "-t"], env=os.environ | tpm.environment, check=True)
         return done.stdout
 
-    run.folder = tmp_path
+    run.folder = tmp_path  # type: ignore[attr-defined]
     return run
 
 
@@ -65,7 +65,7 @@ def test_tpm2_tools_import_load_and_unseal_what_is_sealed_here(tools, parent, pi
     tools("tpm2_readpublic -c parent.ctx -o parent.pub -n parent.name")
     public = public_of(tools.folder / "parent.pub")
     assert public.name == (tools.folder / "parent.name").read_bytes()
-    steps = [policy.PolicyCommandCode(policy.UNSEAL), *([policy.PolicyAuthValue()] if pin else [])]
+    steps: list[policy.Step] = [policy.PolicyCommandCode(policy.UNSEAL), *([policy.PolicyAuthValue()] if pin else [])]
     value = secret(b"thirty-two bytes for the license")
     sealed = duplicate.seal(public, policy.digest(steps), value, secret(pin) if pin else None)
     (tools.folder / "public").write_bytes(sized(sealed.public))

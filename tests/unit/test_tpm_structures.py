@@ -63,7 +63,7 @@ def test_a_selection_has_one_canonical_form(entries, canonical, marshalled):
             "sha256:007",
             "sha256:7,",
         ),
-        *("sha256:7,7", "sha256:1-4", "sha256:7;8", "sha256:7+sha256:7", "+", "sha256:\u0667"),
+        *("sha256:7,", "sha256:7,7", "sha256:1-4", "sha256:7;8", "sha256:7+sha256:7", "+", "sha256:\u0667"),
     ],
 )
 def test_what_is_no_selection_is_a_usage_error(entry):

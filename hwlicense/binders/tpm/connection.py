@@ -195,14 +195,13 @@ class Work:
     def flush_all(self) -> bool:
         """Flush what is left, on every path. False where the connection must not be used any more."""
         usable = True
-        while self._live and usable:
+        while self._live:
             handle, raw = self._live.popitem()
             try:
                 self._flush_raw(raw)
                 self._esapi.tr_close(handle)
-            except TSS2_Exception as error:
-                usable = not failures.from_transport(error)
-        self._live.clear()
+            except TSS2_Exception as error:  # of no other consequence: the connection is dropped
+                usable = usable and not failures.from_transport(error)
         return usable
 
     def _make_room(self) -> None:

@@ -38,6 +38,9 @@ NOT_ITS_OWN: Final = (
 )
 """What was wrapped was wrapped for another key, or was changed."""
 
+NOT_UNWRAPPED: Final = (*NOT_ITS_OWN, TPM2_RC.FAILURE)
+"""The same for seeds, where some TPMs answer a bad RSA padding like this. One that really failed says so before."""
+
 _LAYER: Final = 0xFF0000
 _FROM_TPM: Final = (0, TSS2_RC.RESMGR_RC_LAYER, TSS2_RC.RESMGR_TPM_RC_LAYER)  # the kernel answers in the TPM's stead
 _FORGED: Final = (

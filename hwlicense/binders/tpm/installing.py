@@ -20,7 +20,7 @@ from tpm2_pytss import (
 from tpm2_pytss._libtpm2_pytss import ffi
 
 from hwlicense.binders.tpm import keys
-from hwlicense.binders.tpm.failures import NOT_ITS_OWN, code
+from hwlicense.binders.tpm.failures import NOT_UNWRAPPED, code
 from hwlicense.core.errors import DamagedError, Reason
 from hwlicense.core.secret import Secret
 from hwlicense.core.tpm.structures import Attributes, Public
@@ -39,7 +39,7 @@ def import_sealed(work: Work, root: ESYS_TR, sealed: Sealed) -> bytes:
     try:
         private = work.call("import_", root, b"", public, duplicate, seed, no_inner_wrap, session2=session)
     except TSS2_Exception as error:
-        if code(error) not in NOT_ITS_OWN:
+        if code(error) not in NOT_UNWRAPPED:
             raise
         what = "The TPM rejects the sealed part of the license: it was changed, or made for another key."
         raise DamagedError(Reason.LICENSE_DAMAGED, what, "Ask the vendor for the license again.") from error
@@ -76,7 +76,7 @@ def _share(
     try:
         share = work.call("activate_credential", key, endorsement, blob, seed, session2=use, session3=answer)
     except TSS2_Exception as error:
-        if code(error) not in NOT_ITS_OWN:
+        if code(error) not in NOT_UNWRAPPED:
             raise
         raise keys.wrong_device("its endorsement key does not open what the vendor wrapped for it") from error
     work.ended(answer)

@@ -62,9 +62,8 @@ def unseal(work: Work, root: ESYS_TR, loaded: ESYS_TR, sealed: Sealed, held: Hel
             value = work.call("unseal", loaded, session1=session)
         except TSS2_Exception as error:
             attempts -= 1
-            if code(error) in WRONG_AUTHORIZATION and sealed.binding.pin:
-                hint = "The TPM counts wrong PINs and locks after a few: be sure of the next one."
-                raise RefusedError(Reason.PIN_WRONG, "The PIN is wrong.", hint) from error
+            if code(error) in WRONG_AUTHORIZATION:
+                raise _unauthorized(sealed) from error
             if code(error) != TPM2_RC.PCR_CHANGED:
                 raise
             if not attempts:
@@ -74,6 +73,14 @@ def unseal(work: Work, root: ESYS_TR, loaded: ESYS_TR, sealed: Sealed, held: Hel
         else:
             work.ended(session)
             return installing.taken(value)
+
+
+def _unauthorized(sealed: Sealed) -> RefusedError | HardwareError:
+    if sealed.binding.pin:
+        hint = "The TPM counts wrong PINs and locks after a few: be sure of the next one."
+        return RefusedError(Reason.PIN_WRONG, "The PIN is wrong.", hint)
+    what = "A command to the TPM was changed on its way: the TPM refuses its authentication."
+    return HardwareError(Reason.TPM_ANSWER_FORGED, what, "Inspect the device: something tampers with its TPM's bus.")
 
 
 def _approved_state(work: Work, session: ESYS_TR, sealed: Sealed) -> Approval | None:
