@@ -26,7 +26,7 @@ OPEN = "import hwlicense, sys; hwlicense.open(sys.argv[1], vendor=sys.argv[2], h
 WATCHED = """
 import time
 begun = time.monotonic()
-import atexit, builtins, json, sys
+import builtins, json, os
 spent, depth, import_ = {"imports": 0.0}, 0, builtins.__import__
 def timed_import(*arguments, **keywords):
     global depth
@@ -53,10 +53,12 @@ from hwlicense.cli import main
 from hwlicense.binders.tpm.connection import Connection, Work
 for kind, name in ((Connection, "open"), (Work, "call"), (Work, "_flush_raw")):
     timed(kind, name)
-try:
-    main()
-finally:
-    print("\\n" + json.dumps({"begun": begun, "ended": time.monotonic(), **spent}))
+leave = os._exit
+def leaving(status):
+    print("\\n" + json.dumps({"begun": begun, "ended": time.monotonic(), **spent}), flush=True)
+    leave(status)
+os._exit = leaving
+main()
 """
 
 
