@@ -81,6 +81,7 @@ def test_every_kind_of_tpm_enrolls_installs_and_opens_with_every_endorsement_key
         check_quote(Public.parse(evidence.attestation_key), quote, b"a request", evidence.pcrs)
         approval = machine.desk.approve(evidence.pcrs)
         assert len(evidence.endorsement_keys) == 2
+        opened = []
         for ek, (product, number) in itertools.product(range(2), ((None, None), (PRODUCT, None), (PRODUCT, b"2468"))):
             binding, member = machine.desk.bind(evidence, product, pin=number, ek=ek)
             held = hardware.install(binding, [approval])
@@ -88,9 +89,11 @@ def test_every_kind_of_tpm_enrolls_installs_and_opens_with_every_endorsement_key
             hardware.present(binding, held)
             source = pin(number) if number else no_pin
             assert hardware.unwrap(binding, held, [approval], source).secret == member
+            opened.append((binding, held, source, member))
         assert machine.loaded() == []
         machine.tpm.reboot()
-        assert hardware.unwrap(binding, held, [approval], source).secret == member
+        for binding, held, source, member in opened:
+            assert hardware.unwrap(binding, held, [approval], source).secret == member
 
 
 def test_a_request_fits_its_schema_and_its_certificates_belong_to_its_keys(machine):
@@ -249,10 +252,11 @@ def test_pins_are_asked_for_once_wiped_counted_and_locked_out(fresh):
     assert fresh.hardware.unwrap(binding, held, [], lambda _: next(asked)).secret == member
     assert all(not any(used.buffer) for used in given)
     assert probing.probe(fresh.wire.tcti, Selection()).wrong_pins == 1
-    for _ in range(4):
-        with pytest.raises(HwlicenseError) as locked:
+    for _ in range(3):
+        with pytest.raises(HwlicenseError):
             fresh.hardware.unwrap(binding, held, [], pin(b"1357"))
-    assert isinstance(locked.value, HardwareError)
+    with pytest.raises(HardwareError) as locked:
+        fresh.hardware.unwrap(binding, held, [], pin(b"1357"))
     assert locked.value.reason == Reason.TPM_LOCKOUT
     assert "tpm2_dictionarylockout" in locked.value.hint
     plain, other = fresh.desk.bind(fresh.evidence)

@@ -127,7 +127,7 @@ class Work:
 
     def __init__(self, tcti: TCTILdr, esapi: ESAPI) -> None:
         self._tcti, self._esapi = tcti, esapi
-        self._live: dict[ESYS_TR, int] = {}
+        self._live: dict[ESYS_TR, int | None] = {}  # with the TPM's handle, None where nothing is to be flushed
         self.command = ""
 
     def call(self, command: str, *arguments: Any, **keywords: Any) -> Any:  # noqa: ANN401 - as many types as commands
@@ -154,6 +154,11 @@ class Work:
         self._live[handle] = int(self._esapi.tr_get_tpm_handle(handle))
         return handle
 
+    def borrow(self, handle: ESYS_TR) -> ESYS_TR:
+        """Forget the library's record of something persistent at the end of the work; the TPM keeps it."""
+        self._live[handle] = None
+        return handle
+
     def primary(self, hierarchy: ESYS_TR, template: TPM2B_PUBLIC) -> tuple[ESYS_TR, Public]:
         """A primary key, until the end of the work. Raises DamagedError for one of a kind that `Public` lacks."""
         handle, public, *_ = self.call("create_primary", TPM2B_SENSITIVE_CREATE(), template, hierarchy)
@@ -165,7 +170,7 @@ class Work:
         Sessions salted to it reach this key or fail.
         """
         metadata = number(handle, 4) + sized(public.name) + number(_KEY_RESOURCE, 4) + sized(public.raw)
-        key = self.call("tr_deserialize", metadata)
+        key = self.borrow(self.call("tr_deserialize", metadata))
         if bytes(self.call("tr_get_name", key)) != public.name:
             raise HardwareError(
                 Reason.TPM_UNSUPPORTED, "This release of tpm2-tss keeps key metadata in an unknown form."
@@ -198,7 +203,8 @@ class Work:
         while self._live:
             handle, raw = self._live.popitem()
             try:
-                self._flush_raw(raw)
+                if raw is not None:
+                    self._flush_raw(raw)
                 self._esapi.tr_close(handle)
             except TSS2_Exception as error:  # of no other consequence: the connection is dropped
                 usable = usable and not failures.from_transport(error)

@@ -100,7 +100,7 @@ def hardware_error(error: TSS2_Exception, command: str) -> HardwareError:
             f"An answer of the TPM was changed on its way or is malformed {what}.",
             "Someone or something tampers with the connection to the TPM; try again, then inspect the device.",
         )
-    if not from_tpm(error):
+    if from_transport(error):
         return HardwareError(
             Reason.TPM_GONE, f"The connection to the TPM was lost {what}.", "Check that the TPM is still there."
         )

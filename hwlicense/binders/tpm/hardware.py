@@ -111,7 +111,7 @@ class TpmHardware:
         with auth, self._connection.work() as work:
             root, loaded = opening.load(work, kept, sealed)
             if binding.pin:
-                work.call("tr_set_auth", loaded, bytes(auth.buffer))
+                work.call("tr_set_auth", loaded, bytes(auth.buffer))  # a copy that only the collector can take away
             with opening.unseal(work, root, loaded, sealed, kept) as value:
                 return Unwrapped(member_secret(value, *kept.shares))
 

@@ -75,13 +75,12 @@ def template_storage_root_key(work: Work, name: bytes | None) -> tuple[ESYS_TR, 
 def persistent_storage_root_key(work: Work) -> Public | None:
     """The key that an operating system has made persistent at the usual handle, if it is fit for use."""
     try:
-        key = work.call("tr_from_tpmpublic", STORAGE_ROOT_HANDLE)
+        key = work.borrow(work.call("tr_from_tpmpublic", STORAGE_ROOT_HANDLE))
         area, *_ = work.call("read_public", key)
     except TSS2_Exception as error:
         if code(error) == TPM2_RC.HANDLE:
             return None
         raise
-    work.call("tr_close", key)
     try:
         public = Public.parse(area.marshal()[2:])
         check_storage_root_key(public)
@@ -162,13 +161,12 @@ class _Nv:
             return b""
         if index not in self.defined:
             raise NoSuchIndex(index)
-        handle = self._work.call("tr_from_tpmpublic", index)
+        handle = self._work.borrow(self._work.call("tr_from_tpmpublic", index))
         public, _ = self._work.call("nv_read_public", handle)
         content, size = b"", int(public.nvPublic.dataSize)
         while len(content) < size:
             chunk = min(size - len(content), _NV_CHUNK)
             content += bytes(self._work.call("nv_read", handle, chunk, len(content)))
-        self._work.call("tr_close", handle)
         return content
 
 

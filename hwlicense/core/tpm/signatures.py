@@ -56,8 +56,8 @@ def verify(key: Public, message: bytes, signature: bytes, reason: Reason, what: 
     if key.scheme is None or (reader.number(2), reader.number(2)) != key.scheme:
         raise reader.damaged("its scheme is not the key's")
     public, algorithm = key.key(), key.scheme[1]
-    first = reader.sized()
-    second = reader.sized() if isinstance(public, ec.EllipticCurvePublicKey) else b""
+    first = reader.sized(key.bits // 8)
+    second = reader.sized(key.bits // 8) if isinstance(public, ec.EllipticCurvePublicKey) else b""
     reader.end()
     try:
         if isinstance(public, rsa.RSAPublicKey):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
 from hwlicense.core.errors import DamagedError, Reason
 
@@ -28,8 +28,6 @@ class Algorithm(IntEnum):
 
 
 DIGEST_SIZES: Final = {Algorithm.SHA256: 32, Algorithm.SHA384: 48, Algorithm.SHA512: 64}
-
-T = TypeVar("T")
 
 
 def number(value: int, size: int) -> bytes:
