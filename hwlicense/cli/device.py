@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from hwlicense.device.home import Home
     from hwlicense.device.model import Model
 
-FILE = click.Path(path_type=Path)
+FILE = click.Path(path_type=Path, readable=False)
 
 
 def place_options(function: Callable[..., Any]) -> Callable[..., Any]:

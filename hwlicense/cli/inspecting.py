@@ -29,7 +29,7 @@ from hwlicense.device.reading import read_envelope
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-FILE = click.Path(path_type=Path)
+FILE = click.Path(path_type=Path, readable=False)
 LIMIT = 4 << 20
 
 

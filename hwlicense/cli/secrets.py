@@ -22,11 +22,11 @@ LIMIT: Final = 1024
 
 passphrase_option = click.option(
     "--passphrase-file",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, readable=False),
     help="Read the passphrase of the vendor's keys from this file (/dev/fd/N for a file descriptor).",
 )
 pin_option = click.option(
-    "--pin-file", type=click.Path(path_type=Path), help="Read the PIN from this file (/dev/fd/N for a file descriptor)."
+    "--pin-file", type=click.Path(path_type=Path, readable=False), help="Read the PIN from this file (/dev/fd/N for a file descriptor)."
 )
 
 

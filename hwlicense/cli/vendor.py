@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hwlicense.core.package import Algorithm
     from hwlicense.core.secret import Secret
 
-FILE = click.Path(path_type=Path)
+FILE = click.Path(path_type=Path, readable=False)
 
 vendor_option = click.option(
     "--vendor", "folder", type=FILE, required=True, metavar="VENDOR_DIR", help="The vendor folder."

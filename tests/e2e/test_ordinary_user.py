@@ -1,0 +1,186 @@
+"""The main path by a user without any privilege, with a read-only home; and what of the TPM a user may not touch."""
+
+import contextlib
+import json
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.forging import as_root, listing
+from tests.world import MEMBERS, PROGRAM, WITH_PCRS
+
+
+@pytest.fixture(scope="module")
+def user():
+    """The words before a command that make it an ordinary user's, and that user's numbers: nobody, or who tests."""
+    if not as_root():
+        return [], os.geteuid(), os.getegid()
+    entry = pwd.getpwnam("nobody")
+    return as_user(entry.pw_uid, entry.pw_gid), entry.pw_uid, entry.pw_gid
+
+
+def as_user(uid, gid):
+    words = ["setpriv", f"--reuid={uid}", f"--regid={gid}", "--clear-groups", "--no-new-privs"]
+    if subprocess.run([*words, PROGRAM, "--version"], check=False, capture_output=True).returncode:
+        # The interpreter of the tests lies where only root may read: that right is lent, and nothing else
+        words += ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
+    return words
+
+
+@pytest.fixture
+def shop(user):
+    """A folder of the user's, where its files and its TPM's sockets are."""
+    with tempfile.TemporaryDirectory(prefix="hwlicense-", dir="/tmp") as name:  # a short path, which the user can reach
+        folder = Path(name)
+        for member, content in MEMBERS.items():
+            (folder / "files" / member).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "files" / member).write_bytes(content)
+        (folder / "terms.toml").write_text(WITH_PCRS)
+        _own(folder, user)
+        yield folder
+        for path in [folder, *folder.rglob("*")]:
+            if path.is_dir():
+                path.chmod(0o700)
+
+
+def _own(folder, user):
+    for path in [folder, *folder.rglob("*")]:
+        os.chown(path, user[1], user[2], follow_symlinks=False)
+
+
+@pytest.fixture
+def run(user, shop):
+    def call(*arguments, status=0, under=(), **environment):
+        clean = {"PATH": os.environ["PATH"], "HOME": str(shop / "nowhere"), "LANG": "C.UTF-8"}
+        words = [*under, *user[0], PROGRAM, *map(str, arguments)]
+        done = subprocess.run(
+            words, cwd=shop, env=clean | environment, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == status, f"{arguments}: {done.returncode}\n{done.stdout}{done.stderr}"
+        assert "Traceback" not in done.stderr
+        return done
+
+    return call
+
+
+@pytest.fixture
+def tcti(hwlicense_tpms, shop, user):
+    """A TPM whose sockets are the user's: swtpm's own belong to whoever runs the tests."""
+    tpm = hwlicense_tpms()
+    shutil.copy(tpm.ek_root, shop / "root.pem")
+    with tpm.tapped(record=False) as wire:
+        for suffix in ("", ".ctrl"):
+            os.chown(f"{wire.path}{suffix}", user[1], user[2])
+        wire.path.parent.chmod(0o711)
+        yield wire.tcti
+
+
+def test_the_whole_way_writes_nothing_elsewhere(shop, run, tcti):
+    run("vendor", "init", "vendor", "--name", "Acme", "--no-passphrase")
+    run("vendor", "pack", "--vendor", "vendor", "--name", "reader", "--version", "1.0", "-o", "model.hwpkg", "files")
+    run("device", "enroll", "--home", "home", "--tpm", tcti, "--pcrs", "sha256:0,7", "-o", "a.hwreq")
+    given = ("--request", "a.hwreq", "--package", "model.hwpkg", "--terms", "terms.toml", "--ek-root", "root.pem")
+    run("vendor", "issue", "--vendor", "vendor", *given, "-o", "a.hwlic")
+    run("device", "trust", "--home", "home", "vendor/vendor.pub.json")
+    run("device", "install", "--home", "home", "a.hwlic")
+    approval = next((shop / "vendor" / "approvals").iterdir())
+    for path in sorted((shop / "home").rglob("*"), reverse=True):
+        path.chmod(0o500 if path.is_dir() else 0o400)
+    (shop / "home").chmod(0o500)
+    before = listing(shop)
+    at = ("--home", "home", "--state", "state")
+    run("device", "install", *at, approval)
+    opened = run("device", "check", "--open", "--json", *at, "model.hwpkg")
+    assert json.loads(opened.stdout)["opened"] is True
+    run("device", "status", *at)
+    run("device", "probe", *at, "--pcrs", "sha256:7")
+    assert "ok      TPM:" in run("device", "doctor", *at).stdout
+    run("inspect", "a.hwlic")
+    after = {path: kept for path, kept in listing(shop).items() if not path.startswith(f"{shop}/state")}
+    assert after == before
+    assert {path.stat().st_mode & 0o077 for path in (shop / "state").rglob("*")} == {0}
+    assert not (shop / "nowhere").exists()
+    # What cannot be written is said, and nothing is half done
+    refused = run("device", "install", *at, "a.hwlic", status=5)
+    assert "reason: STORAGE" in refused.stderr
+    assert "hint: Check the permissions" in refused.stderr
+    refused = run("device", "trust", *at, "vendor/vendor.pub.json")  # trusted already: nothing to write
+    run("device", "check", "--open", *at, "model.hwpkg")
+
+
+def test_every_file_that_is_written_lies_in_home_state_or_output(shop, run, tcti):
+    """As the kernel sees it, over enrolling, installing and opening."""
+    run("vendor", "init", "vendor", "--no-passphrase")
+    run("vendor", "pack", "--vendor", "vendor", "--name", "reader", "--version", "1.0", "-o", "model.hwpkg", "files")
+    run("device", "trust", "--home", "home", "vendor/vendor.pub.json")
+    given = ("--request", "a.hwreq", "--package", "model.hwpkg", "--terms", "terms.toml", "--ek-root", "root.pem")
+    calls = "open,openat,openat2,creat,mkdir,mkdirat,rename,renameat,renameat2,link,linkat,unlink,unlinkat,symlink"
+    written = set()
+    for arguments in (
+        ("device", "enroll", "--home", "home", "--tpm", tcti, "--pcrs", "sha256:0,7", "-o", "a.hwreq"),
+        ("vendor", "issue", "--vendor", "vendor", *given, "-o", "a.hwlic"),
+        ("device", "install", "--home", "home", "a.hwlic"),
+        ("device", "check", "--open", "--home", "home", "model.hwpkg"),
+    ):
+        trace = ["strace", "-f", "-qq", "-s", "4096", "-y", "-e", f"trace={calls}", "-e", "signal=none", "-o", "trace"]
+        run(*arguments, under=trace, PYTHONDONTWRITEBYTECODE="1")
+        for line in (shop / "trace").read_text(errors="replace").splitlines():
+            reading = "O_RDONLY" in line and "O_CREAT" not in line
+            failed = " = -1 " in line
+            if not reading and not failed and "unfinished" not in line and "O_DIRECTORY|O_CLOEXEC" not in line:
+                written.add(line.partition(" ")[2])
+    # Python imports, /dev/null, sockets and /proc/self/fd aside, only these
+    allowed = ("home", "vendor/issued", "vendor/approvals", "a.hwreq", "a.hwlic", str(shop), "O_TMPFILE", "/dev/null")
+    strange = [call for call in written if not any(part in call for part in allowed) and "/proc/self/fd" not in call]
+    assert not strange
+    assert any("O_TMPFILE" in call or "a.hwlic" in call for call in written)
+
+
+def test_no_permission_for_the_tpm(shop, run):
+    """Its socket or device node belongs to someone else, or nobody may open it."""
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as listener:
+        listener.bind(str(shop / "tpm"))
+        listener.listen()
+        (shop / "tpm").chmod(0)
+        node = shop / "node"
+        node.touch(0)
+        if as_root():
+            os.chown(node, 0, 0)
+            os.chown(shop / "tpm", 0, 0)
+        for tcti in (f"swtpm:path={shop}/tpm", f"device:{node}"):
+            done = run("device", "enroll", "--home", "home", "--tpm", tcti, "-o", "new.hwreq", status=3)
+            assert "reason: TPM_NO_PERMISSION" in done.stderr
+            assert 'hint: Add the user to the group "tss"' in done.stderr
+            doctor = run("device", "doctor", "--home", "home", "--tpm", tcti, status=3)
+            assert "missing TPM: No permission" in doctor.stdout
+            assert tcti.startswith("swtpm:") or "usermod" in doctor.stdout
+    assert not (shop / "home").exists()
+    assert not (shop / "new.hwreq").exists()
+
+
+def test_a_home_that_belongs_to_another_user(shop, run):
+    (shop / "home" / "licenses").mkdir(parents=True)
+    (shop / "home" / "trust.json").write_text("{}")
+    for path in (shop / "home" / "licenses", shop / "home"):
+        path.chmod(0)
+        if as_root():
+            os.chown(path, 0, 0)
+    for command in ("status", "doctor"):
+        done = run("device", command, "--home", "home", status=5)
+        assert "reason: STORAGE" in done.stderr
+        assert "hint: Check the permissions" in done.stderr
+
+
+def test_a_user_without_name_or_home():
+    """As in containers that are started with some number for a user."""
+    words = as_user(54321, 54321) if as_root() else ["unshare", "--user", "--map-user=54321"]
+    words += [PROGRAM, "device", "status"]
+    done = subprocess.run(words, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "hint: Give --home DIR" in done.stderr
