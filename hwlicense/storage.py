@@ -14,7 +14,6 @@ import secrets
 import stat
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from shutil import rmtree
 from typing import TYPE_CHECKING, BinaryIO, Final, Self
 
 from hwlicense.core.errors import DamagedError, Reason, StorageError, UsageError
@@ -156,6 +155,8 @@ def new_folder(path: Path) -> Iterator[Path]:
             building.rename(path)  # rename(2) replaces a folder only while it is empty
             _sync_folder(path.parent)
         except BaseException:
+            from shutil import rmtree  # noqa: PLC0415  # slow to import, and for failures alone
+
             rmtree(building, ignore_errors=True)
             raise
 

@@ -6,7 +6,6 @@ A term that this release cannot enforce is an error here: a license never says m
 from __future__ import annotations
 
 import datetime
-import tomllib
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import msgspec
@@ -63,6 +62,8 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def parse_terms(text: str) -> Terms:
     """Raises UsageError: TERM_UNKNOWN, TERM_INVALID, TERM_UNSUPPORTED."""
+    import tomllib  # noqa: PLC0415  # the vendor's need alone, and not to be paid for at each opening
+
     if len(text) > SIZE_LIMIT:
         raise UsageError(
             Reason.TERM_INVALID, f"The terms are longer than {SIZE_LIMIT:,} characters.", "Check the file's name."

@@ -143,15 +143,16 @@ class Home:
     # ---- approvals
 
     def approvals(self, licensed: License, vendor: VendorPublic) -> list[Approval]:
-        """Approvals for this license's product: those installed since, then those that came with it."""
+        """Approvals for this license's product, the latest installed first: it is the likeliest to be of this state."""
+        bases = [base / "licenses" / licensed.grant.license / "approvals" for base in {self.state, self.path}]
+        with storage.reporting(bases[0]):
+            paths = [path for base in bases for path in base.glob("*.hwapp")]
+            paths.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
         installed = {}
-        for base in dict.fromkeys((self.state, self.path)):
-            for path in sorted((base / "licenses" / licensed.grant.license / "approvals").glob("*.hwapp"))[
-                :ENTRY_LIMIT
-            ]:
-                approval = _approval(path, vendor)
-                if approval.product == licensed.grant.product:
-                    installed[approval.policy, approval.generation] = approval
+        for path in paths[:ENTRY_LIMIT]:
+            approval = _approval(path, vendor)
+            if approval.product == licensed.grant.product:
+                installed.setdefault((approval.policy, approval.generation), approval)
         for approval in licensed.approvals:
             installed.setdefault((approval.policy, approval.generation), approval)
         return list(installed.values())

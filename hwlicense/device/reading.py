@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final, Self
 
 from hwlicense.core import package
@@ -111,6 +110,8 @@ class PackageFile:
         if others < 1:
             work()
             return
+        from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415  # slow to import, for large members alone
+
         with ThreadPoolExecutor(others) as pool:
             running = [pool.submit(work) for _ in range(others)]
             work()
