@@ -148,7 +148,7 @@ class Home:
         with storage.reporting(bases[0]):
             paths = [path for base in bases for path in base.glob("*.hwapp")]
             paths.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
-        installed = {}
+        installed: dict[tuple[bytes, int], Approval] = {}
         for path in paths[:ENTRY_LIMIT]:
             approval = _approval(path, vendor)
             if approval.product == licensed.grant.product:
