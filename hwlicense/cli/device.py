@@ -127,13 +127,12 @@ def check(
 ) -> None:
     """Verify a package and its license without a key and without the TPM; with --open, open it and read everything."""
     place = selecting.home(home, state)
-    vendor = _vendor_of(package, place)
-    with PackageFile(package, vendor) as file:
-        with output.progress("Verifying", file.size) as advance:
-            file.verify(advance)
-        today = opening.utc_today()
-        licenses = opening.fitting_licenses(file.manifest, vendor, place)
-        chosen = opening.first_valid(licenses, today)
+    file, vendor = _trusted(package, place)
+    with file:
+        if not fully:  # which verifies every chunk on its way
+            with output.progress("Verifying", file.size) as advance:
+                file.verify(advance)
+        chosen = opening.first_valid(opening.fitting_licenses(file.manifest, vendor, place), opening.utc_today())
     if fully:
         model = opening.open_package(package, vendor, place, selecting.tpm(tpm, place), secrets.pin_source(pin_file))
         with model, output.progress("Reading", sum(model.size(name) for name in model.names)) as advance:
@@ -224,15 +223,14 @@ def doctor(home: Path | None, state: Path | None, tpm: str | None, as_json: bool
         raise click.exceptions.Exit(3)
 
 
-def _vendor_of(package: Path, place: Home) -> VendorPublic:
-    """The trusted vendor that signed the package. Raises RefusedError VENDOR_UNTRUSTED."""
+def _trusted(package: Path, place: Home) -> tuple[PackageFile, VendorPublic]:
+    """The package, open, and the trusted vendor that signed it. Raises RefusedError VENDOR_UNTRUSTED."""
     vendors = place.trusted()
     for vendor in vendors:
         try:
-            PackageFile(package, vendor).close()
+            return PackageFile(package, vendor), vendor
         except RefusedError:
             continue  # not signed by this one; the next may have
-        return vendor
     names = ", ".join(repr(vendor.name) for vendor in vendors) or "none yet"
     what = f"The package is not signed by a vendor that this device trusts ({names})."
     raise RefusedError(
