@@ -137,7 +137,7 @@ def full(tmp_path):
         yield folder, {}
         subprocess.run(["umount", folder], check=True)
     else:  # where nothing can be mounted: no file may be larger than this
-        yield folder, {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))}
+        yield folder, {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))}
 
 
 def fill(folder, leave):
