@@ -26,7 +26,9 @@ passphrase_option = click.option(
     help="Read the passphrase of the vendor's keys from this file (/dev/fd/N for a file descriptor).",
 )
 pin_option = click.option(
-    "--pin-file", type=click.Path(path_type=Path, readable=False), help="Read the PIN from this file (/dev/fd/N for a file descriptor)."
+    "--pin-file",
+    type=click.Path(path_type=Path, readable=False),
+    help="Read the PIN from this file (/dev/fd/N for a file descriptor).",
 )
 
 

@@ -128,4 +128,4 @@ def test_a_secret_is_wiped_shows_nothing_and_cannot_be_copied():
 
 
 def test_a_buffer_outlives_the_secret_that_gave_it():
-    assert Secret(bytearray(b"very secret")).buffer == bytearray(b"very secret")
+    assert bytes(Secret(bytearray(b"very secret")).buffer) == b"very secret"

@@ -160,7 +160,7 @@ def test_a_sealed_file_cannot_be_changed_and_is_exact():
 
 
 def test_an_empty_sealed_file():
-    file = SealedFile(0, lambda _: pytest.fail())
+    file = SealedFile(0, lambda _: pytest.fail("nothing is to be filled"))
     assert Path(file.path).read_bytes() == b""
     file.close()
 
