@@ -104,7 +104,9 @@ class SoftwareKey:
         fields = {name: getattr(template, name) for name in Public.__dataclass_fields__}
         self.public = Public(**{**fields, "unique": unique, **changes})
 
-    def quote(self, data: bytes, pcrs: list[Pcr], selected: list[Pcr] | None = None) -> bytes:
+    def quote(
+        self, data: bytes, pcrs: list[Pcr], selected: list[Pcr] | None = None, start: bytes = b"\xffTCG\x80\x18"
+    ) -> bytes:
         """As TPM2_Quote makes it, of values that no TPM has seen. `data` is its extra data."""
         selection = b""
         chosen = pcrs if selected is None else selected
@@ -114,7 +116,7 @@ class SoftwareKey:
             selection += number(BANKS[bank], 2) + b"\3" + bitmap.to_bytes(3, "little")
         ordered = sorted(pcrs, key=lambda pcr: (list(BANKS).index(pcr.bank), pcr.index))
         digest = hashlib.sha256(b"".join(pcr.value for pcr in ordered)).digest()
-        attest = b"\xffTCG\x80\x18" + sized(self.public.name) + sized(data) + bytes(16) + b"\1" + bytes(8)
+        attest = start + sized(self.public.name) + sized(data) + bytes(16) + b"\1" + bytes(8)
         attest += number(len(banks), 4) + selection + sized(digest)
         return sized(attest) + sign_approval(self.private, attest, b"")
 

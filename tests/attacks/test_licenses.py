@@ -10,11 +10,13 @@ import hwlicense
 from hwlicense.core.documents import License
 from hwlicense.core.envelope import unverified
 from hwlicense.core.errors import HwlicenseError
+from hwlicense.core.terms import parse_terms
 from hwlicense.device.home import Home, verified_by_any
 from hwlicense.device.installing import install
 from hwlicense.device.opening import utc_today
 from hwlicense.device.reporting import status
-from tests.forging import edited, flipped, refused, rejoined, replace, signed_anew
+from hwlicense.vendor import evidence, issuing
+from tests.forging import edited, flipped, now, refused, rejoined, replace, signed_anew
 from tests.world import MEMBERS, TERMS, WITH_PCRS, Device, Vendor, everything, licensed
 
 EDITS = {
@@ -209,6 +211,25 @@ def test_a_license_whose_keys_are_exchanged_between_packages(own_vendor, device,
     only(device.home).write_bytes(signed_anew(forged, vendor))
     with refused("LICENSE_DAMAGED"):
         device.open(vendor, newer)
+
+
+def test_the_keys_of_two_packages_exchanged_in_one_license(own_vendor, device, tmp_path):
+    """By stolen document keys. Each wrap has a key of its own: two under one key would share a nonce, too."""
+    vendor, newer = own_vendor, tmp_path / "newer.hwpkg"
+    manifests = [vendor.manifest, vendor.pack(newer, tmp_path / "acme" / "files", version="2.0")]
+    roots = evidence.read_roots(device.tpm.ek_root.read_bytes(), "virtual")
+    examined = evidence.examine(device.request(), roots, (), now())
+    made = [vendor.public, vendor.keys, examined, manifests, parse_terms(TERMS), []]
+    issued = issuing.issue(*made, today=now().date())
+    device.install(issued.raw, vendor)
+    for package in (vendor.package, newer):
+        device.open(vendor, package).close()
+    one, two = issued.license.keys
+    exchanged = [replace(one, wrapped=two.wrapped), replace(two, wrapped=one.wrapped)]
+    only(device.home).write_bytes(signed_anew(replace(issued.license, keys=exchanged), vendor))
+    for package in (vendor.package, newer):
+        with refused("LICENSE_DAMAGED"):
+            device.open(vendor, package)
 
 
 def test_another_vendors_license_beside_ours_is_ignored(own_vendor, vendor, device):
