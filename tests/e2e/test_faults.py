@@ -12,9 +12,10 @@ from contextlib import suppress
 import pytest
 
 import hwlicense
+from hwlicense import storage
 from hwlicense.binders.tpm import TpmHardware
 from hwlicense.core.envelope import disassemble
-from hwlicense.core.errors import HwlicenseError
+from hwlicense.core.errors import HwlicenseError, Reason, StorageError
 from hwlicense.core.secret import Secret
 from hwlicense.device.installing import install
 from tests.forging import as_root, listing, refused
@@ -112,6 +113,42 @@ def test_an_installation_killed_at_any_moment(shop, device, own_vendor):
             with opened(own_vendor, device.home.path, wire.tcti) as model:
                 assert everything(model) == MEMBERS
     run(*killer.arguments[1:])
+    device.open(own_vendor).close()
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["the first time", "again"])
+def test_an_installation_that_stops_at_each_write(device, own_vendor, monkeypatch, again):
+    """Before a license lies in the home whole, it is not installed; where it does already, it stays usable."""
+    raw = own_vendor.issue(device.request(), device.tpm).raw
+    device.home.trust(own_vendor.public)
+    if again:
+        device.install(raw, own_vendor)
+    write, left = storage.atomic_write, 0
+
+    def stopping(*arguments, **options):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise StorageError(Reason.STORAGE, "The power is cut.", "Switch it on.")
+        write(*arguments, **options)
+
+    stops = 0
+    while True:
+        left = stops
+        with monkeypatch.context() as patch:
+            patch.setattr(storage, "atomic_write", stopping)
+            try:
+                device.install(raw, own_vendor)
+            except StorageError:
+                stops += 1
+            else:
+                break
+        if again:
+            device.open(own_vendor).close()
+        else:
+            with refused("LICENSE_ABSENT"):
+                device.open(own_vendor)
+    assert stops == 2  # what the hardware gave, and the license
     device.open(own_vendor).close()
 
 
