@@ -7,7 +7,8 @@ import os
 
 from hwlicense.core.errors import Reason, UsageError
 
-os.environ.setdefault("TSS2_LOG", "all+none")  # before the C library loads: its chatter is not for users
+# Before the C library loads, whatever the environment says: its trace shows unsealed secrets and PINs
+os.environ["TSS2_LOG"] = "all+none"
 
 try:
     from hwlicense.binders.tpm.hardware import TpmHardware
