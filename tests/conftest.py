@@ -59,7 +59,7 @@ def vendor(tmp_path_factory: pytest.TempPathFactory) -> Vendor:
     """A vendor that many tests share; those that approve states make one of their own."""
     from tests.world import Vendor  # noqa: PLC0415  # this file also stands alone, in the test of its hooks
 
-    return Vendor(tmp_path_factory.mktemp("acme"))
+    return Vendor(tmp_path_factory.mktemp("acme"), remember=False)
 
 
 @pytest.fixture

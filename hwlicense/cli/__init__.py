@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import click
@@ -57,7 +58,7 @@ def _run(command: click.Command) -> int:  # noqa: PLR0911  # one return for each
         return 5
     except Exception as error:  # noqa: BLE001  # the last net: a traceback could show what it must not, so name only the place
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{type(error).__name__} at {frame.name}:{frame.lineno}"
+        place = f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}, {frame.name}"
         what = f"hwlicense failed in a way that it did not foresee ({place})."
         output.failure(
             Reason.INTERNAL, what, "Please report this, with the command and the version (`hwlicense --version`)."

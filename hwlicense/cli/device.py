@@ -10,19 +10,16 @@ import click
 
 from hwlicense import storage
 from hwlicense.cli import output, secrets
-from hwlicense.core.documents import Approval
-from hwlicense.core.errors import Reason, RefusedError
+from hwlicense.core.documents import FILE_LIMIT, Approval
 from hwlicense.core.tpm.pcrs import Selection
 from hwlicense.device import diagnosing, installing, opening, reporting, selecting
 from hwlicense.device.enrolling import enroll as make_request
-from hwlicense.device.home import LICENSE_LIMIT, read_vendor
+from hwlicense.device.home import by_any, read_vendor
 from hwlicense.device.reading import PackageFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from hwlicense.core.documents import VendorPublic
-    from hwlicense.device.home import Home
     from hwlicense.device.model import Model
 
 FILE = click.Path(path_type=Path, readable=False)
@@ -75,7 +72,7 @@ def enroll(
         with selecting.tpm(tpm, place)() as hardware:
             file.write(make_request(hardware, selection, name, opening.utc_today()))
         file.flush()
-        place.keep_enrolled(selecting.tpm_address(tpm, place), str(selection))
+        place.keep_enrolled(tpm, str(selection))
     output.note(f"Wrote the request {target} ({str(selection) or 'no PCRs'}). Send it to the vendor.")
 
 
@@ -84,7 +81,7 @@ def enroll(
 @click.argument("public", type=FILE, metavar="VENDOR.pub.json")
 def trust(home: Path | None, state: Path | None, public: Path) -> None:
     """Trust a vendor for the commands of this group. Applications bring their own trust and ignore this."""
-    vendor = read_vendor(storage.read_limited(public, LICENSE_LIMIT))
+    vendor = read_vendor(storage.read_limited(public, FILE_LIMIT))
     selecting.home(home, state).trust(vendor)
     output.note(f"Trusts the vendor {vendor.name!r} (fingerprint {vendor.fingerprint[:16]}).")
 
@@ -96,9 +93,14 @@ def trust(home: Path | None, state: Path | None, public: Path) -> None:
 def install(home: Path | None, state: Path | None, tpm: str | None, file: Path) -> None:
     """Install a license, or the approval of a new platform state. Doing it again is harmless."""
     place = selecting.home(home, state)
-    installed = installing.install(place, storage.read_limited(file, LICENSE_LIMIT), selecting.tpm(tpm, place))
+    installed = installing.install(place, storage.read_limited(file, FILE_LIMIT), selecting.tpm(tpm, place))
     if isinstance(installed, Approval):
         output.note(f"Installed the approval of a platform state for {installed.product!r}.")
+        grants = [found.license.grant for found in place.licenses(place.trusted())[0]]
+        if (installed.product, installed.generation) not in {(grant.product, grant.generation) for grant in grants}:
+            output.note(
+                f"It is of generation {installed.generation}, which no license here accepts yet: ask for new licenses."
+            )
     else:
         packages = ", ".join(f"{p.name} {p.version}" for p in installed.grant.packages)
         output.note(f"Installed license {installed.grant.license}, revision {installed.grant.revision}: {packages}.")
@@ -127,7 +129,7 @@ def check(
 ) -> None:
     """Verify a package and its license without a key and without the TPM; with --open, open it and read everything."""
     place = selecting.home(home, state)
-    file, vendor = _trusted(package, place)
+    file, vendor = by_any(place.trusted(), lambda vendor: PackageFile(package, vendor))
     with file:
         if not fully:  # which verifies every chunk on its way
             with output.progress("Verifying", file.size) as advance:
@@ -211,7 +213,7 @@ def probe(home: Path | None, state: Path | None, tpm: str | None, pcrs: tuple[st
 def doctor(home: Path | None, state: Path | None, tpm: str | None, as_json: bool) -> None:
     """Say what is here, what is missing, and which command or group mends it. Exit status 3 if something is."""
     place = selecting.home(home, state)
-    findings = diagnosing.examine(place, selecting.tpm_address(tpm, place))
+    findings = diagnosing.examine(place, tpm)
     if as_json:
         output.emit([finding._asdict() for finding in findings])
     else:
@@ -221,21 +223,6 @@ def doctor(home: Path | None, state: Path | None, tpm: str | None, as_json: bool
                 output.say(f"        mend: {finding.mend}")
     if any(finding.state == "missing" for finding in findings):
         raise click.exceptions.Exit(3)
-
-
-def _trusted(package: Path, place: Home) -> tuple[PackageFile, VendorPublic]:
-    """The package, open, and the trusted vendor that signed it. Raises RefusedError VENDOR_UNTRUSTED."""
-    vendors = place.trusted()
-    for vendor in vendors:
-        try:
-            return PackageFile(package, vendor), vendor
-        except RefusedError:
-            continue  # not signed by this one; the next may have
-    names = ", ".join(repr(vendor.name) for vendor in vendors) or "none yet"
-    what = f"The package is not signed by a vendor that this device trusts ({names})."
-    raise RefusedError(
-        Reason.VENDOR_UNTRUSTED, what, "If you know the vendor, run `hwlicense device trust` with its vendor.pub.json."
-    )
 
 
 def _read_all(model: Model, advance: Callable[[int], None]) -> None:

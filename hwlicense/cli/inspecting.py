@@ -12,6 +12,7 @@ from hwlicense import storage
 from hwlicense.cli import output
 from hwlicense.core import package
 from hwlicense.core.documents import (
+    FILE_LIMIT,
     PAYLOAD_TYPES,
     Approval,
     Document,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 FILE = click.Path(path_type=Path, readable=False)
-LIMIT = 4 << 20
 
 
 @click.command()
@@ -44,7 +44,7 @@ def inspect(file: Path, vendor_file: Path | None, as_json: bool) -> None:
 
     Without --vendor nothing is checked: anyone can have written what is shown.
     """
-    vendor = decode(storage.read_limited(vendor_file, LIMIT), VendorPublic, spaced=True) if vendor_file else None
+    vendor = decode(storage.read_limited(vendor_file, FILE_LIMIT), VendorPublic, spaced=True) if vendor_file else None
     document, signatures = _read(file, vendor)
     if as_json:
         output.emit({"type": type(document).__name__.lower(), "signatures": signatures, "document": _plain(document)})
@@ -57,12 +57,12 @@ def _read(file: Path, vendor: VendorPublic | None) -> tuple[Document, str]:
         start = opened.read(len(package.MAGIC), 0)
     if start == package.MAGIC:
         return _document(read_envelope(file), Manifest, vendor)
-    raw = storage.read_limited(file, LIMIT)
+    raw = storage.read_limited(file, FILE_LIMIT)
     try:
         kinds = {payload_type: kind for kind, payload_type in PAYLOAD_TYPES.items()}
         kind = kinds.get(disassemble(raw).payloadType)
     except DamagedError as error:
-        if b'"payloadType"' in raw[:LIMIT]:
+        if b'"payloadType"' in raw:
             raise
         try:
             return decode(raw, VendorPublic, spaced=True), "not signed: it is the root of trust"
@@ -77,7 +77,7 @@ def _read(file: Path, vendor: VendorPublic | None) -> tuple[Document, str]:
 
 def _document(raw: bytes, kind: type[Document], vendor: VendorPublic | None) -> tuple[Document, str]:
     if kind is Request:
-        return unverified(raw, kind)[0], "signed by its TPM; the vendor checks that when issuing"
+        return unverified(raw, kind)[0], "signature not checked: `vendor issue` and `vendor approve` do that"
     if vendor is None:
         return unverified(raw, kind)[0], "signatures not checked"
     return verified(raw, kind, vendor), f"signed by {vendor.name!r}"

@@ -43,6 +43,8 @@ def from_file(path: Path) -> Secret:
             os.close(fd)
         end = buffer.buffer.find(b"\n", 0, size)
         length = size if end < 0 else end
+        if length and buffer.buffer[length - 1] == ord("\r"):  # of a file that was written on Windows
+            length -= 1
         if not 0 < length <= LIMIT:
             what = f"{path} holds no secret of 1 to {LIMIT:,} bytes in its first line."
             raise UsageError(Reason.USAGE, what, "Put the secret alone into the file.")

@@ -11,11 +11,12 @@ import click
 
 from hwlicense import storage
 from hwlicense.cli import output, secrets
+from hwlicense.core.documents import FILE_LIMIT
 from hwlicense.core.errors import Reason, UsageError
 from hwlicense.core.keys import wrap_for_vendor
 from hwlicense.core.terms import parse_terms
 from hwlicense.vendor import approving, evidence, issuing, packing, signing
-from hwlicense.vendor.folder import DOCUMENT_LIMIT, Folder
+from hwlicense.vendor.folder import Folder
 
 if TYPE_CHECKING:
     from hwlicense.core.package import Algorithm
@@ -160,9 +161,7 @@ def issue(
     agreed = parse_terms(_text(terms))
     now = datetime.datetime.now(datetime.UTC)
     chosen = [root for spec in roots for root in _roots(spec)]
-    examined = evidence.examine(
-        storage.read_limited(request, DOCUMENT_LIMIT), chosen, [_name(n) for n in recorded], now
-    )
+    examined = evidence.examine(storage.read_limited(request, FILE_LIMIT), chosen, [_name(n) for n in recorded], now)
     manifests = [packing.read_manifest(path, place.public) for path in packages]
     if not force and target.exists():
         raise UsageError(
@@ -207,7 +206,7 @@ def issue(
 @click.option(
     "--generation",
     type=click.IntRange(min=1),
-    help="Start a new generation: licenses that name it open with no older approval.",
+    help="Start a new generation: licenses issued from now on open with no older approval; those issued before do.",
 )
 @click.option("-o", "--output", "target", type=FILE, required=True, metavar="OUT.hwapp")
 @force_option
@@ -235,7 +234,7 @@ def approve(
         values = approving.parse_pcrs(_text(pcrs))
     else:
         assert request is not None  # noqa: S101  # by the check above
-        raw = storage.read_limited(request, DOCUMENT_LIMIT)
+        raw = storage.read_limited(request, FILE_LIMIT)
         chosen = [root for spec in roots for root in _roots(spec)]
         values = evidence.examine(
             raw, chosen, [_name(n) for n in recorded], datetime.datetime.now(datetime.UTC)
@@ -264,10 +263,13 @@ def _text(path: Path) -> str:
 
 
 def _roots(spec: str) -> list[evidence.Root]:
-    root_class, equals, path = spec.partition("=")
-    if not equals or root_class not in evidence.ROOT_CLASSES:
-        root_class, path = "unknown", spec
-    return evidence.read_roots(storage.read_limited(Path(path), DOCUMENT_LIMIT), root_class)  # type: ignore[arg-type]  # checked above
+    name, equals, path = spec.partition("=")
+    if equals and name in evidence.ROOT_CLASSES:
+        return evidence.read_roots(storage.read_limited(Path(path), FILE_LIMIT), evidence.ROOT_CLASSES[name])
+    if equals and not Path(spec).exists():
+        what = f"{name!r} is not a class of TPMs."
+        raise UsageError(Reason.USAGE, what, f"Write one of {', '.join(evidence.ROOT_CLASSES)} before the equals sign.")
+    return evidence.read_roots(storage.read_limited(Path(spec), FILE_LIMIT), "unknown")
 
 
 def _name(text: str) -> bytes:

@@ -235,6 +235,11 @@ SIZE_LIMITS: Final[dict[type[msgspec.Struct], int]] = {Manifest: 64 << 20}
 
 DEFAULT_SIZE_LIMIT: Final = 1 << 20
 
+FILE_LIMIT: Final = 4 << 20
+"""Bytes of any file of the project but a package: an envelope is a third longer than its payload."""
+
+COPY_AGAIN: Final = "Copy the file again from where it was made; it must not be edited."
+
 
 def encode(document: msgspec.Struct) -> bytes:
     """The one encoding of a document."""
@@ -277,13 +282,13 @@ def decode(raw: bytes, kind: type[D], *, spaced: bool = False) -> D:
         raise DamagedError(
             Reason.DOCUMENT_MALFORMED,
             f"The {what} does not fit its schema: {error}.",
-            "Copy the file again from where it was made; it must not be edited.",
+            COPY_AGAIN,
         ) from None
     if encode(document) != raw:  # duplicate keys, other spacing and other spellings of one value
         raise DamagedError(
             Reason.DOCUMENT_MALFORMED,
             f"The {what} is not in its one encoding (duplicate keys, odd spacing or base64).",
-            "Copy the file again from where it was made; it must not be edited.",
+            COPY_AGAIN,
         )
     return document
 

@@ -16,7 +16,15 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, mldsa
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
-from hwlicense.core.documents import DEFAULT_SIZE_LIMIT, PAYLOAD_TYPES, SIZE_LIMITS, Document, decode, encode
+from hwlicense.core.documents import (
+    COPY_AGAIN,
+    DEFAULT_SIZE_LIMIT,
+    PAYLOAD_TYPES,
+    SIZE_LIMITS,
+    Document,
+    decode,
+    encode,
+)
 from hwlicense.core.errors import DamagedError, Reason, RefusedError
 
 if TYPE_CHECKING:
@@ -25,7 +33,6 @@ if TYPE_CHECKING:
     from hwlicense.core.documents import VendorPublic
 
 SIGNATURE_LIMIT: Final = 8
-COPY_AGAIN: Final = "Copy the file again from where it was made; it must not be edited."
 
 
 class Signature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

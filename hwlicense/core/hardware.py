@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class PinSource(Protocol):
-    """Gives the PIN when the hardware asks for it; `prompt` tells a person which. Called at most once an open."""
+    """Gives the PIN of the license that `prompt` names. Called once for each license that is tried."""
 
     def __call__(self, prompt: str) -> Secret:
         """Raises RefusedError PIN_NEEDED where nobody can be asked."""

@@ -10,9 +10,9 @@ import resource
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
-from hwlicense.core.errors import HardwareError, HwlicenseError, RefusedError
+from hwlicense.core.errors import HwlicenseError
 from hwlicense.core.tpm.pcrs import Selection
-from hwlicense.device import memory
+from hwlicense.device import memory, selecting
 from hwlicense.device.opening import utc_today
 from hwlicense.device.reporting import status
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 DEVICE: Final = Path("/dev/tpmrm0")
 FIRST_YEAR: Final = 2026
-SMALL_LOCK: Final = 64 << 20
 
 
 class Finding(NamedTuple):
@@ -36,8 +35,17 @@ class Finding(NamedTuple):
 
 
 def examine(home: Home, tcti: str | None) -> list[Finding]:
-    """Everything that opening a model depends on. Spends nothing and changes nothing."""
-    return [*_library(), *_tpm(home, tcti), *_home(home), *_system()]
+    """Everything that opening a model depends on, for the TPM `tcti` or the usual one. Changes nothing."""
+    sections = ("library", _library()), ("TPM", _tpm(home, tcti)), ("home", _home(home)), ("system", _system())
+    return [finding for subject, section in sections for finding in _whole(subject, section)]
+
+
+def _whole(subject: str, section: Iterator[Finding]) -> Iterator[Finding]:
+    """A section, to its end or to what broke it off: that is a finding, too."""
+    try:
+        yield from section
+    except HwlicenseError as error:
+        yield Finding("missing", subject, error.what, error.hint)
 
 
 def probe(tcti: str | None, selection: Selection) -> dict[str, Any]:
@@ -62,20 +70,10 @@ def _library() -> Iterator[Finding]:
 
 
 def _tpm(home: Home, tcti: str | None) -> Iterator[Finding]:
-    if tcti is None or tcti.startswith("device:"):
-        yield from _node(DEVICE if tcti is None else Path(tcti.removeprefix("device:")))
-    enrolled = home.enrolled()
-    try:
-        facts = probe(tcti, Selection.parse(enrolled.pcrs) if enrolled and enrolled.pcrs else Selection())
-    except HardwareError as error:
-        yield Finding("missing", "TPM", error.what, error.hint)
-        return
-    except RefusedError as error:
-        yield Finding("note", "TPM", error.what, error.hint)
-        return
-    except HwlicenseError as error:
-        yield Finding("missing", "TPM", error.what, error.hint)
-        return
+    address = selecting.tpm_address(tcti, home)
+    if address is None or address.startswith("device:"):
+        yield from _node(DEVICE if address is None else Path(address.removeprefix("device:")))
+    facts = probe(address, Selection())
     yield Finding(
         "ok", "TPM", f"{facts['manufacturer']}, firmware {facts['firmware']}, specification {facts['revision']}"
     )
@@ -91,7 +89,7 @@ def _keys(facts: dict[str, Any]) -> Iterator[Finding]:
     if facts["persistent_srk"]:
         yield Finding("ok", "SRK", "persistent at 0x81000001")
     else:
-        mend = "Where opening is slow: tpm2_createprimary and tpm2_evictcontrol 0x81000001, before enrolling."
+        mend = "Where opening is slow, make it persistent before enrolling (docs/tpm.md)."
         yield Finding("note", "SRK", "not persistent: it is made anew at each opening", mend)
     if facts["in_lockout"]:
         mend = "Wait for the recovery time, or tpm2_dictionarylockout --clear-lockout."
@@ -136,10 +134,10 @@ def _home(home: Home) -> Iterator[Finding]:
         yield Finding("note", "home", f"{home.path} is open to other users", f"chmod go= {home.path}")
     else:
         yield Finding("ok", "home", str(home.path))
-    if not os.access(home.state, os.W_OK):
-        yield Finding(
-            "note", "state", f"{home.state} cannot be written: no approval can be installed", "Give --state DIR."
-        )
+    state = next(folder for folder in (home.state, *home.state.absolute().parents) if folder.exists())
+    if not os.access(state, os.W_OK):
+        text = f"{home.state} cannot be written: no approval can be installed"
+        yield Finding("note", "state", text, "Give --state DIR, a folder that can be written.")
     vendors = home.trusted()
     if not vendors:
         yield Finding(
@@ -149,7 +147,7 @@ def _home(home: Home) -> Iterator[Finding]:
     yield Finding("ok", "trust", ", ".join(vendor.name for vendor in vendors))
     entries, problems = status(home, utc_today())
     for entry in entries:
-        good = entry["state"] == "usable"
+        good = entry["state"] == "installed"
         text = f"{entry['license']} ({', '.join(entry['packages'])}): {entry['state']}"
         yield Finding(
             "ok" if good else "missing", "license", text, "" if good else "Ask the vendor for a license in force."
@@ -162,14 +160,13 @@ def _home(home: Home) -> Iterator[Finding]:
 
 def _system() -> Iterator[Finding]:
     limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    swap = memory.protection().swap
-    if limit != resource.RLIM_INFINITY and limit < SMALL_LOCK and swap:
-        mend = "ulimit -l unlimited, LimitMEMLOCK=infinity in the service, or swapoff."
-        yield Finding(
-            "note", "memory", f"only {limit:,} bytes can be locked and swap is on: plaintext may reach it", mend
-        )
+    if not memory.protection().swap:
+        yield Finding("ok", "memory", "no swap is in use")
+    elif limit == resource.RLIM_INFINITY or os.geteuid() == 0:
+        yield Finding("ok", "memory", "swap is in use; any amount of memory can be locked out of it")
     else:
-        yield Finding("ok", "memory", "no swap is in use" if not swap else "plaintext can be locked out of swap")
+        text = f"swap is in use; {limit:,} bytes can be locked out of it, and plaintext beyond that may reach it"
+        yield Finding("note", "memory", text, "ulimit -l unlimited, LimitMEMLOCK=infinity in the service, or swapoff.")
     today = utc_today()
     if today.year < FIRST_YEAR:
         yield Finding(

@@ -18,19 +18,17 @@ from typing import TYPE_CHECKING, Annotated, Final, NamedTuple, TypeVar
 import msgspec
 
 from hwlicense import storage
-from hwlicense.core.documents import SCHEMA, Approval, License, VendorPublic, decode, encode
+from hwlicense.core.documents import FILE_LIMIT, SCHEMA, Approval, License, VendorPublic, decode, encode
 from hwlicense.core.envelope import classical_verifier, ml_dsa_verifier, unverified, verified
 from hwlicense.core.errors import DamagedError, HwlicenseError, Reason, RefusedError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from hwlicense.core.documents import Binding
 
-LICENSE_LIMIT: Final = 4 << 20
 HELD_LIMIT: Final = 256 << 10
-ENTRY_LIMIT: Final = 1000
 
 
 class Enrolled(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -89,12 +87,12 @@ class Home:
     # ---- licenses
 
     def licenses(self, vendors: Sequence[VendorPublic]) -> tuple[list[Installed], list[HwlicenseError]]:
-        """Installed licenses of these vendors, newest revision first, and what is wrong with others of theirs."""
+        """Installed licenses of these vendors, the latest issued first, and what is wrong with others of theirs."""
         found: list[Installed] = []
         problems: list[HwlicenseError] = []
         for folder in self._folders():
             try:
-                raw = storage.read_limited(folder / "license.hwlic", LICENSE_LIMIT)
+                raw = storage.read_limited(folder / "license.hwlic", FILE_LIMIT)
                 installed = verified_by_any(raw, License, vendors)
             except RefusedError:
                 continue  # another vendor's license lies beside ours, by right
@@ -105,7 +103,7 @@ class Home:
                 problems.append(error)
             else:
                 found.append(Installed(*installed))
-        return sorted(found, key=lambda i: (i.license.grant.revision, i.license.grant.issued), reverse=True), problems
+        return sorted(found, key=lambda i: (i.license.grant.issued, i.license.grant.revision), reverse=True), problems
 
     def keep_license(self, licensed: License, raw: bytes, held: Sequence[bytes]) -> None:
         """Install: what the binders hold first and the license last, so that a cut leaves the former state whole."""
@@ -143,19 +141,34 @@ class Home:
     # ---- approvals
 
     def approvals(self, licensed: License, vendor: VendorPublic) -> list[Approval]:
-        """Approvals for this license's product, the latest installed first: it is the likeliest to be of this state."""
+        """Those that this license accepts, the latest installed first: it is the likeliest to be of this state.
+
+        Raises RefusedError APPROVAL_WITHDRAWN where the license asks for one and has none, or DamagedError HOME_DAMAGED
+        where those that it may have had cannot be read.
+        """
         bases = [base / "licenses" / licensed.grant.license / "approvals" for base in {self.state, self.path}]
         with storage.reporting(bases[0]):
             paths = [path for base in bases for path in base.glob("*.hwapp")]
             paths.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
-        installed: dict[tuple[bytes, int], Approval] = {}
-        for path in paths[:ENTRY_LIMIT]:
-            approval = _approval(path, vendor)
-            if approval.product == licensed.grant.product:
-                installed.setdefault((approval.policy, approval.generation), approval)
-        for approval in licensed.approvals:
-            installed.setdefault((approval.policy, approval.generation), approval)
-        return list(installed.values())
+        found: list[Approval] = []
+        problems: list[HwlicenseError] = []
+        for path in paths:
+            try:
+                found.append(_approval(path, vendor))
+            except HwlicenseError as error:
+                problems.append(error)  # the others may still do
+        wanted = licensed.grant.product, licensed.grant.generation
+        accepted: dict[bytes, Approval] = {}
+        for approval in (*found, *licensed.approvals):
+            if (approval.product, approval.generation) == wanted:
+                accepted.setdefault(approval.policy, approval)
+        if licensed.grant.pcrs and not accepted:
+            if problems:
+                raise problems[0]
+            what = f"The license asks for an approval of generation {wanted[1]}; this device has only others."
+            hint = "Install the vendor's current approval: `hwlicense device install`."
+            raise RefusedError(Reason.APPROVAL_WITHDRAWN, what, hint)
+        return list(accepted.values())
 
     def keep_approval(self, licensed: License, approval: Approval, raw: bytes) -> None:
         """Keep an approval for a license, in the state folder."""
@@ -169,14 +182,14 @@ class Home:
         root = self.path / "licenses"
         with storage.reporting(root):
             entries = sorted(root.iterdir()) if root.is_dir() else []
-        yield from [entry for entry in entries if _exists(entry / "license.hwlic")][:ENTRY_LIMIT]
+        yield from [entry for entry in entries if _exists(entry / "license.hwlic")]
 
     def _read(self, name: str, kind: type[T], mend: str) -> T | None:
         path = self.path / name
         if not _exists(path):
             return None
         try:
-            return decode(storage.read_limited(path, LICENSE_LIMIT), kind, spaced=True)
+            return decode(storage.read_limited(path, FILE_LIMIT), kind, spaced=True)
         except DamagedError as error:
             raise DamagedError(Reason.HOME_DAMAGED, f"{path} is damaged. {error.what}", mend) from error
 
@@ -186,22 +199,29 @@ class Home:
 
 
 D = TypeVar("D", License, Approval)
+R = TypeVar("R")
+
+
+def by_any(vendors: Sequence[VendorPublic], attempt: Callable[[VendorPublic], R]) -> tuple[R, VendorPublic]:
+    """What `attempt` gives for the vendor that signed, and that vendor. Raises RefusedError VENDOR_UNTRUSTED."""
+    for vendor in vendors:
+        try:
+            return attempt(vendor), vendor
+        except RefusedError:
+            continue  # not signed by this one; the next may have
+    names = ", ".join(repr(vendor.name) for vendor in vendors) or "none yet"
+    what = f"The file is not signed by a vendor that this device trusts ({names})."
+    hint = "If you know the vendor, run `hwlicense device trust` with its vendor.pub.json."
+    raise RefusedError(Reason.VENDOR_UNTRUSTED, what, hint)
 
 
 def verified_by_any(raw: bytes, kind: type[D], vendors: Sequence[VendorPublic]) -> tuple[D, VendorPublic]:
-    """The document, and which of `vendors` signed it. Raises RefusedError VENDOR_UNTRUSTED where none did."""
-    for vendor in vendors:
-        try:
-            return verified(raw, kind, vendor), vendor
-        except RefusedError:
-            continue  # not signed by this one; the next may have
-    unverified(raw, kind)
-    names = ", ".join(repr(vendor.name) for vendor in vendors) or "none yet"
-    raise RefusedError(
-        Reason.VENDOR_UNTRUSTED,
-        f"The file is not signed by a vendor that this device trusts ({names}).",
-        "If you know the vendor, run `hwlicense device trust` with its vendor.pub.json.",
-    )
+    """The document, and which of `vendors` signed it. Raises RefusedError VENDOR_UNTRUSTED, DamagedError."""
+    try:
+        return by_any(vendors, lambda vendor: verified(raw, kind, vendor))
+    except RefusedError:
+        unverified(raw, kind)  # where it is no such document at all, that is the thing to say
+        raise
 
 
 def read_vendor(text: bytes) -> VendorPublic:
@@ -210,18 +230,6 @@ def read_vendor(text: bytes) -> VendorPublic:
     classical_verifier(vendor.classical)
     ml_dsa_verifier(vendor.ml_dsa_65)
     return vendor
-
-
-def check_known(approvals: Sequence[Approval], licensed: License) -> list[Approval]:
-    """Those of `approvals` that this license's generation accepts. Raises RefusedError APPROVAL_WITHDRAWN."""
-    generation = licensed.grant.generation
-    accepted = [approval for approval in approvals if approval.generation == generation]
-    if licensed.grant.pcrs and not accepted:
-        what = f"The license asks for an approval of generation {generation}; this device has only others."
-        raise RefusedError(
-            Reason.APPROVAL_WITHDRAWN, what, "Install the vendor's current approval: `hwlicense device install`."
-        )
-    return accepted
 
 
 def check_vendor(licensed: License, vendor: VendorPublic) -> None:
@@ -233,7 +241,7 @@ def check_vendor(licensed: License, vendor: VendorPublic) -> None:
 
 def _approval(path: Path, vendor: VendorPublic) -> Approval:
     try:
-        return verified(storage.read_limited(path, LICENSE_LIMIT), Approval, vendor)
+        return verified(storage.read_limited(path, FILE_LIMIT), Approval, vendor)
     except (DamagedError, RefusedError) as error:
         hint = "Remove the file; if the present system needs this approval, install it again."
         raise DamagedError(Reason.HOME_DAMAGED, f"{path} is damaged. {error.what}", hint) from error

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from hwlicense.core.errors import HwlicenseError, RefusedError
 from hwlicense.core.terms import check_validity
-from hwlicense.device.home import check_known
+from hwlicense.device.home import check_vendor
 
 if TYPE_CHECKING:
     import datetime
@@ -22,10 +22,11 @@ def status(home: Home, today: datetime.date) -> tuple[list[dict[str, Any]], list
 
 def _entry(home: Home, installed: Installed, today: datetime.date) -> dict[str, Any]:
     licensed, vendor = installed
-    grant, state = licensed.grant, "usable"
+    grant, state, approvals = licensed.grant, "installed", None
     try:
         check_validity(grant, today)
-        check_known(home.approvals(licensed, vendor), licensed)
+        check_vendor(licensed, vendor)
+        approvals = home.approvals(licensed, vendor)
         for binding in licensed.bindings:
             home.held(licensed, binding)
     except RefusedError as error:
@@ -46,5 +47,5 @@ def _entry(home: Home, installed: Installed, today: datetime.date) -> dict[str, 
         "bindings": [str(binding.__struct_config__.tag) for binding in licensed.bindings],
         "pin": any(binding.pin for binding in licensed.bindings),
         "pcrs": grant.pcrs,
-        "approved_states": len(home.approvals(licensed, vendor)) if state == "usable" else None,
+        "approved_states": None if approvals is None else len(approvals),
     }

@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from hwlicense.core.errors import Reason, UsageError
+from hwlicense.core.errors import Reason, RefusedError, UsageError
+from hwlicense.core.secret import Secret
 from hwlicense.device.home import Home, read_vendor
 from hwlicense.storage import reporting
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hwlicense.core.documents import VendorPublic
-    from hwlicense.core.hardware import Hardware
+    from hwlicense.core.hardware import Hardware, PinSource
 
 HOME_VARIABLE: Final = "HWLICENSE_HOME"
 TPM_VARIABLE: Final = "HWLICENSE_TPM"
@@ -65,9 +66,28 @@ def tpm(tcti: str | None, place: Home) -> Callable[[], Hardware]:
     return partial(_connect, tpm_address(tcti, place))
 
 
-def vendor(text: str) -> VendorPublic:
+def pin(source: Callable[[str], str | bytes | bytearray | Secret] | None) -> PinSource | None:
+    """A source that gives secrets, and refuses whatever else an application's function may return."""
+    if source is None:
+        return None
+
+    def ask(prompt: str) -> Secret:
+        match source(prompt):
+            case Secret() as secret:
+                return secret
+            case str(text) if text:
+                return Secret(bytearray(text, "utf-8"))
+            case bytes() | bytearray() as given if given:
+                return Secret(bytearray(given))
+        what = "The function given as pin= returned no PIN."
+        raise RefusedError(Reason.PIN_NEEDED, what, "Return it as hwlicense.Secret, bytearray, bytes or str.")
+
+    return ask
+
+
+def vendor(text: object) -> VendorPublic:
     """Raises UsageError where `text` is a path, which is no root of trust; DamagedError where it is no vendor file."""
-    if not text.lstrip().startswith("{"):
+    if not isinstance(text, str) or not text.lstrip().startswith("{"):
         what = "vendor= takes the text of vendor.pub.json itself, not its path."
         raise UsageError(Reason.USAGE, what, "Make the text a constant of the application.")
     return read_vendor(text.encode(errors="surrogatepass"))

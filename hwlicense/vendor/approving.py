@@ -40,11 +40,12 @@ def current_generation(approvals: Sequence[Approval]) -> int:
     return max((approval.generation for approval in approvals), default=1)
 
 
-def matching(approvals: Sequence[Approval], pcrs: Sequence[Pcr], product: str) -> None:
-    """Raises RefusedError PLATFORM_UNAPPROVED unless one of `approvals` is of exactly these values."""
+def matching(approvals: Sequence[Approval], pcrs: Sequence[Pcr], product: str) -> Approval:
+    """The one of `approvals` that is of exactly these values. Raises RefusedError PLATFORM_UNAPPROVED."""
     policy = approved_digest(pcrs)
-    if any(approval.policy == policy for approval in approvals):
-        return
+    for approval in approvals:
+        if approval.policy == policy:
+            return approval
     differing = sorted({f"{p.bank}:{p.index}" for a in approvals for p in a.pcrs if p not in pcrs})
     raise RefusedError(
         Reason.PLATFORM_UNAPPROVED,

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from cryptography.x509.verification import Policy
 
 RootClass = Literal["discrete", "firmware", "virtual", "unknown"]
-ROOT_CLASSES: Final[tuple[str, ...]] = get_args(RootClass)
+ROOT_CLASSES: Final[dict[str, RootClass]] = {name: name for name in get_args(RootClass)}
 EK_CERTIFICATE_USAGE: Final = x509.ObjectIdentifier("2.23.133.8.1")
 """tcg-kp-EKCertificate (TCG EK Credential Profile, 3.2.16)."""
 
@@ -142,11 +142,14 @@ def _verified_root(der: bytes, public: Public, roots: Sequence[Root], now: datet
     if certified != public.key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo):
         msg = "an EK certificate is for another key than the EK beside it"
         raise ValueError(msg)
+    issuer = certificate.issuer.rfc4514_string()[:200]
+    if all(root.certificate.subject != certificate.issuer for root in roots):
+        msg = f"the CA {issuer!r}, which issued an EK certificate, is not among the EK roots"
+        raise ValueError(msg)
     verifier = (
         PolicyBuilder()
         .store(Store([root.certificate for root in roots]))
         .time(now)
-        .max_chain_depth(4)
         .extension_policies(ca_policy=_CA_POLICY, ee_policy=_EK_POLICY)
         .build_client_verifier()
     )

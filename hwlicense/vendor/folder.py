@@ -13,7 +13,7 @@ import secrets
 from typing import TYPE_CHECKING, Final, Self
 
 from hwlicense import storage
-from hwlicense.core.documents import Approval, VendorPublic, check, decode, encode
+from hwlicense.core.documents import FILE_LIMIT, Approval, VendorPublic, check, decode, encode
 from hwlicense.core.envelope import verified
 from hwlicense.core.errors import DamagedError, Reason, RefusedError, UsageError
 from hwlicense.vendor import signing
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 PUBLIC: Final = "vendor.pub.json"
 KEY_FILES: Final = ("classical", "mldsa", "policy", "content")
-DOCUMENT_LIMIT: Final = 4 << 20
 
 
 class Folder:
@@ -40,7 +39,7 @@ class Folder:
             what = f"{path} is not a vendor folder: it has no {PUBLIC}."
             raise UsageError(Reason.FILE_ABSENT, what, "Make one with `hwlicense vendor init`.")
         self.path = path
-        self.public = decode(storage.read_limited(path / PUBLIC, DOCUMENT_LIMIT), VendorPublic, spaced=True)
+        self.public = decode(storage.read_limited(path / PUBLIC, FILE_LIMIT), VendorPublic, spaced=True)
 
     @classmethod
     def create(cls, path: Path, name: str, passphrase: Secret | None, classical: str = "ed25519") -> Self:
@@ -91,7 +90,7 @@ class Folder:
 
     def _approval(self, path: Path) -> Approval:
         try:
-            return verified(storage.read_limited(path, DOCUMENT_LIMIT), Approval, self.public)
+            return verified(storage.read_limited(path, FILE_LIMIT), Approval, self.public)
         except (DamagedError, RefusedError) as error:
             hint = "Restore the folder from its backup; a vendor folder's files belong together."
             raise DamagedError(error.reason, f"{path}: {error.what}", hint) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from hwlicense.core.documents import SCHEMA, Credential, Grant, License, PackageReference, TpmBinding, check
 from hwlicense.core.envelope import seal
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from hwlicense.core.tpm.structures import Public
     from hwlicense.vendor.evidence import Examined
     from hwlicense.vendor.signing import Keys
+
+
+APPROVAL_LIMIT: Final = 100
+"""Approvals that a license can carry; it carries that of the request, and others as far as they fit."""
 
 
 class Issued(NamedTuple):
@@ -118,8 +122,8 @@ def _platform(
         raise UsageError(
             Reason.TERM_INVALID, what, "Use the PCRs of the product line in the terms, or approve a new state."
         )
-    approving.matching(usable, pcrs, terms.product)
-    return usable, None
+    present = approving.matching(usable, pcrs, terms.product)
+    return [present, *(approval for approval in usable if approval != present)][:APPROVAL_LIMIT], None
 
 
 def _bind(

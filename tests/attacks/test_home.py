@@ -28,7 +28,7 @@ def held_of(home):
 
 def key(vendor, device):
     """The content key, without the package's content: what opening comes to."""
-    return content_key(vendor.manifest, vendor.public, device.home, device.connect, None, utc_today())
+    return content_key(vendor.manifest, vendor.public, device.home, device.connect, None, utc_today())[0]
 
 
 def content_key_of(vendor):

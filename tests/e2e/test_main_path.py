@@ -64,7 +64,7 @@ def test_from_packing_to_the_open_model(shop, hwlicense_tpms):
     deliver(shop, tpm)
     assert json.loads(check_open(shop).stdout)["opened"] is True
     (entry,) = json.loads(run("device", "status", "--json", "--home", shop / "a").stdout)["licenses"]
-    assert (entry["state"], entry["licensee"], entry["packages"]) == ("usable", "Acme Robotics", ["reader 1.0"])
+    assert (entry["state"], entry["licensee"], entry["packages"]) == ("installed", "Acme Robotics", ["reader 1.0"])
     text = (shop / "vendor" / "vendor.pub.json").read_text()
     with hwlicense.open(shop / "model.hwpkg", vendor=text, home=shop / "a") as model:
         assert everything(model) == MEMBERS

@@ -124,7 +124,7 @@ def test_a_secret_is_wiped_shows_nothing_and_cannot_be_copied():
         for copying in (pickle.dumps, copy.copy, copy.deepcopy, hash):
             with pytest.raises(TypeError):
                 copying(secret)
-    assert buffer == bytes(11)
+    assert bytes(buffer) == bytes(11)
 
 
 def test_a_buffer_outlives_the_secret_that_gave_it():

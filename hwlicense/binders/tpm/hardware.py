@@ -141,7 +141,7 @@ def _authorization(binding: Binding, pin: PinSource | None) -> Secret:
         return Secret(bytearray())
     if pin is None:
         what = "This license asks for a PIN."
-        raise RefusedError(Reason.PIN_NEEDED, what, "Give it when asked, or in a file: --pin-file.")
+        raise RefusedError(Reason.PIN_NEEDED, what, "Give it when asked, in a file (--pin-file), or by pin= in Python.")
     with pin("PIN of the license") as given:
         return pin_value(given)
 
