@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import resource
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +34,7 @@ force_option = click.option("--force", is_flag=True, help="Replace the output fi
 @click.group()
 def vendor() -> None:
     """The issuing side: keys, packages, licenses, approvals."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # passphrase and private keys are in memory from here on
 
 
 @vendor.command()

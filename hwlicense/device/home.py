@@ -232,11 +232,17 @@ def read_vendor(text: bytes) -> VendorPublic:
     return vendor
 
 
-def check_vendor(licensed: License, vendor: VendorPublic) -> None:
-    """Raises RefusedError WRONG_VENDOR unless `vendor`, who signed the license, also granted it."""
+def check_license(licensed: License, vendor: VendorPublic) -> None:
+    """That its signer also granted it, and that it agrees with itself on how many bindings it takes.
+
+    Raises RefusedError WRONG_VENDOR, DamagedError LICENSE_DAMAGED.
+    """
     if licensed.grant.vendor != vendor.fingerprint:
         what = f"The license {licensed.grant.license} was granted by another vendor than the one that signed it."
         raise RefusedError(Reason.WRONG_VENDOR, what, "Ask the vendor for a license that its own keys sign.")
+    if any(len(set(wrap.members)) != licensed.need for wrap in licensed.wraps):
+        what = f"The license {licensed.grant.license} says that it needs {licensed.need} bindings, and then others."
+        raise DamagedError(Reason.LICENSE_DAMAGED, what, "Ask the vendor for the license again.")
 
 
 def _approval(path: Path, vendor: VendorPublic) -> Approval:

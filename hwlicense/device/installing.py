@@ -8,7 +8,8 @@ from hwlicense import storage
 from hwlicense.core.documents import PAYLOAD_TYPES, Approval, License
 from hwlicense.core.envelope import disassemble
 from hwlicense.core.errors import Reason, RefusedError, UsageError
-from hwlicense.device.home import check_vendor, verified_by_any
+from hwlicense.device.home import check_license, verified_by_any
+from hwlicense.device.memory import forbid_dumps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,6 +25,7 @@ def install(home: Home, raw: bytes, connect: Callable[[], Hardware]) -> License 
     Raises RefusedError (VENDOR_UNTRUSTED, WRONG_VENDOR, WRONG_DEVICE, LICENSE_SUPERSEDED, WRONG_PRODUCT,
     APPROVAL_WITHDRAWN), DamagedError, HardwareError.
     """
+    forbid_dumps()  # the shares of the license secret pass through ordinary memory
     payload_type = disassemble(raw).payloadType
     if payload_type in {PAYLOAD_TYPES[License], PAYLOAD_TYPES[Approval]}:
         storage.make_folders(home.path)
@@ -36,7 +38,7 @@ def install(home: Home, raw: bytes, connect: Callable[[], Hardware]) -> License 
 
 def _install_license(home: Home, raw: bytes, connect: Callable[[], Hardware]) -> License:
     licensed, vendor = verified_by_any(raw, License, home.trusted())
-    check_vendor(licensed, vendor)
+    check_license(licensed, vendor)
     for other, _ in home.licenses([vendor])[0]:
         if other.grant.license == licensed.grant.license and other.grant.revision > licensed.grant.revision:
             older, newer = licensed.grant.revision, other.grant.revision

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from hwlicense.core.errors import DamagedError, HwlicenseError, Reason, RefusedError, StorageError, UsageError
 from hwlicense.core.keys import unwrap_content_key, unwrap_license_secret
 from hwlicense.core.terms import check_validity
-from hwlicense.device.home import Home, Installed, check_vendor
+from hwlicense.device.home import Home, Installed, check_license
+from hwlicense.device.memory import forbid_dumps
 from hwlicense.device.model import Model
 from hwlicense.device.reading import PackageFile
 
@@ -30,6 +31,7 @@ def open_package(
     today: datetime.date | None = None,
 ) -> Model:
     """The model in `path`, if a license in `home` and the hardware allow it. See `hwlicense.open`."""
+    forbid_dumps()  # from here on: PIN, license secret and content key pass through ordinary memory on their way
     package = PackageFile(path, vendor)
     try:
         key, _ = content_key(package.manifest, vendor, home, connect, pin, today or utc_today())
@@ -125,7 +127,7 @@ def _unwrapped(
     pin: PinSource | None,
 ) -> Secret:
     licensed, vendor = installed
-    check_vendor(licensed, vendor)
+    check_license(licensed, vendor)
     approvals = home.approvals(licensed, vendor)
     grant = licensed.grant
     whose = f"of the license {grant.license[:8]} ({grant.product}, {grant.licensee})"

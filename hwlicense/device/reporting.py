@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from hwlicense.core.errors import HwlicenseError, RefusedError
 from hwlicense.core.terms import check_validity
-from hwlicense.device.home import check_vendor
+from hwlicense.device.home import check_license
 
 if TYPE_CHECKING:
     import datetime
@@ -25,7 +25,7 @@ def _entry(home: Home, installed: Installed, today: datetime.date) -> dict[str, 
     grant, state, approvals = licensed.grant, "installed", None
     try:
         check_validity(grant, today)
-        check_vendor(licensed, vendor)
+        check_license(licensed, vendor)
         approvals = home.approvals(licensed, vendor)
         for binding in licensed.bindings:
             home.held(licensed, binding)

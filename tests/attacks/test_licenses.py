@@ -340,3 +340,10 @@ def test_a_license_is_bound_by_its_vendor_constant(vendor, device, tmp_path):
         hwlicense.open(vendor.package, vendor=other.text, home=device.home.path, tpm=device.tpm.tcti)
     with refused("USAGE"):
         hwlicense.open(vendor.package, vendor=str(vendor.folder), home=device.home.path)
+
+
+def test_a_license_that_contradicts_itself_on_its_bindings(vendor, device):
+    good = unverified(licensed(vendor, device), License)[0]
+    put(device.home, good, signed_anew(replace(good, need=2), vendor))
+    with refused("LICENSE_DAMAGED"):
+        device.open(vendor)

@@ -199,7 +199,6 @@ def test_the_wrong_content_key(one_target):
         assert refused.value.reason == Reason.PACKAGE_DAMAGED
         assert refused.value.hint
     assert protection().held == 0
-    assert protection().dumpable
 
 
 def replaced(manifest: Manifest, **changes) -> Manifest:
