@@ -28,7 +28,8 @@ class Secret:
     """Mutable bytes, overwritten by `wipe()`, at the end of a `with` block, and when nothing refers to them any more.
 
     `buffer` is what the cryptography is given; it is never copied into an immutable object by this class. What it is
-    made from is taken over and overwritten.
+    made from is taken over and overwritten. `random` alone leaves a copy: Python has the system's generator in
+    immutable bytes only, which are freed at once but not overwritten.
     """
 
     __slots__ = ("buffer",)
@@ -39,7 +40,7 @@ class Secret:
 
     @classmethod
     def random(cls, size: int = SIZE) -> Self:
-        """A fresh one from the system's generator."""
+        """A fresh one from the system's generator. The vendor's side makes secrets; no device does."""
         return cls(bytearray(secrets.token_bytes(size)))
 
     def wipe(self) -> None:
@@ -76,9 +77,16 @@ def derive(material: Iterable[Secret], purpose: bytes, *context: bytes) -> Secre
     Every field of the context goes in with its length, so no two lists of fields give the same key.
     """
     info = b"hwlicense 1 " + b"".join(len(field).to_bytes(4, "big") + field for field in (purpose, *context))
-    joined, out = Secret(bytearray()), Secret(bytearray(SIZE))
-    with joined:
-        for secret in material:
-            joined.buffer.extend(secret.buffer)
-        HKDF(hashes.SHA256(), SIZE, None, info).derive_into(joined.buffer, out.buffer)
+    out = Secret(bytearray(SIZE))
+    with joined(*material) as whole:
+        HKDF(hashes.SHA256(), SIZE, None, info).derive_into(whole.buffer, out.buffer)
     return out
+
+
+def joined(*parts: Secret) -> Secret:
+    """All parts in one buffer that never grew: growing would leave copies behind."""
+    whole, at = Secret(bytearray(sum(map(len, parts)))), 0
+    for part in parts:
+        whole.buffer[at : at + len(part)] = part.buffer
+        at += len(part)
+    return whole

@@ -3,8 +3,13 @@
 import copy
 import datetime
 import hashlib
+import os
 import pickle
+import re
+import subprocess
+import sys
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives import hashes
@@ -129,3 +134,49 @@ def test_a_secret_is_wiped_shows_nothing_and_cannot_be_copied():
 
 def test_a_buffer_outlives_the_secret_that_gave_it():
     assert bytes(Secret(bytearray(b"very secret")).buffer) == b"very secret"
+
+
+DERIVING = """
+import sys
+from hwlicense.core.secret import Secret, derive
+inputs = []
+with open(0, "rb", buffering=0, closefd=False) as stdin:
+    for _ in range(4):
+        inputs.append(Secret(bytearray(32)))
+        stdin.readinto(inputs[-1].buffer)
+{joining}
+derive(inputs, b"purpose", b"context").wipe()
+for one in inputs:
+    one.wipe()
+print("ready", flush=True)
+sys.stdin.read()
+"""
+GROWING = """
+grown = Secret(bytearray())
+for one in inputs:
+    grown.buffer.extend(one.buffer)
+grown.wipe()
+"""
+
+
+def found_in_memory(code, inputs):
+    """Places of the inputs whose second half another process finds in one that has run `code`."""
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdin
+        assert child.stdout
+        child.stdin.write(b"".join(inputs))
+        child.stdin.flush()
+        assert child.stdout.readline() == b"ready\n"
+        held = bytearray()
+        maps = Path(f"/proc/{child.pid}/maps").read_text()
+        with Path(f"/proc/{child.pid}/mem").open("rb", buffering=0) as raw:
+            for low, high in re.findall(r"^(\w+)-(\w+) rw", maps, re.MULTILINE):
+                raw.seek(int(low, 16))
+                held += raw.read(int(high, 16) - int(low, 16))
+    return [place for place, one in enumerate(inputs) if one[16:] in held]
+
+
+def test_deriving_leaves_no_copy_of_what_it_joined():
+    inputs = [os.urandom(32) for _ in range(4)]
+    assert found_in_memory(DERIVING.format(joining=""), inputs) == []
+    assert 0 in found_in_memory(DERIVING.format(joining=GROWING), inputs)  # the control

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from cryptography.hazmat.primitives.kdf.concatkdf import ConcatKDFHash
 
-from hwlicense.core.secret import SIZE, Secret, derive
+from hwlicense.core.secret import SIZE, Secret, derive, joined
 from hwlicense.core.tpm.signatures import HASHES
 from hwlicense.core.tpm.structures import Public, sealed_public
 from hwlicense.core.tpm.wire import DIGEST_SIZES, Algorithm, number, sized
@@ -59,7 +59,7 @@ def seal(parent: Public, policy: bytes, value: Secret, pin: Secret | None) -> Se
     kind, no_pin = Secret(bytearray(number(Algorithm.KEYEDHASH, 2))), Secret(bytearray())
     with pin_value(pin) if pin else no_pin as auth:
         parts = _sized(auth), _sized(Secret(bytearray(obfuscation))), _sized(value)
-        with _joined(kind, *parts) as sensitive:
+        with joined(kind, *parts) as sensitive:
             return Sealed(public.raw, *duplicate(parent, public, sensitive))
 
 
@@ -85,16 +85,7 @@ def _protect(parent: Public, label: bytes, name: bytes, payload: Secret) -> Wrap
 
 
 def _sized(content: Secret) -> Secret:
-    return _joined(Secret(bytearray(number(len(content), 2))), content)
-
-
-def _joined(*parts: Secret) -> Secret:
-    """All parts in one buffer that never grew: growing would leave copies behind."""
-    joined, at = Secret(bytearray(sum(map(len, parts)))), 0
-    for part in parts:
-        joined.buffer[at : at + len(part)] = part.buffer
-        at += len(part)
-    return joined
+    return joined(Secret(bytearray(number(len(content), 2))), content)
 
 
 def _seed(parent: Public, label: bytes) -> tuple[bytes, bytes]:
