@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import TracebackType
 
-_HINTS: Final = {
+HINTS: Final = {
     errno.ENOSPC: "Free some space, or write to another disk.",
     errno.EDQUOT: "The user's quota is used up: free some space, or write to another disk.",
     errno.EFBIG: "The file would be larger than the file system or the process may write (see `ulimit -f`).",
@@ -31,6 +31,7 @@ _HINTS: Final = {
     errno.EPERM: "Check the permissions of the file and of every folder above it.",
     errno.EIO: "The disk failed: look at the kernel's log, and restore the file from a copy.",
     errno.EMFILE: "The process has too many files open (see `ulimit -n`).",
+    errno.ENFILE: "The system has too many files open: end some programs.",
     errno.ENAMETOOLONG: "Choose a shorter name.",
 }
 _NO_UNNAMED_FILES: Final = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL}
@@ -140,20 +141,24 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A folder (mode 0700) that takes its name, whole, when the block ends well; otherwise nothing remains.
 
     The block writes into the folder that it is given. Raises UsageError FILE_EXISTS unless `path` is absent or an empty
-    folder, and StorageError. Missing parents are made, and stay.
+    folder, USAGE for one that cannot be replaced, and StorageError. Missing parents are made, and stay.
     """
     make_folders(path.parent)
-    building = path.parent / _hidden_name(path.name)
     with reporting(path):
         if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+            raise _used(path)
+        target = path.resolve()  # "." has no name to be taken
+        if target == Path.cwd():  # the caller's shell would be left in the folder that was replaced
+            what = f"{path} is the current folder, which cannot be replaced by a new one."
+            raise UsageError(Reason.USAGE, what, f"Go to the folder above it, and give {target.name!r} as the path.")
+        building = target.parent / _hidden_name(target.name)
         building.mkdir(mode=0o700)
         try:
             yield building
             for folder in (*(entry for entry in building.rglob("*") if entry.is_dir()), building):
                 _sync_folder(folder)
-            building.rename(path)  # rename(2) replaces a folder only while it is empty
-            _sync_folder(path.parent)
+            _rename_folder(building, target)
+            _sync_folder(target.parent)
         except BaseException:
             from shutil import rmtree  # noqa: PLC0415  # slow to import, and for failures alone
 
@@ -179,7 +184,11 @@ def exclusive(path: Path) -> Iterator[None]:
     with reporting(path):
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        except OSError as error:
+            hint = "Keep it on a local disk: some network file systems do not lock folders."
+            raise StorageError(Reason.STORAGE, f"{path} cannot be locked: {error.strerror}.", hint) from error
         yield
     finally:
         os.close(fd)
@@ -208,8 +217,25 @@ def reporting(path: Path) -> Iterator[None]:
     except IsADirectoryError as error:
         raise UsageError(Reason.USAGE, f"{path} is a folder, not a file.", "Give the path of a file.") from error
     except OSError as error:
-        what, hint = f"{path}: {error.strerror or error}.", _HINTS.get(error.errno or 0, "Check the path and the disk.")
+        what, hint = f"{path}: {error.strerror or error}.", HINTS.get(error.errno or 0, "Check the path and the disk.")
         raise StorageError(Reason.STORAGE, what, hint) from error
+
+
+def _rename_folder(building: Path, target: Path) -> None:
+    try:
+        building.rename(target)  # rename(2) replaces a folder only while it is empty
+    except OSError as error:
+        if error.errno in {errno.ENOTEMPTY, errno.EEXIST}:
+            raise _used(target) from error
+        if error.errno in {errno.EBUSY, errno.EXDEV}:
+            what = f"{target} cannot be replaced by a new folder: something is mounted there."
+            raise UsageError(Reason.USAGE, what, "Give the path of a new folder inside it.") from error
+        raise
+
+
+def _used(path: Path) -> UsageError:
+    hint = "Give another folder, or remove what is in it."
+    return UsageError(Reason.FILE_EXISTS, f"{path} exists already and is not an empty folder.", hint)
 
 
 def _regular(fd: int, path: Path) -> os.stat_result:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import resource
 import subprocess
@@ -198,6 +199,60 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     with storage.new_folder(tmp_path / "empty"):
         pass
     assert sorted(names(tmp_path)) == ["a", "c", "empty"]
+
+
+def test_what_is_in_the_way_of_a_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").touch()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("used")
+    for path in (tmp_path / "used", tmp_path / "file", tmp_path / "link"):
+        with pytest.raises(UsageError) as refused, storage.new_folder(path):
+            pytest.fail("not reached")
+        assert refused.value.reason == Reason.FILE_EXISTS
+        assert refused.value.hint == "Give another folder, or remove what is in it."
+    with pytest.raises(UsageError) as refused, storage.new_folder(tmp_path / "late"):
+        (tmp_path / "late" / "file").mkdir(parents=True)
+    assert refused.value.reason == Reason.FILE_EXISTS
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    for path in (Path(), Path("..", "below"), tmp_path / "here" / "below"):
+        with pytest.raises(UsageError, match="is the current folder") as refused, storage.new_folder(path):
+            pytest.fail("not reached")
+        assert refused.value.reason == Reason.USAGE
+        assert "'below'" in refused.value.hint
+    with storage.new_folder(Path("..", "beside")) as building:
+        (building / "x").touch()
+    assert names(tmp_path / "here" / "beside") == ["x"]
+    assert sorted(names(tmp_path / "here")) == ["below", "beside"]
+
+
+def test_a_mount_point_cannot_become_a_new_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(*_: object) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    (tmp_path / "mounted").mkdir()
+    monkeypatch.setattr(Path, "rename", busy)
+    with pytest.raises(UsageError, match="something is mounted there") as refused:  # noqa: SIM117
+        with storage.new_folder(tmp_path / "mounted") as building:
+            (building / "x").touch()
+    assert refused.value.reason == Reason.USAGE
+    assert names(tmp_path) == ["mounted"]
+
+
+def test_a_file_system_that_locks_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))  # as NFS does
+
+    with storage.exclusive(tmp_path), pytest.raises(OSError, match="own") as passed:
+        raise OSError("the block's own")
+    assert type(passed.value) is OSError
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(StorageError, match="cannot be locked") as refused, storage.exclusive(tmp_path):
+        pytest.fail("not reached")
+    assert "local disk" in refused.value.hint
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_folders_and_removal(tmp_path: Path) -> None:
