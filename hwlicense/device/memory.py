@@ -1,15 +1,16 @@
 """Where keys and plaintext live: memory that is kept out of core dumps, swap and other processes, and zeroed after use.
 
-While any of it exists the process is not dumpable (PR_SET_DUMPABLE, prctl(2)): no core file, no ptrace and no
-/proc/PID/mem for other processes of the same user, for a framework's own copies as well. The former value returns with
-the last release. Pages are excluded from dumps (MADV_DONTDUMP), which a collector that runs as root honours too, and
-locked (mlock(2)) as far as RLIMIT_MEMLOCK allows; where it does not, that is remembered and reported. A forked child
-inherits everything but the locks.
+A process that has any, or is about to, is not dumpable for the rest of its life (`forbid_dumps`): no core file, no
+ptrace and no /proc/PID/mem for other processes of the same user, for a framework's own copies and for what opening
+leaves in the ordinary heap as well. Pages are excluded from dumps (MADV_DONTDUMP), which a collector that runs as root
+honours too, and locked (mlock(2)) as far as RLIMIT_MEMLOCK allows; where it does not, that is remembered and reported.
+A forked child inherits everything but the locks.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from hwlicense.core.errors import Reason, StorageError
+from hwlicense.storage import HINTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,7 +38,13 @@ _libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
 
 
 class Protection(NamedTuple):
-    """How well this process guards what it holds now. Sizes in bytes."""
+    """How well this process guards the keys and plaintext that it holds now.
+
+    `held`: bytes of them, of all models together. `locked`: how many of these stay out of swap; fewer where
+    RLIMIT_MEMLOCK (`ulimit -l`) is too small. `dumpable`: whether core dumps and the same user's debuggers see the
+    process. `swap`: whether the system swaps at all. `huge_pages`: the system's policy (always, madvise, never, or ""
+    where it does not say).
+    """
 
     held: int
     locked: int
@@ -45,14 +53,24 @@ class Protection(NamedTuple):
     huge_pages: str
 
 
+def forbid_dumps() -> None:
+    """Make this process not dumpable (PR_SET_DUMPABLE, prctl(2)), for good: nobody can know when the last copy is gone.
+
+    Plaintext lives on in mappings and copies of frameworks, and pieces of PINs and keys in freed heap. Whoever opens or
+    installs calls this first; again changes nothing. Children inherit it by fork(2); execve(2) ends it, with all memory
+    that it was for.
+    """
+    _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
 class Memory:
     """Anonymous memory for keys or plaintext. `view` is writable until `wipe`, which zeroes it and gives it back."""
 
     def __init__(self, size: int) -> None:
         """Raises StorageError where the system has no `size` bytes left."""
         self.size = size
+        forbid_dumps()
         self._map = _mapped(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, mmap.PROT_READ | mmap.PROT_WRITE)
-        _undumpable.hold()
         self.view = memoryview(self._map)[:size]
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self.locked_by = _lock(self._address, size, _MLOCK_ONFAULT)  # page faults then share out over the threads
@@ -99,23 +117,25 @@ class SealedFile:
     """
 
     def __init__(self, size: int, fill: Callable[[memoryview], object]) -> None:
-        """`fill` writes the content. Raises StorageError where memory is short."""
+        """`fill` writes the content. Raises StorageError where memory or files are short."""
         self.size = size
         self.locked_by = 0
         self._map: mmap.mmap | None = None
-        self.fd = _memfd()
-        _undumpable.hold()
+        self.fd = -1
+        forbid_dumps()
         try:
+            self.fd = _memfd()
             if size:
                 os.ftruncate(self.fd, size)
                 writable = _mapped(self.fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+                os.posix_fallocate(self.fd, 0, size)  # where memory is short, an error here and no SIGBUS in `fill`
                 fill(memoryview(writable))
                 writable.close()  # the seal against writing waits for it
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
             self._lock()
         except OSError as error:
             self.close()
-            raise _short(size) from error
+            raise _failed(size, error) from error
         except BaseException:
             self.close()
             raise
@@ -158,30 +178,8 @@ def protection() -> Protection:
     )
 
 
-class _Undumpable:
-    """Counts what must not be dumped, and sets the process's flag while there is any."""
-
-    def __init__(self) -> None:
-        self._count = 0
-        self._former = 0
-
-    def hold(self) -> None:
-        with _guard:
-            if not self._count:
-                self._former = _libc.prctl(_PR_GET_DUMPABLE, 0, 0, 0, 0)
-                _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
-            self._count += 1
-
-    def release(self) -> None:
-        with _guard:
-            self._count -= 1
-            if not self._count and self._former == 1:  # 2 cannot be set by a process, and 0 is what it is
-                _libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)
-
-
 _guard = threading.RLock()  # reentrant: the collector may run a finalizer inside
 _alive: weakref.WeakSet[Memory | SealedFile] = weakref.WeakSet()
-_undumpable = _Undumpable()
 
 
 def _remember(one: Memory | SealedFile) -> None:
@@ -192,14 +190,13 @@ def _remember(one: Memory | SealedFile) -> None:
 def _forget(one: Memory | SealedFile) -> None:
     with _guard:
         _alive.discard(one)
-        _undumpable.release()
 
 
 def _mapped(fd: int, size: int, flags: int, protection_: int) -> mmap.mmap:
     try:
         made = mmap.mmap(fd, size, flags, protection_)
     except OSError as error:
-        raise _short(size) from error
+        raise _failed(size, error) from error
     advice = [mmap.MADV_DONTDUMP, *([mmap.MADV_HUGEPAGE] if size >= HUGE_PAGE else [])]
     for each in advice:
         with suppress(OSError):  # a kernel without huge pages is slower, and one without MADV_DONTDUMP is not dumpable
@@ -211,8 +208,10 @@ def _memfd() -> int:
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     try:
         return os.memfd_create("hwlicense", flags | _MFD_NOEXEC_SEAL)
-    except OSError:
-        return os.memfd_create("hwlicense", flags)  # before Linux 6.3
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # so says a kernel before 6.3
+            raise
+        return os.memfd_create("hwlicense", flags)
 
 
 def _lock(address: int, size: int, flags: int = 0) -> int:
@@ -235,9 +234,13 @@ def _address_of(readable: mmap.mmap) -> int:
         ctypes.pythonapi.PyBuffer_Release(ctypes.byref(buffer))
 
 
-def _short(size: int) -> StorageError:
-    what = f"The system has no {size:,} bytes of memory left for the model."
-    return StorageError(Reason.STORAGE, what, "Free some memory, or read the member in parts with `model.open`.")
+def _failed(size: int, error: OSError) -> StorageError:
+    if error.errno in {errno.ENOMEM, errno.ENOSPC}:  # the latter from a file in memory
+        what = f"The system has no {size:,} bytes of memory left for the model."
+        return StorageError(Reason.STORAGE, what, "Free some memory, or read the member in parts with `model.open`.")
+    what = f"The system gives no memory of {size:,} bytes for the model: {error.strerror or error}."
+    hint = HINTS.get(error.errno or 0, "Check the limits of the process (`ulimit -a`).")
+    return StorageError(Reason.STORAGE, what, hint)
 
 
 def _kernel_says(path: str) -> str:

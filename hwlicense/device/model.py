@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections import Counter
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, Self
 
 from hwlicense.core import package
 from hwlicense.core.errors import ClosedError, Reason, UsageError
 from hwlicense.core.secret import SIZE
-from hwlicense.device.memory import Memory, SealedFile, lend
+from hwlicense.device.memory import Memory, Protection, SealedFile, lend, protection
 from hwlicense.device.streaming import MemberReader
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Model:
             self._keys.wipe()
             raise
         self._closed = False
-        self._users = 0
+        self._users: Counter[int] = Counter()  # calls under way, by thread
         self._lent: weakref.WeakValueDictionary[str, ctypes.Array[ctypes.c_ubyte]] = weakref.WeakValueDictionary()
         self._sealed: dict[str, SealedFile] = {}
         self._readers: weakref.WeakSet[MemberReader] = weakref.WeakSet()
@@ -112,6 +113,14 @@ class Model:
             return self._sealed[name].path
 
     @property
+    def protection(self) -> Protection:
+        """How well this process guards keys and plaintext now: bytes held, bytes locked out of swap, and more.
+
+        An application that must not be swapped out checks `locked == held` when it has read what it needs.
+        """
+        return protection()
+
+    @property
     def closed(self) -> bool:
         """Whether `close` was called."""
         return self._closed
@@ -120,8 +129,7 @@ class Model:
         """Wipe the keys and close the package; lent buffers stay. Doing it again changes nothing."""
         with self._lock:
             self._closed = True
-            if not self._users:
-                self._release()
+            self._release_if_unused()
 
     def __enter__(self) -> Self:
         self._check()
@@ -154,18 +162,22 @@ class Model:
     @contextmanager
     def _using(self) -> Iterator[None]:
         """Keep keys and file for a call that runs while another thread closes: the last one out wipes."""
+        thread = threading.get_ident()
         with self._lock:
             self._check()
-            self._users += 1
+            self._users[thread] += 1
         try:
             yield
         finally:
             with self._lock:
-                self._users -= 1
-                if self._closed and not self._users:
-                    self._release()
+                self._users[thread] -= 1
+                if not self._users[thread]:
+                    del self._users[thread]
+                self._release_if_unused()
 
-    def _release(self) -> None:
+    def _release_if_unused(self) -> None:
+        if self._users or not self._closed:
+            return
         self._keys.wipe()
         for reader in list(self._readers):
             reader.forget()
@@ -200,7 +212,8 @@ class Model:
         """New locks: in a forked child, threads that are not there may have held the old ones."""
         self._lock = threading.RLock()  # reentrant: a signal handler or the collector may close within a call
         self._turns: dict[str, threading.RLock] = {}
-        self._users = 0
+        for thread in self._users.keys() - {threading.get_ident()}:  # the one that forked may be within a call
+            del self._users[thread]
         for reader in list(self._readers):
             reader.renew()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Self
 
 from hwlicense.core import package
@@ -113,7 +114,10 @@ class PackageFile:
         from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415  # slow to import, for large members alone
 
         with ThreadPoolExecutor(others) as pool:
-            running = [pool.submit(work) for _ in range(others)]
+            running = []
+            with suppress(RuntimeError):  # the system allows no more threads: those that run do the work of all
+                for _ in range(others):
+                    running.append(pool.submit(work))  # noqa: PERF401  # those before the failure count
             work()
             for each in running:
                 each.result()

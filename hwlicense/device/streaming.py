@@ -58,10 +58,15 @@ class MemberReader(io.BufferedIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        """Move to a position, which may lie beyond the end, where nothing is read. Raises ValueError below 0."""
+        """Move to a position, which may lie beyond the end, where nothing is read.
+
+        Raises ValueError below 0, and for a `whence` other than 0, 1 and 2.
+        """
         self._check()
         with self._lock:
-            base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}[whence]
+            base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}.get(whence)
+            if base is None:
+                raise ValueError(f"invalid whence ({whence}, should be 0, 1 or 2)")
             if base + offset < 0:
                 raise ValueError(f"negative seek position {base + offset}")
             self._position = base + offset

@@ -47,6 +47,14 @@ UNPROTECTED = """
 held = open("files/weights", "rb").read()
 print("ready", flush=True)
 """
+CLOSED = """
+import mmap
+with open(held[1], "rb") as file:
+    mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)  # as a framework keeps it
+copy = bytes(held[0])
+del held
+model.close()
+"""
 WAIT = "import time; time.sleep(60)"
 CRASH = "import os, resource; resource.setrlimit(resource.RLIMIT_CORE, (-1, -1)); os.abort()"
 
@@ -107,16 +115,17 @@ def test_a_collector_finds_nothing(secrets, tmp_path):
 
 
 def test_a_crash_leaves_no_core(secrets, tmp_path):
-    """The kernel says whether it dumped core, wherever core_pattern sends it."""
+    """The kernel says whether it dumped core, wherever core_pattern sends it. Copies outlive the model."""
     dumped = {}
-    for what, code in (("control", UNPROTECTED), ("protected", PROTECTED.format(root=str(ROOT)))):
+    protected = PROTECTED.format(root=str(ROOT))
+    for what, code in (("control", UNPROTECTED), ("protected", protected), ("closed", protected + CLOSED)):
         with start(code + CRASH, tmp_path, secrets["content key"]) as child:
             status = os.waitpid(child.pid, 0)[1]
             assert os.WIFSIGNALED(status)
             assert os.WTERMSIG(status) == signal.SIGABRT
             dumped[what] = os.WCOREDUMP(status)
             child.returncode = -signal.SIGABRT
-    assert dumped == {"control": True, "protected": False}
+    assert dumped == {"control": True, "protected": False, "closed": False}
     for core in tmp_path.glob("core*"):  # the control's alone, where core_pattern keeps it here
         assert found(core, secrets) == ["plaintext"]
 

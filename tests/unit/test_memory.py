@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import gc
 import mmap
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -20,6 +22,7 @@ from hypothesis import strategies as st
 from hwlicense.core.errors import Reason, StorageError
 from hwlicense.device import memory
 from hwlicense.device.memory import HUGE_PAGE, Memory, SealedFile, lend, protection
+from tests.packages import in_child
 
 
 class Watched(Memory):
@@ -79,24 +82,33 @@ sys.exit(1)
     assert ended.stdout == b"x" * 64
 
 
-def test_the_process_is_not_dumpable_while_anything_is_held():
-    assert protection().dumpable
-    first, second = Memory(10), Memory(10)
-    file = SealedFile(10, bytes)
-    for release in (first.wipe, second.wipe, file.close):
-        assert not protection().dumpable
-        release()
-    assert protection().dumpable
+NEVER_DUMPABLE_AGAIN = """
+import os, subprocess, sys
+from hwlicense.device.memory import Memory, SealedFile, forbid_dumps, protection
+said = [protection().dumpable]
+if sys.argv[1] == "memory":
+    Memory(10).wipe()
+elif sys.argv[1] == "file":
+    SealedFile(10, bytes).close()
+else:
+    forbid_dumps()
+    forbid_dumps()
+said.append(protection().dumpable)
+child = os.fork()
+if not child:
+    os._exit(protection().dumpable)
+said.append(bool(os.waitpid(child, 0)[1]))
+print(*said, flush=True)
+other = "from hwlicense.device.memory import protection; print(protection().dumpable)"
+os.execv(sys.executable, [sys.executable, "-c", other])
+"""
 
 
-def test_a_process_that_was_not_dumpable_stays_so():
-    code = (
-        "from hwlicense.device import memory\n"
-        "memory._libc.prctl(4, 0, 0, 0, 0)\n"
-        "memory.Memory(1).wipe()\n"
-        "print(memory.protection().dumpable)"
-    )
-    assert subprocess.check_output([sys.executable, "-c", code]) == b"False\n"
+@pytest.mark.parametrize("what", ["memory", "file", "forbid_dumps"])
+def test_a_process_that_had_something_to_hide_is_never_dumpable_again(what):
+    said = subprocess.check_output([sys.executable, "-c", NEVER_DUMPABLE_AGAIN, what], text=True)
+    # Before, after, in a forked child; and in another program, which has none of this memory.
+    assert said.split() == ["True", "False", "False", "True"]
 
 
 def open_files() -> set[str]:
@@ -175,7 +187,45 @@ def test_a_failed_filling_leaves_no_file():
     with pytest.raises(KeyError):
         SealedFile(10, fail)
     assert open_files() == before
-    assert protection().dumpable
+    assert protection().held == 0
+
+
+def test_a_sealed_file_has_all_its_pages_before_it_is_filled(monkeypatch):
+    """Where memory is short, writing to a page that the file lacks kills the process (SIGBUS)."""
+    seen: list[int] = []
+    make = memory._memfd
+
+    def watched() -> int:
+        seen.append(make())
+        return seen[0]
+
+    monkeypatch.setattr(memory, "_memfd", watched)
+    size = 3 * HUGE_PAGE + 1
+    SealedFile(size, lambda _: seen.append(os.fstat(seen[0]).st_blocks * 512)).close()
+    assert seen[1] >= size
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(StorageError, match="no 10 bytes of memory left"):
+        SealedFile(10, lambda _: pytest.fail("there are no pages to fill"))
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "what"),
+    [(resource.RLIMIT_NOFILE, 0, "Too many open files"), (resource.RLIMIT_FSIZE, 4096, "File too large")],
+)
+def test_a_limit_that_is_not_of_memory_is_named(limit, value, what):
+    def child() -> None:
+        resource.setrlimit(limit, (value, resource.getrlimit(limit)[1]))
+        with pytest.raises(StorageError, match=what) as refused:
+            SealedFile(4097, bytes)
+        assert refused.value.reason == Reason.STORAGE
+        assert "ulimit" in refused.value.hint
+        assert protection().held == 0
+
+    in_child(child)
 
 
 def test_no_memory_left_is_an_error_of_the_tree():
@@ -184,7 +234,6 @@ def test_no_memory_left_is_an_error_of_the_tree():
             make()
         assert refused.value.reason == Reason.STORAGE
     gc.collect()
-    assert protection().dumpable
     assert protection().held == 0
 
 
@@ -195,7 +244,7 @@ def test_a_forked_child_wipes_its_own_copy_alone():
     if child == 0:
         good = protection().locked == 0 and bytes(one.view[:3]) == b"xxx" and not protection().dumpable
         one.wipe()
-        os._exit(0 if good and protection().dumpable else 1)
+        os._exit(0 if good and protection().held == 0 else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert bytes(one.view) == b"x" * len(one.view)
     assert not protection().dumpable

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import io
 import os
+import resource
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy
@@ -74,10 +76,8 @@ def test_memory_is_given_back_with_the_last_buffer_open_or_closed(model):
     weights = numpy.frombuffer(model.read("big"), dtype="u1")
     model.close()
     assert weights.tobytes() == MEMBERS["big"]  # lent: it outlives the model
-    assert not protection().dumpable
     del weights
     assert protection().held == 0
-    assert protection().dumpable
 
 
 def test_closing_wipes_the_keys_and_everything_raises(model):
@@ -111,16 +111,23 @@ def test_closing_wipes_the_keys_and_everything_raises(model):
             call()
         assert refused.value.reason == Reason.MODEL_CLOSED
     assert model.closed
-    assert protection().dumpable
+    assert protection().held == 0
 
 
 def test_a_model_that_nobody_closes_is_closed_when_collected(vendor, made):
     model = Model(PackageFile(made[0], vendor.public), made[1])
     assert bytes(model.read("folder/small")) == b"small"
-    assert not protection().dumpable
+    assert protection().held
     del model
     gc.collect()
-    assert protection().dumpable
+    assert protection().held == 0
+
+
+def test_an_application_learns_how_well_its_model_is_protected(model):
+    before = model.protection
+    buffer = model.read("big")
+    assert model.protection == protection()
+    assert (model.protection.held - before.held, model.protection.dumpable) == (len(buffer), False)
 
 
 def test_a_member_that_is_not_there(model):
@@ -149,6 +156,14 @@ OPERATIONS = st.lists(
     ),
     max_size=30,
 )
+
+
+def test_seeking_refuses_what_files_refuse(model):
+    with model.open("big") as file, io.BytesIO(MEMBERS["big"]) as oracle:
+        for each in (file, oracle):
+            with pytest.raises(ValueError, match=r"invalid whence \(9, should be 0, 1 or 2\)"):
+                each.seek(0, 9)
+        assert file.tell() == 0
 
 
 @settings(max_examples=150)
@@ -221,6 +236,40 @@ def test_many_threads_get_one_buffer(model):
     assert bytes(found[0]) == MEMBERS["big"]
 
 
+def test_reading_where_the_system_allows_no_more_threads(vendor, made, monkeypatch):
+    package, key, _ = made
+    reachable(package)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))  # so that it asks for three
+
+    def child() -> None:
+        ordinary_user()
+        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            ThreadPoolExecutor().submit(int)
+        with opened(vendor, package, key) as model:
+            assert bytes(model.read("big")) == MEMBERS["big"]
+            assert Path(model.path("big")).read_bytes() == MEMBERS["big"]
+
+    in_child(child)
+
+
+def test_reading_where_the_system_allows_one_more_thread(model, monkeypatch):
+    start = threading.Thread.start
+    started: list[threading.Thread] = []
+
+    def start_one(thread: threading.Thread) -> None:
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
+    monkeypatch.setattr(threading.Thread, "start", start_one)
+    assert bytes(model.read("big")) == MEMBERS["big"]
+    assert len(started) == 1
+    assert not started[0].is_alive()
+
+
 def test_threads_that_read_while_another_closes(vendor, made):
     for round_ in range(15):
         model = Model(PackageFile(made[0], vendor.public), made[1])
@@ -269,6 +318,32 @@ def test_forked_children_read_and_close_on_their_own(model):
     assert file.read(100) == MEMBERS["big"][15:115]
     assert bytes(model.read("big")) == MEMBERS["big"]
     assert Path(path).read_bytes() == MEMBERS["big"]
+
+
+def test_a_fork_within_a_call_still_wipes(model):
+    """As a signal handler forks: the child comes out of a call that the parent began."""
+
+    def child() -> None:
+        keys = model._keys.view
+        with model._using():  # a call of its own, within the handler
+            model.close()
+        assert any(bytes(keys))  # the interrupted call still works with them
+        leaving.close()
+        assert not any(bytes(keys))
+        assert protection().held == 0
+
+    def call():
+        with model._using():
+            yield
+
+    leaving = call()
+    next(leaving)
+    in_child(child)
+    leaving.close()
+    assert bytes(model.read("big")) == MEMBERS["big"]
+    keys = model._keys.view
+    model.close()
+    assert not any(bytes(keys))
 
 
 @pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")  # what is tested here
@@ -322,6 +397,19 @@ def test_the_package_may_be_replaced_and_must_not_be_cut(vendor, tmp_path):
         assert protection().held == before
 
 
+def test_no_file_left_for_a_path_or_a_stream(model):
+    """The process has every file open that it may; a stream needs none."""
+
+    def child() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+        with pytest.raises(StorageError, match="Too many open files") as refused:
+            model.path("big")
+        assert refused.value.reason == Reason.STORAGE
+        assert model.open("big").read(10) == MEMBERS["big"][:10]
+
+    in_child(child)
+
+
 def test_a_failing_disk(model, monkeypatch):
     def fail(*_: object) -> int:
         raise OSError(5, "Input/output error")
@@ -349,6 +437,6 @@ def test_an_ordinary_user_reads_and_follows_paths(vendor, made):
             assert numpy.fromfile(path, dtype="u1").tobytes() == MEMBERS["big"]
             assert bytes(model.read("big")) == MEMBERS["big"]
             in_child(lambda: Path(path).read_bytes() == MEMBERS["big"] or 1 / 0)
-        assert protection().dumpable
+        assert not protection().dumpable
 
     in_child(child)
