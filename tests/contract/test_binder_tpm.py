@@ -3,12 +3,14 @@
 import hmac
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from typing import Any
 
 import msgspec
 import pytest
@@ -16,9 +18,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from tpm2_pytss import ESYS_TR, TPM2_CC, TPM2_RC
 
-from hwlicense.binders.tpm import TpmHardware, connection, probing
+from hwlicense.binders.tpm import TpmHardware, connection, keys, opening, probing
 from hwlicense.binders.tpm.held import Held
 from hwlicense.binders.tpm.keys import tpm_public
+from hwlicense.binders.tpm.sealed import Sealed
 from hwlicense.core.documents import TpmEvidence, encode
 from hwlicense.core.errors import (
     AbsentError,
@@ -230,6 +233,20 @@ def test_without_an_approval_nothing_is_asked_of_the_tpm(machine):
     assert machine.wire.commands == []
 
 
+def test_a_step_that_cannot_be_taken_is_refused_and_not_left_out(machine):
+    binding, _ = machine.desk.bind(machine.evidence, PRODUCT)
+    kept = Held.read(machine.hardware.install(binding, []), binding)
+    sealed = Sealed.check(binding, [])
+    machine.wire.forget()
+    with machine.hardware._connection.work() as work:
+        later: Any = object()  # of a later release
+        for step in (sealed.steps[0], later):  # the first is an approval's, and there is none
+            with pytest.raises(DamagedError, match="cannot take") as caught:
+                opening._run(work, ESYS_TR.NONE, step, sealed, None, kept)
+            assert caught.value.reason == Reason.LICENSE_DAMAGED
+    assert machine.wire.commands == []
+
+
 def test_a_pcr_bank_that_the_tpm_lacks_is_refused_by_name(machine):
     with pytest.raises(RefusedError, match="no sha384 bank") as caught:
         machine.hardware.describe(Selection.parse("sha384:7"))
@@ -402,6 +419,64 @@ def test_a_forked_child_opens_afresh_and_leaves_the_parents_connection_alone(mac
         done.set()
         worker.join()
         assert machine.hardware.unwrap(binding, held, [], None).secret == member
+
+
+@pytest.fixture
+def handler():
+    """Sets what a signal does, and raises it. No test waits for ever."""
+
+    def interrupt(act):
+        signal.signal(signal.SIGUSR1, lambda *_: act())
+        signal.raise_signal(signal.SIGUSR1)
+
+    def give_up(*_):
+        raise TimeoutError
+
+    former = [(number, signal.getsignal(number)) for number in (signal.SIGUSR1, signal.SIGALRM)]
+    signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(20)
+    yield interrupt
+    signal.alarm(0)
+    for number, action in former:
+        signal.signal(number, action)
+
+
+def test_a_signal_handler_within_a_command_is_refused_and_harms_nothing(machine, handler):
+    binding, member = machine.desk.bind(machine.evidence)
+    held = machine.hardware.install(binding, [])
+    with machine.hardware._connection.work() as work:
+        loaded, _ = keys.attestation_key(work)
+        for act in (lambda: machine.hardware.present(binding, held), machine.hardware.close):
+            with pytest.raises(HardwareError, match="signal handler") as caught:
+                handler(act)
+            assert caught.value.reason == Reason.TPM_BUSY
+            assert caught.value.hint
+        work.call("read_public", loaded)
+    handler(lambda: machine.hardware.present(binding, held))  # between commands it may
+    assert machine.hardware.unwrap(binding, held, [], None).secret == member
+    machine.hardware.close()
+
+
+def test_a_child_that_a_signal_handler_forks_within_a_command(machine, handler):
+    binding, member = machine.desk.bind(machine.evidence)
+    held = machine.hardware.install(binding, [])
+    children = []
+    parent = os.getpid()
+    status = 1
+    try:
+        with machine.hardware._connection.work() as work:
+            keys.attestation_key(work)
+            handler(lambda: children.append(os.fork()))
+            if children == [0]:  # opens afresh, and leaves what the parent has loaded alone
+                machine.hardware.present(binding, held)
+            else:
+                assert os.waitpid(children[0], 0)[1] == 0
+                assert len(machine.loaded()) == 1
+        status = 0
+    finally:
+        if os.getpid() != parent:
+            os._exit(status)
+    assert machine.hardware.unwrap(binding, held, [], None).secret == member
 
 
 KILLED = """

@@ -58,7 +58,8 @@ class Connection:
                 "Use device:/dev/tpmrm0, swtpm:path=SOCKET or mssim:host=HOST.",
             )
         self.tcti = tcti
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._busy = False
         self._open: tuple[TCTILdr, ESAPI] | None = None
         _connections.add(self)
 
@@ -66,18 +67,21 @@ class Connection:
     def work(self) -> Iterator[Work]:
         """Commands of one purpose, without those of another thread in between.
 
-        Raises HardwareError for response codes that the caller has not dealt with.
+        Raises HardwareError for response codes that the caller has not dealt with, and TPM_BUSY within other work of
+        the same thread.
         """
-        with self._lock:
-            work = Work(*self.open())
+        with self._alone():
+            opened = self.open()
+            work = Work(*opened)
             try:
                 yield work
             except TSS2_Exception as error:
-                if not failures.from_tpm(error):
+                if not failures.from_tpm(error) and self._open is opened:
                     self._drop(work)
                 raise failures.hardware_error(error, work.command) from error
             finally:
-                if self._open is not None and not work.flush_all():
+                # Not so in a child that was forked within the work: what is loaded is the parent's.
+                if self._open is opened and not work.flush_all():
                     self._drop(work)
 
     def open(self) -> tuple[TCTILdr, ESAPI]:
@@ -95,9 +99,23 @@ class Connection:
         return self._open
 
     def close(self) -> None:
-        """Disconnect. The next use connects again."""
-        with self._lock:
+        """Disconnect. The next use connects again. Raises HardwareError TPM_BUSY within work of the same thread."""
+        with self._alone():
             self._drop(None)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Other threads wait. A signal handler cannot, as it is what its own thread waits for: it is refused."""
+        with self._lock:
+            if self._busy:
+                what = "The TPM is in the middle of a command of this very thread: a signal handler interrupted it."
+                hint = "Let the handler set a flag, and use the TPM when it has returned."
+                raise HardwareError(Reason.TPM_BUSY, what, hint)
+            try:
+                self._busy = True
+                yield
+            finally:
+                self._busy = False
 
     def _drop(self, work: Work | None) -> None:
         if work is not None:
@@ -110,7 +128,8 @@ class Connection:
 
     def forget(self) -> None:
         """In a forked child: the parent's context is neither used nor closed, its lock may be held by no one here."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._busy = False
         self._open = None
 
 

@@ -8,7 +8,7 @@ from tpm2_pytss import ESYS_TR, TPM2_RC, TPM2_SE, TPM2B_PRIVATE, TPMA_SESSION, T
 
 from hwlicense.binders.tpm import installing, keys
 from hwlicense.binders.tpm.failures import NOT_ITS_OWN, WRONG_AUTHORIZATION, code
-from hwlicense.core.errors import HardwareError, Reason, RefusedError
+from hwlicense.core.errors import DamagedError, HardwareError, Reason, RefusedError
 from hwlicense.core.tpm.pcrs import Selection
 from hwlicense.core.tpm.policy import PolicyAuthorize, PolicyAuthValue, PolicyCommandCode, PolicyPCR, Step, pcr_step
 
@@ -130,6 +130,9 @@ def _run(work: Work, session: ESYS_TR, step: Step, sealed: Sealed, approval: App
                     raise
                 ticket = installing.ticket(work, sealed.policy_key, approval, step.reference)
                 _authorize(work, session, step, approval, ticket)
+        case _:
+            what = f"The license asks the TPM for a step that this release cannot take: {type(step).__name__}."
+            raise DamagedError(Reason.LICENSE_DAMAGED, what, "Update hwlicense, or ask for the license again.")
 
 
 def _authorize(work: Work, session: ESYS_TR, step: PolicyAuthorize, approval: Approval, ticket: bytes) -> None:
