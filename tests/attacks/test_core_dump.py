@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from textwrap import indent
 from typing import TYPE_CHECKING
 
 import pytest
@@ -93,6 +94,20 @@ def test_a_dump_of_the_product_holds_no_key_and_no_plaintext(product, tmp_path):
     arguments, secrets = product
     found = dumped(OPENED, arguments, secrets, tmp_path)
     assert found == (set() if os.geteuid() == 0 else None)  # whoever is not root may not even attach
+
+
+def test_neither_closing_nor_failing_to_open_makes_the_product_dumpable_again(product, tmp_path):
+    """What an opening leaves in freed memory, and the application in its own, is there until the process ends."""
+    arguments, _ = product
+    begun = "from hwlicense.device.memory import protection; print(protection().dumpable)\n"
+    refused = f"try:\n{indent(OPENED, '    ')}except hwlicense.HwlicenseError as error: print(error.reason)"
+    without = [*arguments[:2], str(tmp_path / "another home"), arguments[3]]
+    for code, given, said in (
+        (OPENED + "del held\nmodel.close()\nprint(model.closed)", arguments, "True"),
+        (refused, without, "LICENSE_ABSENT"),
+    ):
+        command = [sys.executable, "-c", begun + code + "\nprint(protection().dumpable)", *given]
+        assert subprocess.check_output(command, text=True).split() == ["True", said, "False"]
 
 
 def test_a_dump_of_a_careless_product_holds_them(product, tmp_path):
