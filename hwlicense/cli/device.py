@@ -134,16 +134,19 @@ def check(
         if not fully:  # which verifies every chunk on its way
             with output.progress("Verifying", file.size) as advance:
                 file.verify(advance)
-        chosen = opening.first_valid(opening.fitting_licenses(file.manifest, vendor, place), opening.utc_today())
+        grant = opening.first_valid(
+            opening.fitting_licenses(file.manifest, vendor, place), opening.utc_today()
+        ).license.grant
     if fully:
         model = opening.open_package(package, vendor, place, selecting.tpm(tpm, place), secrets.pin_source(pin_file))
         with model, output.progress("Reading", sum(model.size(name) for name in model.names)) as advance:
             _read_all(model, advance)
+        grant = model.grant or grant
     result = {
         "package": file.manifest.name,
         "version": file.manifest.version,
         "vendor": vendor.name,
-        "license": chosen.license.grant.license,
+        "license": grant.license,
         "files": len(file.manifest.members),
         "opened": fully,
     }

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import TracebackType
 
-    from hwlicense.core.documents import Member
+    from hwlicense.core.documents import Grant, Member
     from hwlicense.core.secret import Secret
     from hwlicense.device.reading import PackageFile
 
@@ -32,12 +32,14 @@ class Model:
     """The decrypted members of a package, until `close`. Threads share it, and so do forked processes.
 
     Closing wipes the keys at once. A buffer that `read` lent lives on as long as someone holds it, whether the model is
-    open or closed, and is zeroed the moment nobody does. Threads inside a call finish with ClosedError.
+    open or closed, and is zeroed the moment nobody does. Threads inside a call finish with ClosedError. `grant` says
+    under which license it was opened: licensee, product, dates.
     """
 
-    def __init__(self, file: PackageFile, content_key: Secret) -> None:
+    def __init__(self, file: PackageFile, content_key: Secret, grant: Grant | None = None) -> None:
         """Takes `file` over if this succeeds; the content key is not kept. Raises DamagedError, StorageError."""
         self.name, self.version = file.manifest.name, file.manifest.version
+        self.grant = grant
         self._file = file
         self._layout = file.layout
         self._keys = Memory(max(1, file.layout.chunk_count) * SIZE)

@@ -34,9 +34,9 @@ def open_package(
     forbid_dumps()  # from here on: PIN, license secret and content key pass through ordinary memory on their way
     package = PackageFile(path, vendor)
     try:
-        key, _ = content_key(package.manifest, vendor, home, connect, pin, today or utc_today())
+        key, grant = content_key(package.manifest, vendor, home, connect, pin, today or utc_today())
         with key:
-            return Model(package, key)
+            return Model(package, key, grant)
     except BaseException:
         package.close()
         raise

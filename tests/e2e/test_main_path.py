@@ -185,3 +185,21 @@ def test_each_command_has_help_and_bad_calls_say_so():
     for arguments in (["nonsense"], ["vendor", "pack"], ["device", "enroll"], ["device", "check", "--frobnicate"]):
         assert reason(run(*arguments, status=2)) == "USAGE"
     assert run("--version").stdout.strip() == f"hwlicense, version {hwlicense.__version__}"
+
+
+def test_the_license_that_opened_is_named(shop, hwlicense_tpms):
+    tpm = hwlicense_tpms()
+    deliver(shop, tpm)
+    issue(shop, tpm, out="second.hwlic")
+    run("device", "install", "--home", shop / "a", shop / "second.hwlic")
+    folders = list((shop / "a" / "licenses").iterdir())
+    first = json.loads(check_open(shop).stdout)["license"]
+    (damaged,) = (folder for folder in folders if folder.name == first)
+    next((damaged / "held").iterdir()).write_bytes(b"")
+    (other,) = (folder.name for folder in folders if folder.name != first)
+    assert json.loads(check_open(shop).stdout)["license"] == other
+    with hwlicense.open(
+        shop / "model.hwpkg", vendor=(shop / "vendor" / "vendor.pub.json").read_text(), home=shop / "a"
+    ) as model:
+        assert model.grant is not None
+        assert (model.grant.license, model.grant.licensee) == (other, "Acme Robotics")
