@@ -171,10 +171,12 @@ def test_a_home_that_belongs_to_another_user(shop, run):
         path.chmod(0)
         if as_root():
             os.chown(path, 0, 0)
-    for command in ("status", "doctor"):
-        done = run("device", command, "--home", "home", status=5)
-        assert "reason: STORAGE" in done.stderr
-        assert "hint: Check the permissions" in done.stderr
+    done = run("device", "status", "--home", "home", status=5)
+    assert "reason: STORAGE" in done.stderr
+    assert "hint: Check the permissions" in done.stderr
+    doctor = run("device", "doctor", "--home", "home", status=3).stdout  # goes on, and reports it as a finding
+    assert "Permission denied" in doctor
+    assert "mend: Check the permissions" in doctor
 
 
 def test_a_user_without_name_or_home():
