@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -53,7 +54,7 @@ def tell(text: str) -> None:
 
 def run(command: Sequence[str | Path], *, status: int = 0, **variables: str) -> str:
     """Run a command in the demo's folder, show it and what it says, and insist on its exit status."""
-    print("  $", Path(command[0]).name, *map(short, command[1:]), flush=True)
+    print("  $", shlex.join([Path(command[0]).name, *map(short, command[1:])]), flush=True)
     done = subprocess.run(
         command, cwd=FOLDER, env=os.environ | variables, capture_output=True, text=True, timeout=300, check=False
     )

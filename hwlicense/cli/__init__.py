@@ -41,6 +41,9 @@ def _run(command: click.Command) -> int:  # noqa: PLR0911  # one return for each
     except click.Abort:
         output.note("interrupted")
         return 130
+    except click.exceptions.NoArgsIsHelpError as error:  # a group without a command: the help is the answer
+        click.echo(error.ctx.get_help(), err=True)
+        return 2
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         hint = f"See `{context.command_path} --help`." if context else ""

@@ -81,7 +81,8 @@ def enroll(
 @click.argument("public", type=FILE, metavar="VENDOR.pub.json")
 def trust(home: Path | None, state: Path | None, public: Path) -> None:
     """Trust a vendor for the commands of this group. Applications bring their own trust and ignore this."""
-    vendor = read_vendor(storage.read_limited(public, FILE_LIMIT))
+    with output.naming(public):
+        vendor = read_vendor(storage.read_limited(public, FILE_LIMIT))
     selecting.home(home, state).trust(vendor)
     output.note(f"Trusts the vendor {vendor.name!r} (fingerprint {vendor.fingerprint[:16]}).")
 
@@ -93,7 +94,8 @@ def trust(home: Path | None, state: Path | None, public: Path) -> None:
 def install(home: Path | None, state: Path | None, tpm: str | None, file: Path) -> None:
     """Install a license, or the approval of a new platform state. Doing it again is harmless."""
     place = selecting.home(home, state)
-    installed = installing.install(place, storage.read_limited(file, FILE_LIMIT), selecting.tpm(tpm, place))
+    with output.naming(file):
+        installed = installing.install(place, storage.read_limited(file, FILE_LIMIT), selecting.tpm(tpm, place))
     if isinstance(installed, Approval):
         output.note(f"Installed the approval of a platform state for {installed.product!r}.")
         grants = [found.license.grant for found in place.licenses(place.trusted())[0]]
@@ -129,7 +131,8 @@ def check(
 ) -> None:
     """Verify a package and its license without a key and without the TPM; with --open, open it and read everything."""
     place = selecting.home(home, state)
-    file, vendor = by_any(place.trusted(), lambda vendor: PackageFile(package, vendor))
+    with output.naming(package):
+        file, vendor = by_any(place.trusted(), lambda vendor: PackageFile(package, vendor))
     with file:
         if not fully:  # which verifies every chunk on its way
             with output.progress("Verifying", file.size) as advance:

@@ -45,7 +45,8 @@ def inspect(file: Path, vendor_file: Path | None, as_json: bool) -> None:
     Without --vendor nothing is checked: anyone can have written what is shown.
     """
     vendor = decode(storage.read_limited(vendor_file, FILE_LIMIT), VendorPublic, spaced=True) if vendor_file else None
-    document, signatures = _read(file, vendor)
+    with output.naming(file):
+        document, signatures = _read(file, vendor)
     if as_json:
         output.emit({"type": type(document).__name__.lower(), "signatures": signatures, "document": _plain(document)})
         return

@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
+from hwlicense.core.errors import HwlicenseError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from pathlib import Path
 
     from hwlicense.core.errors import Reason
 
@@ -26,7 +29,7 @@ def printable(text: str) -> str:
 
 def say(text: str = "") -> None:
     """A line of data."""
-    click.echo(printable(text))
+    _print(printable(text))
 
 
 def note(text: str) -> None:
@@ -46,7 +49,25 @@ def failure(reason: Reason, what: str, hint: str) -> None:
 
 def emit(value: Any) -> None:  # noqa: ANN401  # whatever JSON can hold
     """A JSON document, indented."""
-    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+    _print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+
+def _print(text: str) -> None:
+    try:
+        click.echo(text)
+    except BrokenPipeError:  # whoever read has enough; 141 is what a shell says of that
+        raise click.exceptions.Exit(141) from None
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error say which file it is about, where it does not."""
+    try:
+        yield
+    except HwlicenseError as error:
+        if str(path) not in error.what:
+            error.what = f"{path}: {error.what}"
+        raise
 
 
 def columns(rows: Iterable[tuple[str, str]]) -> None:

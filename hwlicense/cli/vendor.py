@@ -20,6 +20,7 @@ from hwlicense.vendor import approving, evidence, issuing, packing, signing
 from hwlicense.vendor.folder import Folder
 
 if TYPE_CHECKING:
+    from hwlicense.core.documents import Manifest
     from hwlicense.core.package import Algorithm
     from hwlicense.core.secret import Secret
 
@@ -110,7 +111,8 @@ def pack(
             force=force,
         )
     size = sum(member.size for member in manifest.members)
-    output.note(f"Packed {len(manifest.members)} files, {size:,} bytes, into {target}.")
+    count = len(manifest.members)
+    output.note(f"Packed {count} file{'s' * (count != 1)}, {size:,} bytes, into {target}.")
 
 
 @vendor.command()
@@ -160,11 +162,13 @@ def issue(
     are trusted on first use: approve golden values beforehand with `vendor approve --pcrs` where you have them.
     """
     place = Folder(folder)
-    agreed = parse_terms(_text(terms))
-    now = datetime.datetime.now(datetime.UTC)
-    chosen = [root for spec in roots for root in _roots(spec)]
-    examined = evidence.examine(storage.read_limited(request, FILE_LIMIT), chosen, [_name(n) for n in recorded], now)
-    manifests = [packing.read_manifest(path, place.public) for path in packages]
+    with output.naming(terms):
+        agreed = parse_terms(_text(terms))
+    today = datetime.datetime.now(datetime.UTC).date()
+    if agreed.validity.not_after and agreed.validity.not_after < today:
+        output.note(f"warning: this license ends before it is issued ({agreed.validity.not_after}).")
+    examined = _examined(request, roots, recorded)
+    manifests = [_manifest(path, place) for path in packages]
     if not force and target.exists():
         raise UsageError(
             Reason.FILE_EXISTS, f"{target} exists already.", "Give another name, or --force to replace it."
@@ -179,7 +183,7 @@ def issue(
     # could not be written.
     with storage.exclusive(place.path), storage.new_file(target, force=force) as file:
         issued = issuing.issue(
-            place.public, keys, examined, manifests, agreed, place.approvals(agreed.product), today=now.date(), pin=pin
+            place.public, keys, examined, manifests, agreed, place.approvals(agreed.product), today=today, pin=pin
         )
         file.write(issued.raw)
         file.flush()
@@ -233,14 +237,11 @@ def approve(
         raise UsageError(Reason.USAGE, "Give either --pcrs or --request.", "See `hwlicense vendor approve --help`.")
     place = Folder(folder)
     if pcrs:
-        values = approving.parse_pcrs(_text(pcrs))
+        with output.naming(pcrs):
+            values = approving.parse_pcrs(_text(pcrs))
     else:
         assert request is not None  # noqa: S101  # by the check above
-        raw = storage.read_limited(request, FILE_LIMIT)
-        chosen = [root for spec in roots for root in _roots(spec)]
-        values = evidence.examine(
-            raw, chosen, [_name(n) for n in recorded], datetime.datetime.now(datetime.UTC)
-        ).evidence.pcrs
+        values = _examined(request, roots, recorded).evidence.pcrs
     keys = secrets.unlock(place, passphrase_file)
     with storage.exclusive(place.path), storage.new_file(target, force=force) as file:
         known = place.approvals(product)
@@ -251,6 +252,18 @@ def approve(
         place.keep_approval(approval, sealed)
     which = ", ".join(f"{p.bank}:{p.index}" for p in approval.pcrs)
     output.note(f"Approved a state of {product!r} ({which}), generation {approval.generation}, in {target}.")
+
+
+def _manifest(path: Path, place: Folder) -> Manifest:
+    with output.naming(path):
+        return packing.read_manifest(path, place.public)
+
+
+def _examined(request: Path, roots: tuple[str, ...], recorded: tuple[str, ...]) -> evidence.Examined:
+    chosen, names = [root for spec in roots for root in _roots(spec)], [_name(text) for text in recorded]
+    with output.naming(request):
+        now = datetime.datetime.now(datetime.UTC)
+        return evidence.examine(storage.read_limited(request, FILE_LIMIT), chosen, names, now)
 
 
 def _wrapped(keys: signing.Keys, content_key: Secret, identifier: str) -> bytes:

@@ -175,7 +175,8 @@ def _fault(names: Sequence[str]) -> str:
             return f"{name!r} {fault}"
         folded = unicodedata.normalize("NFC", name.casefold())
         if folded in taken:
-            return f"{name!r} and {taken[folded]!r} are one name where case does not count"
+            other = "is there twice" if taken[folded] == name else f"and {taken[folded]!r} are one name but for case"
+            return f"{name!r} {other}"
         taken[folded] = name
     for folded, name in taken.items():
         for folder in _folders(folded):

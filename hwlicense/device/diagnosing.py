@@ -17,8 +17,9 @@ from hwlicense.device.opening import utc_today
 from hwlicense.device.reporting import status
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
+    from hwlicense.core.documents import Approval, License
     from hwlicense.device.home import Home
 
 DEVICE: Final = Path("/dev/tpmrm0")
@@ -36,7 +37,13 @@ class Finding(NamedTuple):
 
 def examine(home: Home, tcti: str | None) -> list[Finding]:
     """Everything that opening a model depends on, for the TPM `tcti` or the usual one. Changes nothing."""
-    sections = ("library", _library()), ("TPM", _tpm(home, tcti)), ("home", _home(home)), ("system", _system())
+    sections = (
+        ("library", _library()),
+        ("TPM", _tpm(home, tcti)),
+        ("home", _home(home)),
+        ("license", _licenses(home, tcti)),
+        ("system", _system()),
+    )
     return [finding for subject, section in sections for finding in _whole(subject, section)]
 
 
@@ -127,7 +134,9 @@ def _group(number: int) -> str:
 
 def _home(home: Home) -> Iterator[Finding]:
     if not home.path.is_dir():
-        yield Finding("missing", "home", f"{home.path} does not exist", "hwlicense device enroll")
+        yield Finding(
+            "missing", "home", f"{home.path} does not exist", f"hwlicense device enroll --home {home.path} -o OUT.hwreq"
+        )
         return
     mode = home.path.stat().st_mode & 0o077
     if mode:
@@ -141,7 +150,10 @@ def _home(home: Home) -> Iterator[Finding]:
     vendors = home.trusted()
     if not vendors:
         yield Finding(
-            "missing", "trust", "no vendor is trusted by the command line", "hwlicense device trust VENDOR.pub.json"
+            "missing",
+            "trust",
+            "no vendor is trusted by the command line",
+            f"hwlicense device trust --home {home.path} VENDOR.pub.json",
         )
         return
     yield Finding("ok", "trust", ", ".join(vendor.name for vendor in vendors))
@@ -155,7 +167,31 @@ def _home(home: Home) -> Iterator[Finding]:
     for problem in problems:
         yield Finding("missing", "license", problem.what, problem.hint)
     if not entries and not problems:
-        yield Finding("missing", "license", "none is installed", "hwlicense device install LICENSE")
+        yield Finding("missing", "license", "none is installed", f"hwlicense device install --home {home.path} LICENSE")
+
+
+def _licenses(home: Home, tcti: str | None) -> Iterator[Finding]:
+    """Whether the licenses in force are for this TPM, and for its present state."""
+    for installed in home.licenses(home.trusted())[0]:
+        licensed, vendor = installed
+        subject = f"license {licensed.grant.license[:8]}"
+        yield from _whole(subject, _license(home, tcti, subject, licensed, home.approvals(licensed, vendor)))
+
+
+def _license(
+    home: Home, tcti: str | None, subject: str, licensed: License, approvals: Sequence[Approval]
+) -> Iterator[Finding]:
+    with selecting.tpm(tcti, home)() as hardware:
+        for binding in licensed.bindings:
+            hardware.present(binding, home.held(licensed, binding))
+    yield Finding("ok", subject, "its hardware is here")
+    if licensed.grant.pcrs:
+        present = probe(selecting.tpm_address(tcti, home), Selection.parse(*licensed.grant.pcrs))["pcrs"]
+        if not any(all(present[pcr.bank][pcr.index] == pcr.value for pcr in a.pcrs) for a in approvals):
+            mend = "Boot the approved system, or install the vendor's approval of this one: hwlicense device install."
+            yield Finding("missing", subject, "the platform's present state is not approved", mend)
+        else:
+            yield Finding("ok", subject, "the platform's present state is approved")
 
 
 def _system() -> Iterator[Finding]:

@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections import Counter
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, NoReturn, Self
 
 from hwlicense.core import package
 from hwlicense.core.errors import ClosedError, Reason, UsageError
@@ -145,6 +145,9 @@ class Model:
     def __del__(self) -> None:
         if hasattr(self, "_lock"):
             self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an open model cannot be copied or pickled; open it again, or fork")
 
     def __repr__(self) -> str:
         return f"<Model {self.name!r} {self.version!r}{', closed' if self._closed else ''}>"

@@ -26,7 +26,9 @@ def approve(
 ) -> tuple[Approval, bytes]:
     """An approval and its envelope. Raises RefusedError PCR_UNUSABLE, UsageError."""
     if not pcrs:
-        raise UsageError(Reason.USAGE, "An approval needs at least one PCR.", "Enroll with --pcrs, such as sha256:7.")
+        raise UsageError(
+            Reason.USAGE, "An approval needs at least one PCR.", "Enroll or probe with --pcrs, such as sha256:7."
+        )
     policy = approved_digest(pcrs)
     draft = Approval(SCHEMA, vendor.fingerprint, product, generation, list(pcrs), policy, b"")
     check(draft)

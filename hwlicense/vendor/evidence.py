@@ -112,6 +112,8 @@ def _endorsed(
             problems.append(str(error))
         else:
             return public, Endorsement("certificate", root.certificate.subject.rfc4514_string()[:500], root.root_class)
+    if recorded:
+        problems.append("none has a Name that was recorded")
     raise RefusedError(
         Reason.EK_UNTRUSTED,
         f"No endorsement key of the request is trusted: {'; '.join(dict.fromkeys(problems))}.",

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hwlicense.core.secret import Secret
 
 PUBLIC: Final = "vendor.pub.json"
+KEYS: Final = "keys"
 KEY_FILES: Final = ("classical", "mldsa", "policy", "content")
 
 
@@ -50,12 +51,12 @@ class Folder:
             check(public)
             salt = secrets.token_bytes(signing.SALT_SIZE)
             password = signing.stretched(passphrase, salt) if passphrase else None
-            for folder in ("keys", "approvals", "issued"):
+            for folder in (KEYS, "approvals", "issued"):
                 (building / folder).mkdir(mode=0o700)
             for which in KEY_FILES:
-                storage.atomic_write(building / "keys" / f"{which}.pem", signing.to_pem(keys[which], password), 0o600)
+                storage.atomic_write(building / KEYS / f"{which}.pem", signing.to_pem(keys[which], password), 0o600)
             if password:
-                storage.atomic_write(building / "keys" / "salt", salt, 0o600)
+                storage.atomic_write(building / KEYS / "salt", salt, 0o600)
                 password.wipe()
             storage.atomic_write(building / PUBLIC, encode(public) + b"\n", 0o644)
         return cls(path)
@@ -63,8 +64,8 @@ class Folder:
     @property
     def locked(self) -> bool:
         """Whether the keys are under a passphrase."""
-        with storage.reporting(self.path / "keys"):
-            return (self.path / "keys" / "salt").exists()
+        with storage.reporting(self.path / KEYS):
+            return (self.path / KEYS / "salt").exists()
 
     def unlock(self, passphrase: Secret | None) -> signing.Keys:
         """The private keys. Raises RefusedError PASSPHRASE_NEEDED or PASSPHRASE_WRONG."""
@@ -73,10 +74,8 @@ class Folder:
             if passphrase is None:
                 what = f"The keys in {self.path} are under a passphrase."
                 raise RefusedError(Reason.PASSPHRASE_NEEDED, what, "Type it at the prompt, or give --passphrase-file.")
-            password = signing.stretched(
-                passphrase, storage.read_limited(self.path / "keys" / "salt", signing.SALT_SIZE)
-            )
-        pems = {which: storage.read_limited(self.path / "keys" / f"{which}.pem", 64 << 10) for which in KEY_FILES}
+            password = signing.stretched(passphrase, storage.read_limited(self.path / KEYS / "salt", signing.SALT_SIZE))
+        pems = {which: storage.read_limited(self.path / KEYS / f"{which}.pem", 64 << 10) for which in KEY_FILES}
         return signing.assembled({which: signing.from_pem(pem, password) for which, pem in pems.items()}, self.public)
 
     def approvals(self, product: str) -> list[Approval]:

@@ -111,7 +111,9 @@ def _platform(
     if len(pcrs) != len(wanted):
         held = str(Selection.of(examined.evidence.pcrs)) or "none"
         what = f"The terms require the PCRs {terms.selection}; the request holds {held}."
-        raise RefusedError(Reason.PCR_UNUSABLE, what, f"Enroll the device again with --pcrs {terms.selection}.")
+        raise RefusedError(
+            Reason.PCR_UNUSABLE, what, f"Enroll the device again with at least --pcrs {terms.selection}."
+        )
     if not approvals:
         first = approving.approve(vendor, keys, terms.product, generation, pcrs)
         return [first[0]], first

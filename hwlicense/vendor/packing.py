@@ -21,6 +21,7 @@ from hwlicense.core.errors import DamagedError, Reason, RefusedError, StorageErr
 from hwlicense.core.keys import TAG_SIZE
 from hwlicense.core.secret import SIZE, Secret
 from hwlicense.storage import OpenFile, new_file, reporting
+from hwlicense.vendor.folder import KEYS, PUBLIC
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -66,6 +67,10 @@ def sources(inputs: Sequence[Path]) -> list[Source]:
             raise UsageError(Reason.USAGE, f"There are more than {MEMBER_LIMIT:,} files.", "Pack fewer, or an archive.")
     if not found:
         raise UsageError(Reason.USAGE, "There is nothing to pack.", "Give files, or folders with files in them.")
+    for source in found:  # `pack .` beside a vendor folder would send the private keys to the customer
+        if source.path.parent.name == KEYS and (source.path.parent.parent / PUBLIC).exists():
+            what = f"{source.path} is a key of a vendor folder, which must not leave it."
+            raise UsageError(Reason.USAGE, what, "Pack a folder that holds the model alone.")
     found.sort(key=lambda source: source.name)
     package.check_names([source.name for source in found])
     return found

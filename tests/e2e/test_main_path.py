@@ -3,12 +3,13 @@
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 import hwlicense
-from tests.world import MEMBERS, TERMS, WITH_PCRS, everything, run
+from tests.world import MEMBERS, PROGRAM, TERMS, WITH_PCRS, everything, run
 
 
 @pytest.fixture
@@ -203,3 +204,43 @@ def test_the_license_that_opened_is_named(shop, hwlicense_tpms):
     ) as model:
         assert model.grant is not None
         assert (model.grant.license, model.grant.licensee) == (other, "Acme Robotics")
+
+
+def test_keys_of_a_vendor_folder_are_never_packed(shop):
+    pack = ("vendor", "pack", "--vendor", shop / "vendor", "--name", "x", "--version", "1", "-o", shop / "x.hwpkg")
+    secret = ("--passphrase-file", shop / "secret")
+    for inputs in ([shop], [shop / "vendor"], [shop / "vendor" / "keys"], [shop / "vendor" / "keys" / "policy.pem"]):
+        refused = run(*pack, *secret, *inputs, status=2)
+        assert reason(refused) == "USAGE"
+        assert "key of a vendor folder" in refused.stderr
+    assert not (shop / "x.hwpkg").exists()
+
+
+def test_a_group_without_a_command_shows_its_help():
+    for group in ([], ["vendor"], ["device"]):
+        shown = run(*group, status=2)
+        assert "Commands:\n" in shown.stderr
+        assert not shown.stdout
+
+
+def test_a_closed_pipe_is_no_refusal(shop):
+    command = f"set -o pipefail; '{PROGRAM}' inspect --json '{shop}/model.hwpkg' | true"
+    assert subprocess.run(["bash", "-c", command], check=False).returncode == 141
+
+
+def test_errors_name_their_file(shop):
+    given = ("--request", shop / "secret", "--package", shop / "model.hwpkg", "--terms", shop / "terms.toml")
+    refused = run("vendor", "issue", "--vendor", shop / "vendor", *given, "-o", shop / "x.hwlic", status=4)
+    assert f"error: {shop}/secret: " in refused.stderr
+
+
+def test_the_doctor_sees_another_tpm_and_another_state(shop, hwlicense_tpms):
+    tpm = hwlicense_tpms()
+    deliver(shop, tpm)
+    doctor = ("device", "doctor", "--home", shop / "a")
+    assert "its hardware is here" in run(*doctor).stdout
+    tpm.reboot(firmware=b"firmware 2")
+    assert "present state is not approved" in run(*doctor, status=3).stdout
+    assert "is not here" in run(*doctor, "--tpm", hwlicense_tpms().tcti, status=3).stdout
+    (shop / "a" / "device.json").write_text("{")
+    assert "device.json is damaged" in run(*doctor, status=3).stdout
