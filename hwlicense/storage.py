@@ -34,6 +34,7 @@ HINTS: Final = {
     errno.ENFILE: "The system has too many files open: end some programs.",
     errno.ENAMETOOLONG: "Choose a shorter name.",
 }
+_STANDARD_ERROR: Final = 2
 _NO_UNNAMED_FILES: Final = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL}
 _NO_LINKS: Final = {errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS}
 
@@ -48,7 +49,7 @@ class OpenFile:
         self.path = path
         with reporting(path):
             # O_NONBLOCK: opening a FIFO must not wait for its other end
-            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            self.fd = above_standard(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
         try:
             self.status = _regular(self.fd, path)
         except BaseException:
@@ -86,6 +87,16 @@ class OpenFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def above_standard(fd: int) -> int:
+    """The same file under a number above 2. A daemon may have closed those: what is then printed would land in it."""
+    if fd > _STANDARD_ERROR:
+        return fd
+    try:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _STANDARD_ERROR + 1)
+    finally:
+        os.close(fd)
 
 
 def read_limited(path: Path, limit: int) -> bytes:
@@ -260,12 +271,13 @@ def _create(folder: int, name: str, mode: int) -> tuple[int, str]:
     """A new file in `folder`: its descriptor, and its hidden name where it cannot do without one."""
     if Path("/proc/self/fd").is_dir():  # only through there does an unnamed file get its name without privilege
         try:
-            return os.open(".", os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, mode, dir_fd=folder), ""
+            return above_standard(os.open(".", os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, mode, dir_fd=folder)), ""
         except OSError as error:
             if error.errno not in _NO_UNNAMED_FILES:
                 raise
     hidden = _hidden_name(name)
-    return os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode, dir_fd=folder), hidden
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    return above_standard(os.open(hidden, flags, mode, dir_fd=folder)), hidden
 
 
 def _publish(fd: int, folder: int, hidden: str, name: str, *, force: bool) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from hwlicense.core.errors import Reason, StorageError
-from hwlicense.storage import HINTS
+from hwlicense.storage import HINTS, above_standard
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -207,11 +207,11 @@ def _mapped(fd: int, size: int, flags: int, protection_: int) -> mmap.mmap:
 def _memfd() -> int:
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     try:
-        return os.memfd_create("hwlicense", flags | _MFD_NOEXEC_SEAL)
+        return above_standard(os.memfd_create("hwlicense", flags | _MFD_NOEXEC_SEAL))
     except OSError as error:
         if error.errno != errno.EINVAL:  # so says a kernel before 6.3
             raise
-        return os.memfd_create("hwlicense", flags)
+        return above_standard(os.memfd_create("hwlicense", flags))
 
 
 def _lock(address: int, size: int, flags: int = 0) -> int:
