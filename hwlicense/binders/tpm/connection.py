@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import threading
 import time
 import weakref
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from tpm2_pytss import (
@@ -43,6 +45,35 @@ _FLUSH_CONTEXT: Final = 0x165
 _TRANSIENT, _LOADED_SESSIONS = 0x80000000, 0x02000000
 _KEY_RESOURCE: Final = 1  # IESYSC_KEY_RSRC in the metadata that tpm2-tss serializes
 
+
+_turns: set[str] = set()  # sockets at which this process has its turn
+_inherited: set[str] = set()  # and those at which its parent had, when it was forked: the parent may wait for the child
+
+
+@contextmanager
+def _turn(tcti: str) -> Iterator[None]:
+    """Wait until no other process or connection works with the simulator at this socket.
+
+    A simulator takes commands of several clients in between each other, and has three places for objects: without turns
+    one client's objects push out another's. A device needs none: the kernel lets one in, or manages them all.
+    """
+    path = dict(option.partition("=")[::2] for option in tcti.partition(":")[2].split(",")).get("path", "")
+    try:
+        folder = os.open(Path(path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) if path else -1
+    except OSError:  # nothing is there, which connecting reports
+        folder = -1
+    try:
+        if folder >= 0 and path not in _inherited:
+            fcntl.flock(folder, fcntl.LOCK_EX)  # let go by the kernel when the process dies
+            _turns.add(path)
+        yield
+    finally:
+        _turns.discard(path)
+        if folder >= 0:
+            fcntl.flock(folder, fcntl.LOCK_UN)  # also for the copy that a child forked meanwhile may hold
+            os.close(folder)
+
+
 _connections: weakref.WeakSet[Connection] = weakref.WeakSet()
 
 
@@ -70,7 +101,7 @@ class Connection:
         Raises HardwareError for response codes that the caller has not dealt with, and TPM_BUSY within other work of
         the same thread.
         """
-        with self._alone():
+        with self._alone(), _turn(self.tcti):
             opened = self.open()
             work = Work(*opened)
             try:
@@ -134,6 +165,8 @@ class Connection:
 
 
 def _forget_all() -> None:
+    _inherited.update(_turns)
+    _turns.clear()
     for connection in tuple(_connections):
         connection.forget()
 
