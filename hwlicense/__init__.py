@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hwlicense.core.secret import Secret
-    from hwlicense.device.model import Model
+    from hwlicense.device.model import Model, Session, Standing
 
 __version__ = "0.1.0"
 
@@ -39,6 +39,8 @@ __all__ = [
     "Reason",
     "RefusedError",
     "Secret",
+    "Session",
+    "Standing",
     "StorageError",
     "UsageError",
     "__version__",
@@ -46,22 +48,30 @@ __all__ = [
 ]
 
 
-def open(  # noqa: A001  # it opens a package as the builtin opens a file
+def open(  # noqa: A001, PLR0913  # it opens a package as the builtin opens a file; hardware of three kinds is chosen
     package: str | os.PathLike[str],
     *,
     vendor: str,
     home: str | os.PathLike[str] | None = None,
     state: str | os.PathLike[str] | None = None,
     tpm: str | None = None,
+    token: str | None = None,
     pin: Callable[[str], str | bytes | bytearray | Secret] | None = None,
+    last_try: bool = False,
+    touch: Callable[[str], object] | None = None,
 ) -> Model:
     """Open a package on the hardware that its license is bound to. Use the result as a context manager.
 
     `vendor` is the text of the vendor's `vendor.pub.json`: a constant of the application, its only root of trust.
     `home` is the device's home, by default `$HWLICENSE_HOME`, else the platform's state folder; `state` is where later
     changes are kept if the home is read-only. `tpm` is a TCTI string, by default `$HWLICENSE_TPM`, else the one that
-    the device was enrolled with, else the kernel's resource manager. `pin` is called with a prompt when a license asks
-    for a PIN, and returns it; only a `Secret` or a bytearray is wiped after use.
+    the device was enrolled with, else the kernel's resource manager. `token` is a PKCS#11 URI with a module-path, by
+    default `$HWLICENSE_TOKEN`, else those that the device was enrolled with; dongles are found by themselves.
+
+    `pin` is called with a prompt when a license or a token asks for a PIN, and returns it; only a `Secret` or a
+    bytearray is wiped after use. Where the license asks for presence, it is called again, on another thread, when a
+    token comes back. `last_try` agrees to try a PIN even if a wrong one would lock the token. `touch` is called with a
+    sentence, maybe on another thread, when hardware waits for a finger.
 
     Raises RefusedError (the license says no), HardwareError, DamagedError, UsageError, StorageError.
     """
@@ -70,15 +80,16 @@ def open(  # noqa: A001  # it opens a package as the builtin opens a file
 
     place = selecting.home(home, state)
     trusted = selecting.vendor(vendor)
-    return open_package(Path(package), trusted, place, selecting.tpm(tpm, place), selecting.pin(pin))
+    connect = selecting.hardware(place, tpm, [token] if token else [], touch)
+    return open_package(Path(package), trusted, place, connect, selecting.pin(pin, last_try=last_try))
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401  # a module's attributes are of any type
-    """`Model` and `Secret`, for annotations and PINs, imported when they are asked for."""
-    if name == "Model":
-        from hwlicense.device.model import Model  # noqa: PLC0415
+    """Types for annotations and PINs, imported when they are asked for."""
+    if name in {"Model", "Session", "Standing"}:
+        from hwlicense.device import model  # noqa: PLC0415
 
-        return Model
+        return getattr(model, name)
     if name == "Secret":
         from hwlicense.core.secret import Secret  # noqa: PLC0415
 

@@ -92,12 +92,13 @@ class Vendor:
         roots: list[evidence.Root] | None = None,
     ) -> issuing.Issued:
         chosen = evidence.read_roots(tpm.ek_root.read_bytes(), "virtual") if roots is None else roots
-        examined = evidence.examine(request, chosen, recorded, datetime.datetime.now(datetime.UTC))
+        trusted = evidence.Trusted(chosen, recorded)
+        examined = evidence.examine(request, trusted, datetime.datetime.now(datetime.UTC))
         agreed = parse_terms(terms)
         issued = issuing.issue(
             self.public,
             self.keys,
-            examined,
+            examined.parts,
             [self.manifest],
             agreed,
             self.place.approvals(agreed.product),
@@ -122,12 +123,13 @@ class Device(NamedTuple):
     home: Home
     tpm: Tpm
 
-    def connect(self) -> TpmHardware:
+    def connect(self, kind: str = "tpm") -> TpmHardware:
+        assert kind == "tpm"
         return TpmHardware(self.tpm.tcti)
 
     def request(self, selection: Selection = PCRS) -> bytes:
         with self.connect() as hardware:
-            return enroll(hardware, selection, "controller", NOW.date())
+            return enroll([hardware], selection, "controller", NOW.date())
 
     def install(self, raw: bytes, vendor: Vendor):
         self.home.trust(vendor.public)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,9 @@ import click
 
 from hwlicense import storage
 from hwlicense.cli import output, secrets
+from hwlicense.cli.hardware import NEW_KEYS, NewKey, enrolled_token, found_dongle
 from hwlicense.core.documents import FILE_LIMIT, Approval
+from hwlicense.core.errors import Reason, UsageError
 from hwlicense.core.tpm.pcrs import Selection
 from hwlicense.device import diagnosing, installing, opening, reporting, selecting
 from hwlicense.device.enrolling import enroll as make_request
@@ -20,6 +23,8 @@ from hwlicense.device.reading import PackageFile
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from hwlicense.core.errors import AbsentError
+    from hwlicense.core.hardware import AnyHardware
     from hwlicense.device.model import Model
 
 FILE = click.Path(path_type=Path, readable=False)
@@ -44,6 +49,14 @@ tpm_option = click.option(
     metavar="TCTI",
     help="The TPM, such as device:/dev/tpmrm0 or swtpm:path=SOCKET.  [default: $HWLICENSE_TPM or as enrolled]",
 )
+token_option = click.option(
+    "--token",
+    "tokens",
+    multiple=True,
+    metavar="PKCS11_URI",
+    help="A token with its module: pkcs11:token=NAME?module-path=/usr/lib/MODULE.so (RFC 7512).  "
+    "[default: $HWLICENSE_TOKEN or as enrolled]",
+)
 pcrs_option = click.option(
     "--pcrs", multiple=True, metavar="BANK:N,N", help="PCRs of the platform state, such as sha256:7."
 )
@@ -58,21 +71,61 @@ def device() -> None:
 @device.command()
 @place_options
 @tpm_option
+@token_option
+@click.option(
+    "--usb",
+    "dongles",
+    multiple=True,
+    metavar="SELECTOR",
+    help="A USB dongle: any, VENDOR:PRODUCT or VENDOR:PRODUCT:SERIAL (in hex), with ,slot=1 or ,slot=2 (the default).",
+)
 @pcrs_option
+@click.option(
+    "--new-key", type=click.Choice(NEW_KEYS), help="Make a key on the token first; without, one that is there."
+)
+@secrets.pin_options
 @click.option("--name", default=platform.node, help="A label for the vendor.  [default: the host name]")
 @click.option("-o", "--output", "target", type=FILE, required=True, metavar="OUT.hwreq")
 @click.option("--force", is_flag=True, help="Replace the output file if it exists.")
 def enroll(
-    home: Path | None, state: Path | None, tpm: str | None, pcrs: tuple[str, ...], name: str, target: Path, force: bool
+    home: Path | None,
+    state: Path | None,
+    tpm: str | None,
+    tokens: tuple[str, ...],
+    dongles: tuple[str, ...],
+    pcrs: tuple[str, ...],
+    new_key: NewKey | None,
+    pin_file: Path | None,
+    last_try: bool,
+    name: str,
+    target: Path,
+    force: bool,
 ) -> None:
-    """Write a request for a license: what this device's TPM says of itself, quoted by it."""
+    """Write a request for a license: what this device's hardware says of itself.
+
+    Without --token and --usb that is the TPM, which quotes the request. With them the TPM is among the hardware only if
+    --tpm or --pcrs is given.
+    """
     place = selecting.home(home, state)
     selection = Selection.parse(*pcrs)
-    with storage.new_file(target, force=force) as file:  # begun first: a wrong path costs nothing, and changes nothing
-        with selecting.tpm(tpm, place)() as hardware:
-            file.write(make_request(hardware, selection, name, opening.utc_today()))
+    if new_key and len(tokens) != 1:
+        raise UsageError(Reason.USAGE, "--new-key makes a key on one token.", "Give exactly one --token with it.")
+    uris = selecting.token_uris(tokens, place) if tokens else []
+    with_tpm = bool(tpm or pcrs or not (tokens or dongles))
+    # Begun first: a wrong path costs nothing, and changes nothing
+    with storage.new_file(target, force=force) as file, ExitStack() as stack:
+        hardware: list[AnyHardware] = []
+        if with_tpm:
+            hardware.append(stack.enter_context(selecting.hardware(place, tpm)("tpm")))
+        for uri in uris:
+            source = secrets.pin_source(pin_file, last_try=last_try)
+            hardware.append(stack.enter_context(enrolled_token(uri, source, new_key)))
+        hardware += [stack.enter_context(found_dongle(selector)) for selector in dongles]
+        file.write(make_request(hardware, selection, name, opening.utc_today()))
         file.flush()
-        place.keep_enrolled(tpm, str(selection))
+        before = place.enrolled()
+        kept = tpm if with_tpm else before.tpm if before else None
+        place.keep_enrolled(kept, str(selection), [str(uri) for uri in uris], dongles)
     output.note(f"Wrote the request {target} ({str(selection) or 'no PCRs'}). Send it to the vendor.")
 
 
@@ -90,12 +143,14 @@ def trust(home: Path | None, state: Path | None, public: Path) -> None:
 @device.command()
 @place_options
 @tpm_option
+@token_option
 @click.argument("file", type=FILE, metavar="LICENSE|APPROVAL")
-def install(home: Path | None, state: Path | None, tpm: str | None, file: Path) -> None:
+def install(home: Path | None, state: Path | None, tpm: str | None, tokens: tuple[str, ...], file: Path) -> None:
     """Install a license, or the approval of a new platform state. Doing it again is harmless."""
     place = selecting.home(home, state)
+    connect = selecting.hardware(place, tpm, tokens, output.note)
     with output.naming(file):
-        installed = installing.install(place, storage.read_limited(file, FILE_LIMIT), selecting.tpm(tpm, place))
+        installed = installing.install(place, storage.read_limited(file, FILE_LIMIT), connect, _not_checked)
     if isinstance(installed, Approval):
         output.note(f"Installed the approval of a platform state for {installed.product!r}.")
         grants = [found.license.grant for found in place.licenses(place.trusted())[0]]
@@ -111,25 +166,28 @@ def install(home: Path | None, state: Path | None, tpm: str | None, file: Path) 
 @device.command()
 @place_options
 @tpm_option
+@token_option
 @click.option(
     "--open",
     "fully",
     is_flag=True,
     help="Open the package and read all of it. Costs nothing with the terms of this release.",
 )
-@secrets.pin_option
+@secrets.pin_options
 @json_option
 @click.argument("package", type=FILE, metavar="PACKAGE.hwpkg")
 def check(
     home: Path | None,
     state: Path | None,
     tpm: str | None,
+    tokens: tuple[str, ...],
     fully: bool,
     pin_file: Path | None,
+    last_try: bool,
     as_json: bool,
     package: Path,
 ) -> None:
-    """Verify a package and its license without a key and without the TPM; with --open, open it and read everything."""
+    """Verify a package and its license without key and hardware; with --open, open it and read everything."""
     place = selecting.home(home, state)
     with output.naming(package):
         file, vendor = by_any(place.trusted(), lambda vendor: PackageFile(package, vendor))
@@ -141,7 +199,9 @@ def check(
             opening.fitting_licenses(file.manifest, vendor, place), opening.utc_today()
         ).license.grant
     if fully:
-        model = opening.open_package(package, vendor, place, selecting.tpm(tpm, place), secrets.pin_source(pin_file))
+        connect = selecting.hardware(place, tpm, tokens, output.note)
+        pin = secrets.pin_source(pin_file, last_try=last_try)
+        model = opening.open_package(package, vendor, place, connect, pin)
         with model, output.progress("Reading", sum(model.size(name) for name in model.names)) as advance:
             _read_all(model, advance)
         grant = model.grant or grant
@@ -215,11 +275,12 @@ def probe(home: Path | None, state: Path | None, tpm: str | None, pcrs: tuple[st
 @device.command()
 @place_options
 @tpm_option
+@token_option
 @json_option
-def doctor(home: Path | None, state: Path | None, tpm: str | None, as_json: bool) -> None:
+def doctor(home: Path | None, state: Path | None, tpm: str | None, tokens: tuple[str, ...], as_json: bool) -> None:
     """Say what is here, what is missing, and which command or group mends it. Exit status 3 if something is."""
     place = selecting.home(home, state)
-    findings = diagnosing.examine(place, tpm)
+    findings = diagnosing.examine(place, tpm, tokens)
     if as_json:
         output.emit([finding._asdict() for finding in findings])
     else:
@@ -229,6 +290,10 @@ def doctor(home: Path | None, state: Path | None, tpm: str | None, as_json: bool
                 output.say(f"        mend: {finding.mend}")
     if any(finding.state == "missing" for finding in findings):
         raise click.exceptions.Exit(3)
+
+
+def _not_checked(error: AbsentError) -> None:
+    output.note(f"warning: not all of the license's hardware is here, so that part was not checked. {error.what}")
 
 
 def _read_all(model: Model, advance: Callable[[int], None]) -> None:

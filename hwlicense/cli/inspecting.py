@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
+from cryptography.hazmat.primitives.asymmetric import rsa
 
 from hwlicense import storage
 from hwlicense.cli import output
-from hwlicense.core import package
+from hwlicense.core import dongle, package, token
 from hwlicense.core.documents import (
     FILE_LIMIT,
     PAYLOAD_TYPES,
     Approval,
+    Binding,
     Document,
+    Grant,
     License,
     Manifest,
     Request,
+    TokenBinding,
+    TokenEvidence,
+    TpmBinding,
+    TpmEvidence,
+    UsbBinding,
+    UsbEvidence,
     VendorPublic,
     decode,
 )
@@ -117,14 +127,34 @@ def _manifest(manifest: Manifest) -> Iterator[tuple[str, str]]:
 def _request(request: Request) -> Iterator[tuple[str, str]]:
     yield from [("device", request.device), ("created", str(request.created))]
     for evidence in request.hardware:
-        yield "TPM", f"{evidence.manufacturer}, firmware {evidence.firmware}"
-        for key in evidence.endorsement_keys:
-            public = Public.parse(key.public)
-            certified = "with certificate" if key.certificate else "without certificate"
-            yield f"EK {public.type.name}-{public.bits}", f"{public.name.hex()} ({certified})"
-        yield "SRK", Public.parse(evidence.storage_root_key).name.hex()
-        yield "AK", Public.parse(evidence.attestation_key).name.hex()
-        yield from [(f"PCR {p.bank}:{p.index}", p.value.hex()) for p in evidence.pcrs]
+        match evidence:
+            case TpmEvidence():
+                yield from _tpm(evidence)
+            case TokenEvidence():
+                key = token.public_key(evidence.key)
+                size = f"RSA-{key.key_size}" if isinstance(key, rsa.RSAPublicKey) else "P-256"
+                yield "token", evidence.uri
+                yield f"key {size}", hashlib.sha256(evidence.key).hexdigest()
+                yield "", f"used by {evidence.mechanism}; {'a PIN is needed' if evidence.pin else 'no PIN'}"
+                yield "", f"{len(evidence.certificates)} certificates (nothing is checked here)"
+            case UsbEvidence():
+                touch = ", answers only when touched" if evidence.touch else ""
+                yield "dongle", f"{evidence.dongle}, slot {evidence.slot}{touch}"
+                yield (
+                    "",
+                    f"USB {evidence.product}, serial {evidence.serial or 'not told'}, firmware {evidence.firmware}",
+                )
+
+
+def _tpm(evidence: TpmEvidence) -> Iterator[tuple[str, str]]:
+    yield "TPM", f"{evidence.manufacturer}, firmware {evidence.firmware}"
+    for key in evidence.endorsement_keys:
+        public = Public.parse(key.public)
+        certified = "with certificate" if key.certificate else "without certificate"
+        yield f"EK {public.type.name}-{public.bits}", f"{public.name.hex()} ({certified})"
+    yield "SRK", Public.parse(evidence.storage_root_key).name.hex()
+    yield "AK", Public.parse(evidence.attestation_key).name.hex()
+    yield from [(f"PCR {p.bank}:{p.index}", p.value.hex()) for p in evidence.pcrs]
 
 
 def _license(document: License) -> Iterator[tuple[str, str]]:
@@ -137,14 +167,47 @@ def _license(document: License) -> Iterator[tuple[str, str]]:
     yield "valid", f"{grant.not_before or 'from the start'} to {grant.not_after or 'no end'} (UTC, both days included)"
     yield "PCRs", ", ".join(grant.pcrs) or "none required"
     yield "needs", f"{document.need} of {len(document.bindings)} bindings"
-    for binding in document.bindings:
-        trust = binding.endorsement
-        basis = (
-            f"certificate under {trust.root}, class {trust.root_class}"
-            if trust.basis == "certificate"
-            else "recorded by hand"
-        )
-        yield f"binding {binding.__struct_config__.tag}", f"SRK {binding.storage_root_key.hex()}"
-        yield "", f"EK {binding.endorsement_key.hex()} ({basis})"
-        yield "", "a PIN is needed" if binding.pin else "no PIN"
+    for place, binding in enumerate(document.bindings, 1):
+        yield f"binding {place}", kind_and_name(binding)
+        yield from [("", line) for line in _binding(binding)]
+    yield from _presence(grant)
     yield "approved states", str(len(document.approvals))
+
+
+def kind_and_name(binding: Binding) -> str:
+    """What a binding is to, in a few words."""
+    match binding:
+        case TpmBinding():
+            return f"tpm, SRK {binding.storage_root_key.hex()}"
+        case TokenBinding():
+            return f"pkcs11, {binding.uri}"
+        case UsbBinding():
+            return f"usb, {binding.product}, serial {binding.serial or 'not told'}, slot {binding.slot}"
+
+
+def _binding(binding: Binding) -> Iterator[str]:
+    match binding:
+        case TpmBinding():
+            trust = binding.endorsement
+            under = f"certificate under {trust.root}, class {trust.root_class}"
+            yield f"EK {binding.endorsement_key.hex()} ({under if trust.root else 'recorded by hand'})"
+            yield "a PIN is needed" if binding.pin else "no PIN"
+        case TokenBinding():
+            root = binding.endorsement.root
+            yield f"key {hashlib.sha256(binding.key).hexdigest()} ({binding.mechanism})"
+            yield f"attested under {root}" if root else "recorded by the vendor"
+            yield "the token's PIN is needed" if binding.pin else "no PIN"
+        case UsbBinding():
+            yield f"dongle {binding.dongle}{', answers only when touched' if binding.touch else ''}"
+            yield f"{dongle.answer_count(binding):,} recorded answers for proofs of presence"
+
+
+def _presence(grant: Grant) -> Iterator[tuple[str, str]]:
+    if terms := grant.presence:
+        yield "presence", f"proved every {terms.interval:,} s"
+        back = f", given back by {terms.regain:,} s of presence" if terms.regain else ""
+        yield "", f"grace of {terms.grace:,} s in all{back}" if terms.grace else "no grace"
+        if not terms.repeat:
+            yield "", "each recorded answer of a dongle serves once"
+    if grant.continuity:
+        yield "continuity", f"sessions of up to {grant.continuity:,} s are kept from interruption"

@@ -86,3 +86,13 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
         return
     with click.progressbar(length=total, label=label, file=sys.stderr, width=30, update_min_steps=1 << 22) as bar:
         yield bar.update
+
+
+@contextmanager
+def counting(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """As `progress`, for things that are counted."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield lambda _done: None
+        return
+    with click.progressbar(length=total, label=label, file=sys.stderr, width=30, show_pos=True) as bar:
+        yield bar.update

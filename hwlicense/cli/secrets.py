@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from hwlicense.core.errors import Reason, RefusedError, UsageError
+from hwlicense.core.hardware import last_try_refused
 from hwlicense.core.secret import Secret
 from hwlicense.storage import reporting
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
     from hwlicense.core.hardware import PinSource
     from hwlicense.vendor.folder import Folder
     from hwlicense.vendor.signing import Keys
@@ -30,6 +34,18 @@ pin_option = click.option(
     type=click.Path(path_type=Path, readable=False),
     help="Read the PIN from this file (/dev/fd/N for a file descriptor).",
 )
+
+
+last_try_option = click.option(
+    "--last-try",
+    is_flag=True,
+    help="With --pin-file: try the PIN even if a wrong one would lock the token.",
+)
+
+
+def pin_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """--pin-file and --last-try, for what a token asks."""
+    return pin_option(last_try_option(function))
 
 
 def from_file(path: Path) -> Secret:
@@ -81,10 +97,20 @@ def unlock(folder: Folder, path: Path | None) -> Keys:
             found.wipe()
 
 
-def pin_source(path: Path | None) -> PinSource | None:
-    """Where a license's PIN comes from; None where there is neither a file nor a terminal."""
+def pin_source(path: Path | None, *, last_try: bool = False) -> PinSource | None:
+    """Where a PIN comes from; None where there is neither a file nor a terminal.
+
+    At a terminal the last try takes a second yes there; a file takes `last_try`.
+    """
+    agreed = last_try
     if path:
-        return lambda _prompt: from_file(path)
+
+        def read(_prompt: str, *, last_try: bool = False) -> Secret:
+            if last_try and not agreed:
+                raise last_try_refused()
+            return from_file(path)
+
+        return read
     if _at_terminal():
         return _asked
     return None
@@ -94,7 +120,9 @@ def _at_terminal() -> bool:
     return sys.stdin is not None and sys.stdin.isatty()  # services may start with it closed
 
 
-def _asked(prompt: str) -> Secret:
+def _asked(prompt: str, *, last_try: bool = False) -> Secret:
+    if last_try and not click.confirm("One more wrong PIN locks the hardware. Try?", default=False, err=True):
+        raise last_try_refused()
     found = from_prompt(prompt)
     if found is None:
         raise RefusedError(Reason.PIN_NEEDED, "The license asks for a PIN.", "Give --pin-file, or use a terminal.")

@@ -12,15 +12,16 @@ import click
 
 from hwlicense import storage
 from hwlicense.cli import output, secrets
-from hwlicense.core.documents import FILE_LIMIT
+from hwlicense.cli.vendor_hardware import dongle, token
+from hwlicense.core.documents import FILE_LIMIT, TpmBinding, UsbBinding
 from hwlicense.core.errors import Reason, UsageError
 from hwlicense.core.keys import wrap_for_vendor
 from hwlicense.core.terms import parse_terms
-from hwlicense.vendor import approving, evidence, issuing, packing, signing
+from hwlicense.vendor import approving, certificates, dongles, evidence, issuing, packing, signing
 from hwlicense.vendor.folder import Folder
 
 if TYPE_CHECKING:
-    from hwlicense.core.documents import Manifest
+    from hwlicense.core.documents import Binding, Manifest
     from hwlicense.core.package import Algorithm
     from hwlicense.core.secret import Secret
 
@@ -36,6 +37,10 @@ force_option = click.option("--force", is_flag=True, help="Replace the output fi
 def vendor() -> None:
     """The issuing side: keys, packages, licenses, approvals."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # passphrase and private keys are in memory from here on
+
+
+vendor.add_command(dongle)
+vendor.add_command(token)
 
 
 @vendor.command()
@@ -117,7 +122,15 @@ def pack(
 
 @vendor.command()
 @vendor_option
-@click.option("--request", type=FILE, required=True, metavar="REQ.hwreq", help="The device's request.")
+@click.option(
+    "--request",
+    "requests",
+    type=FILE,
+    required=True,
+    multiple=True,
+    metavar="REQ.hwreq",
+    help="The device's request; several, where its TPM, tokens and dongles were enrolled apart.",
+)
 @click.option(
     "--package",
     "packages",
@@ -138,18 +151,35 @@ def pack(
 @click.option(
     "--ek", "recorded", multiple=True, metavar="NAME", help="Trust the EK with this Name (hex), recorded by hand."
 )
+@click.option(
+    "--token-root",
+    "token_roots",
+    multiple=True,
+    type=FILE,
+    metavar="CA.pem",
+    help="Trust tokens whose keys are attested under these CAs.",
+)
+@click.option(
+    "--token",
+    "tokens",
+    multiple=True,
+    metavar="FINGERPRINT",
+    help="Trust the token key with this fingerprint (SHA-256, hex). Those of `vendor token enroll` are known already.",
+)
 @click.option("-o", "--output", "target", type=FILE, required=True, metavar="OUT.hwlic")
-@click.option("--pin", "with_pin", is_flag=True, help="Ask for a PIN that every opening will need.")
+@click.option("--pin", "with_pin", is_flag=True, help="Ask for a PIN that the TPM will need at every opening.")
 @secrets.pin_option
 @force_option
 @secrets.passphrase_option
 def issue(
     folder: Path,
-    request: Path,
+    requests: tuple[Path, ...],
     packages: tuple[Path, ...],
     terms: Path,
     roots: tuple[str, ...],
     recorded: tuple[str, ...],
+    token_roots: tuple[Path, ...],
+    tokens: tuple[str, ...],
     target: Path,
     with_pin: bool,
     pin_file: Path | None,
@@ -167,7 +197,8 @@ def issue(
     today = datetime.datetime.now(datetime.UTC).date()
     if agreed.validity.not_after and agreed.validity.not_after < today:
         output.note(f"warning: this license ends before it is issued ({agreed.validity.not_after}).")
-    examined = _examined(request, roots, recorded)
+    trusted = _trusted(place, roots, recorded, token_roots, tokens)
+    parts = [part for request in requests for part in _examined(request, trusted).parts]
     manifests = [_manifest(path, place) for path in packages]
     if not force and target.exists():
         raise UsageError(
@@ -183,7 +214,15 @@ def issue(
     # could not be written.
     with storage.exclusive(place.path), storage.new_file(target, force=force) as file:
         issued = issuing.issue(
-            place.public, keys, examined, manifests, agreed, place.approvals(agreed.product), today=today, pin=pin
+            place.public,
+            keys,
+            parts,
+            manifests,
+            agreed,
+            place.approvals(agreed.product),
+            today=today,
+            pin=pin,
+            bind_dongle=partial(dongles.bind, place, keys),
         )
         file.write(issued.raw)
         file.flush()
@@ -191,11 +230,8 @@ def issue(
             place.keep_approval(*issued.approval)
             output.note(f"The device's PCRs are the first approved state of {agreed.product!r}.")
         place.keep_license(issued.license, issued.raw)
-    endorsement = examined.endorsement
-    trust = (
-        f"certificate under {endorsement.root} ({endorsement.root_class})" if endorsement.root else "recorded by hand"
-    )
-    output.note(f"Issued license {issued.license.grant.license} for {agreed.licensee!r}; EK: {trust}.")
+    trust = "; ".join(_believed(binding) for binding in issued.license.bindings)
+    output.note(f"Issued license {issued.license.grant.license} for {agreed.licensee!r}; {trust}.")
 
 
 @vendor.command()
@@ -241,7 +277,7 @@ def approve(
             values = approving.parse_pcrs(_text(pcrs))
     else:
         assert request is not None  # noqa: S101  # by the check above
-        values = _examined(request, roots, recorded).evidence.pcrs
+        values = _examined(request, _trusted(place, roots, recorded)).pcrs
     keys = secrets.unlock(place, passphrase_file)
     with storage.exclusive(place.path), storage.new_file(target, force=force) as file:
         known = place.approvals(product)
@@ -259,11 +295,41 @@ def _manifest(path: Path, place: Folder) -> Manifest:
         return packing.read_manifest(path, place.public)
 
 
-def _examined(request: Path, roots: tuple[str, ...], recorded: tuple[str, ...]) -> evidence.Examined:
-    chosen, names = [root for spec in roots for root in _roots(spec)], [_name(text) for text in recorded]
+def _trusted(
+    place: Folder,
+    roots: tuple[str, ...],
+    recorded: tuple[str, ...],
+    token_roots: tuple[Path, ...] = (),
+    tokens: tuple[str, ...] = (),
+) -> evidence.Trusted:
+    return evidence.Trusted(
+        roots=[root for spec in roots for root in _roots(spec)],
+        recorded=[_hexadecimal(text, "the Name of an EK") for text in recorded],
+        token_roots=[
+            root
+            for path in token_roots
+            for root in certificates.read_pem(storage.read_limited(path, FILE_LIMIT), "token")
+        ],
+        tokens={
+            *(_hexadecimal(text, "the fingerprint of a token's key") for text in tokens),
+            *(evidence.fingerprint(record.key) for record in place.tokens()),
+        },
+    )
+
+
+def _examined(request: Path, trusted: evidence.Trusted) -> evidence.Examined:
     with output.naming(request):
         now = datetime.datetime.now(datetime.UTC)
-        return evidence.examine(storage.read_limited(request, FILE_LIMIT), chosen, names, now)
+        return evidence.examine(storage.read_limited(request, FILE_LIMIT), trusted, now)
+
+
+def _believed(binding: Binding) -> str:
+    if isinstance(binding, UsbBinding):
+        return f"dongle {binding.dongle[:8]}: its answers are known here"
+    name = "EK" if isinstance(binding, TpmBinding) else "token's key"
+    root = binding.endorsement
+    under = f"certificate under {root.root} ({root.root_class})" if isinstance(binding, TpmBinding) else root.root
+    return f"{name}: {under if root.root else 'recorded by hand'}"
 
 
 def _wrapped(keys: signing.Keys, content_key: Secret, identifier: str) -> bytes:
@@ -287,11 +353,11 @@ def _roots(spec: str) -> list[evidence.Root]:
     return evidence.read_roots(storage.read_limited(Path(spec), FILE_LIMIT), "unknown")
 
 
-def _name(text: str) -> bytes:
+def _hexadecimal(text: str, name: str) -> bytes:
     try:
         return bytes.fromhex(text)
     except ValueError:
-        what = f"{text!r} is not the Name of an EK."
+        what = f"{text!r} is not {name}."
         raise UsageError(
             Reason.USAGE, what, "Give it in hexadecimal, as `hwlicense inspect REQUEST` shows it."
         ) from None

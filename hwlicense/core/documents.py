@@ -100,8 +100,104 @@ class TpmBinding(Document, frozen=True, tag="tpm", tag_field="kind"):
     pin: bool
 
 
-Evidence = TpmEvidence
-Binding = TpmBinding
+Uri = Annotated[str, msgspec.Meta(max_length=1000)]
+Check = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+Mechanism = Literal["ecdh", "rsa-oaep-sha256", "rsa-oaep-sha1"]
+"""How a token holds a member secret: CKM_ECDH1_DERIVE with P-256, or CKM_RSA_PKCS_OAEP (PKCS#11 v2.40 mechanisms)."""
+
+
+class TokenEvidence(Document, frozen=True, tag="pkcs11", tag_field="kind"):
+    """What a PKCS#11 token says of itself. It *is* the public key that it holds, a SubjectPublicKeyInfo (DER).
+
+    `uri` (RFC 7512, path attributes alone) helps to find it, and `pin` says whether the key needs a login. Certificates
+    (X.509, DER) are those on the token that may attest the key.
+    """
+
+    uri: Uri
+    key: Blob
+    mechanism: Mechanism
+    pin: bool
+    certificates: Annotated[list[Blob], msgspec.Meta(max_length=8)]
+
+
+class TokenBinding(Document, frozen=True, tag="pkcs11", tag_field="kind"):
+    """A member secret that takes one token's private key to learn.
+
+    `encapsulated` is an ephemeral P-256 point (65 bytes, uncompressed) or an RSA ciphertext; `check` confirms the
+    secret, so that a lying module is told from a damaged license.
+    """
+
+    uri: Uri
+    key: Blob
+    mechanism: Mechanism
+    endorsement: Endorsement
+    encapsulated: Blob
+    check: Check
+    pin: bool
+
+
+Product = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{4}:[0-9a-f]{4}$")]
+Serial = Annotated[str, msgspec.Meta(max_length=64)]
+ANSWER_LIMIT: Final = 16384
+BINDING_LIMIT: Final = 8
+VERIFIER_SIZE: Final = 8
+
+
+class UsbEvidence(Document, frozen=True, tag="usb", tag_field="kind"):
+    """A USB dongle that answers challenges by HMAC-SHA1. `dongle` is made from its answer to one fixed challenge.
+
+    `product` is vendor and product id in hex, `touch` whether it answers only when touched.
+    """
+
+    dongle: Identifier
+    product: Product
+    serial: Serial | None
+    firmware: Annotated[str, msgspec.Meta(max_length=64)]
+    slot: Literal[1, 2]
+    touch: bool
+
+
+class UsbBinding(Document, frozen=True, tag="usb", tag_field="kind"):
+    """A member secret made from a dongle's answer to one challenge: number `first` of those that `seed` gives.
+
+    `check` confirms the answer. `answers` holds 8 bytes for each of the challenges that follow, by which the device
+    knows the dongle's answers without being able to give them: proofs of presence.
+    """
+
+    dongle: Identifier
+    product: Product
+    serial: Serial | None
+    slot: Literal[1, 2]
+    touch: bool
+    seed: Digest
+    first: Count
+    check: Check
+    answers: Annotated[bytes, msgspec.Meta(max_length=ANSWER_LIMIT * VERIFIER_SIZE)]
+
+    @property
+    def pin(self) -> bool:
+        """A dongle asks for none."""
+        return False
+
+
+Evidence = TpmEvidence | TokenEvidence | UsbEvidence
+Binding = TpmBinding | TokenBinding | UsbBinding
+
+
+# ---- terms -----------------------------------------------------------------------------------------------
+
+
+class Presence(Document, frozen=True):
+    """How often the hardware must prove that it is here, in seconds.
+
+    `grace`: seconds of absence that are bridged, in all. `regain`: seconds of proven presence that give all of it back;
+    null: none comes back. `repeat`: whether a dongle's recorded answers may serve again when all were used once.
+    """
+
+    interval: Annotated[int, msgspec.Meta(ge=1, le=86400)]
+    grace: Annotated[int, msgspec.Meta(ge=0, le=31 * 86400)]
+    regain: Positive | None
+    repeat: bool
 
 
 # ---- the signed documents --------------------------------------------------------------------------------
@@ -124,10 +220,12 @@ class PackageReference(Document, frozen=True):
     content_key: Identifier
 
 
-class Grant(Document, frozen=True):
+class Grant(Document, frozen=True, omit_defaults=True):
     """Who, what and under which terms. Its digest enters every key that the license wraps.
 
-    Both dates count in UTC and inclusively: `not_after` is the last day on which the license opens.
+    Both dates count in UTC and inclusively: `not_after` is the last day on which the license opens. Terms at the end
+    are left out of the encoding where they are not asked for: grants from before such terms stay as they are.
+    `continuity` is the longest session that is kept from interruption, in seconds.
     """
 
     license: Identifier
@@ -141,6 +239,8 @@ class Grant(Document, frozen=True):
     not_before: datetime.date | None
     not_after: datetime.date | None
     pcrs: Annotated[list[Name], msgspec.Meta(max_length=8)]
+    presence: Presence | None = None
+    continuity: Positive | None = None
 
 
 class SecretWrap(Document, frozen=True):

@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeAlias, TypeVar
+
+from hwlicense.core.errors import Reason, RefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
 
-    from hwlicense.core.documents import Approval, Binding, Evidence
+    from hwlicense.core.documents import Approval
     from hwlicense.core.secret import Secret
     from hwlicense.core.tpm.pcrs import Selection
 
 
 class PinSource(Protocol):
-    """Gives the PIN of the license that `prompt` names. Called once for each license that is tried."""
+    """Gives the PIN that `prompt` asks for. Called once for each license, or token, that is tried."""
 
-    def __call__(self, prompt: str) -> Secret:
-        """Raises RefusedError PIN_NEEDED where nobody can be asked."""
+    def __call__(self, prompt: str, /, *, last_try: bool = False) -> Secret:
+        """The PIN. At the last try before the hardware locks, only after a second yes.
+
+        Raises RefusedError PIN_NEEDED where nobody can be asked, PIN_LAST_TRY where nobody said that yes.
+        """
+
+
+def last_try_refused() -> RefusedError:
+    """What is said where the PIN's last try was not agreed to."""
+    what = "One more wrong PIN locks the hardware, so this last try needs a second yes."
+    hint = "Be sure of the PIN; then answer yes at the prompt, or give --last-try (last_try=True in Python)."
+    return RefusedError(Reason.PIN_LAST_TRY, what, hint)
+
+
+class TouchRequest(Protocol):
+    """Tells a person that hardware waits for a finger."""
+
+    def __call__(self, prompt: str, /) -> object:
+        """`prompt` is a sentence. Must not wait: the hardware goes on waiting meanwhile."""
 
 
 class Unwrapped(NamedTuple):
@@ -26,8 +45,12 @@ class Unwrapped(NamedTuple):
     secret: Secret
 
 
-class Hardware(Protocol):
-    """A context manager over one piece of hardware. Used after a fork, it opens its connection afresh.
+E = TypeVar("E")
+B_contra = TypeVar("B_contra", contravariant=True)
+
+
+class Hardware(Protocol[E, B_contra]):
+    """A context manager over hardware of one kind, with its evidence and bindings. Opened afresh after a fork.
 
     `held` is what the device's home keeps for a binding: opaque, written by `install` and `admit`.
     """
@@ -37,20 +60,30 @@ class Hardware(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
     ) -> None: ...
 
-    def describe(self, selection: Selection) -> Evidence:
+    def describe(self, selection: Selection) -> E:
         """Evidence for a request, with the present values of the selected PCRs."""
 
-    def prove(self, evidence: Evidence, statement: bytes) -> bytes:
-        """The hardware's signature over `statement` (and what it measured), for the request that holds `evidence`."""
+    def prove(self, evidence: E, statement: bytes) -> bytes:
+        """The hardware's signature over `statement` (and what it measured), for the request that holds `evidence`.
 
-    def install(self, binding: Binding, approvals: Sequence[Approval]) -> bytes:
+        Empty where it cannot sign: what is wrapped for it opens nowhere else, whoever wrote the request.
+        """
+
+    def install(self, binding: B_contra, approvals: Sequence[Approval]) -> bytes:
         """Take in a binding made for this hardware. Raises RefusedError WRONG_DEVICE where it was made for another."""
 
-    def admit(self, binding: Binding, held: bytes, approval: Approval) -> bytes:
+    def admit(self, binding: B_contra, held: bytes, approval: Approval) -> bytes:
         """`held`, with a further approval checked by the hardware."""
 
-    def unwrap(self, binding: Binding, held: bytes, approvals: Sequence[Approval], pin: PinSource | None) -> Unwrapped:
+    def unwrap(self, binding: B_contra, held: bytes, approvals: Sequence[Approval], pin: PinSource | None) -> Unwrapped:
         """The member secret of `binding`, if hardware, state and PIN are right."""
 
-    def present(self, binding: Binding, held: bytes) -> None:
-        """Prove that the hardware is here. Raises AbsentError."""
+    def present(self, binding: B_contra, held: bytes, number: int = 0) -> None:
+        """Prove that the hardware is here. Raises AbsentError.
+
+        `number` counts the proofs of this binding so far: hardware with a store of proofs takes another each time.
+        """
+
+
+AnyHardware: TypeAlias = Hardware[Any, Any]
+"""Hardware of whatever kind a binding is for."""

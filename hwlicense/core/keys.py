@@ -86,14 +86,14 @@ def unwrap_content_key(secret: Secret, licensed: License, identifier: str) -> Se
 
 
 def wrap_for_vendor(content_key: Secret, identifier: str, public: MLKEM768X25519PublicKey) -> bytes:
-    """A content key for its own vendor's later use: HPKE (RFC 9180) with X-Wing, which no recording outlives."""
-    return _CONTENT_SUITE.encrypt(content_key.buffer, public, b"hwlicense 1 content key " + identifier.encode())
+    """A content key for its own vendor's later use."""
+    return seal_for_vendor(content_key, b"content key", identifier, public)
 
 
 def unwrap_for_vendor(wrapped: bytes, identifier: str, private: MLKEM768X25519PrivateKey) -> Secret:
     """Raises DamagedError PACKAGE_DAMAGED where it was wrapped for another vendor folder, or changed."""
     try:
-        key = _CONTENT_SUITE.decrypt(wrapped, private, b"hwlicense 1 content key " + identifier.encode())
+        key = open_for_vendor(wrapped, b"content key", identifier, private)
     except (InvalidTag, ValueError):
         what = "The package's content key is not wrapped for this vendor folder."
         raise DamagedError(
@@ -101,7 +101,18 @@ def unwrap_for_vendor(wrapped: bytes, identifier: str, private: MLKEM768X25519Pr
         ) from None
     if len(key) != SIZE:
         raise DamagedError(Reason.PACKAGE_DAMAGED, "The package's content key has a wrong size.", "Pack again.")
-    return Secret(bytearray(key))
+    return key
+
+
+def seal_for_vendor(content: Secret, purpose: bytes, identifier: str, public: MLKEM768X25519PublicKey) -> bytes:
+    """What only the vendor's folder opens: HPKE (RFC 9180) with X-Wing, which no recording outlives."""
+    return _CONTENT_SUITE.encrypt(content.buffer, public, b"hwlicense 1 %b %b" % (purpose, identifier.encode()))
+
+
+def open_for_vendor(wrapped: bytes, purpose: bytes, identifier: str, private: MLKEM768X25519PrivateKey) -> Secret:
+    """Raises cryptography's InvalidTag, or ValueError, where it was sealed for another folder or use, or changed."""
+    info = b"hwlicense 1 %b %b" % (purpose, identifier.encode())
+    return Secret(bytearray(_CONTENT_SUITE.decrypt(wrapped, private, info)))
 
 
 def _member_key(members: Sequence[Secret], places: Sequence[int]) -> Secret:

@@ -6,10 +6,12 @@ A term that this release cannot enforce is an error here: a license never says m
 from __future__ import annotations
 
 import datetime
+import re
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import msgspec
 
+from hwlicense.core import documents
 from hwlicense.core.documents import Name  # noqa: TC001  # msgspec reads the annotations at run time
 from hwlicense.core.errors import Reason, RefusedError, UsageError
 from hwlicense.core.tpm.pcrs import Selection
@@ -23,8 +25,6 @@ _PLANNED: Final = {
     "validity": {"days_from_first_use"},
     "limits": {"opens", "inferences", "rates", "powered_on_hours", "instances"},
     "require": {"anchor"},
-    "presence": {"interval", "grace"},
-    "continuity": {"session"},
     "features": None,
     "monitor": None,
     "guard": None,
@@ -43,7 +43,31 @@ class Require(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`pcrs`: what of the platform's measured state must be approved; `bindings`: how many bindings it takes."""
 
     pcrs: Annotated[list[str], msgspec.Meta(max_length=8)] = []
-    bindings: str = "all"
+    bindings: int | str = "all"
+
+    def need(self, count: int) -> int:
+        """How many of `count` bindings open the license. Raises UsageError TERM_INVALID where there are too few."""
+        need = {"all": count, "any": 1}.get(str(self.bindings), self.bindings)
+        if isinstance(need, str) or not 1 <= need <= count:
+            what = f"The terms require {self.bindings} bindings; the requests name {count}."
+            raise UsageError(Reason.TERM_INVALID, what, "Enroll more hardware, or mend require.bindings.")
+        return need
+
+
+class Presence(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How often the hardware must prove that it is here; durations as people write them, such as "10s"."""
+
+    interval: str
+    grace: str = "0s"
+    regain: str | None = None
+    answers: Annotated[int, msgspec.Meta(ge=1, le=documents.ANSWER_LIMIT)] = 1000
+    repeat: bool = True
+
+
+class Continuity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`session`: the longest procedure that is kept from interruption."""
+
+    session: str
 
 
 class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -53,6 +77,26 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     product: Name
     validity: Validity = Validity()
     require: Require = Require()
+    presence: Presence | None = None
+    continuity: Continuity | None = None
+
+    @property
+    def granted_presence(self) -> documents.Presence | None:
+        """`presence` in seconds, as the grant has it."""
+        if self.presence is None:
+            return None
+        asked = self.presence
+        return documents.Presence(
+            interval=_seconds("presence.interval", asked.interval, 1, 86400),
+            grace=_seconds("presence.grace", asked.grace, 0, 31 * 86400),
+            regain=None if asked.regain is None else _seconds("presence.regain", asked.regain, 1, 2**40),
+            repeat=asked.repeat,
+        )
+
+    @property
+    def granted_continuity(self) -> int | None:
+        """`continuity.session` in seconds."""
+        return _seconds("continuity.session", self.continuity.session, 1, 2**40) if self.continuity else None
 
     @property
     def selection(self) -> Selection:
@@ -111,7 +155,27 @@ def _check(terms: Terms) -> None:
     if first and last and last < first:
         what = f"The license would end ({last}) before it begins ({first})."
         raise UsageError(Reason.TERM_INVALID, what, "Mend validity.not_before or validity.not_after.")
-    if terms.require.bindings != "all":
-        what = f'This release enforces require.bindings = "all" only, not {terms.require.bindings!r}.'
-        raise UsageError(Reason.TERM_UNSUPPORTED, what, "Leave the term out, or use a release that enforces it.")
+    wanted = terms.require.bindings
+    if wanted not in ("all", "any") and not (isinstance(wanted, int) and 1 <= wanted <= documents.BINDING_LIMIT):
+        what = f"require.bindings is {wanted!r}."
+        hint = f'Write "all", "any" or a number from 1 to {documents.BINDING_LIMIT}.'
+        raise UsageError(Reason.TERM_INVALID, what, hint)
+    presence = terms.granted_presence
+    if presence and presence.regain and not presence.grace:
+        what = "presence.regain gives back a grace, and there is none."
+        raise UsageError(Reason.TERM_INVALID, what, "Set presence.grace, or leave presence.regain out.")
+    _ = terms.granted_continuity
     Selection.parse(*terms.require.pcrs)
+
+
+_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def _seconds(term: str, text: str, least: int, most: int) -> int:
+    match = re.fullmatch(r"([0-9]{1,9})([smhd])", text, re.ASCII)
+    seconds = int(match[1]) * _UNITS[match[2]] if match else -1
+    if not least <= seconds <= most:
+        what = f"{term} is {text!r}."
+        hint = f'Write a whole number and a unit (s, m, h, d), such as "10s": from {least} to {most:,} seconds.'
+        raise UsageError(Reason.TERM_INVALID, what, hint)
+    return seconds

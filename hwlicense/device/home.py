@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Final, NamedTuple, TypeVar
 import msgspec
 
 from hwlicense import storage
-from hwlicense.core.documents import FILE_LIMIT, SCHEMA, Approval, License, VendorPublic, decode, encode
+from hwlicense.core.documents import FILE_LIMIT, SCHEMA, Approval, License, TpmBinding, VendorPublic, decode, encode
 from hwlicense.core.envelope import classical_verifier, ml_dsa_verifier, unverified, verified
 from hwlicense.core.errors import DamagedError, HwlicenseError, Reason, RefusedError
 
@@ -31,12 +31,17 @@ if TYPE_CHECKING:
 HELD_LIMIT: Final = 256 << 10
 
 
-class Enrolled(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`device.json`: the TPM (a TCTI string) and the PCRs that `device enroll` was given, for later commands."""
+class Enrolled(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """`device.json`: what `device enroll` was given, for later commands.
+
+    The TPM (a TCTI string) and its PCRs; tokens (PKCS#11 URIs with the path of a module); dongles (selectors).
+    """
 
     schema: int
     tpm: str | None
     pcrs: str
+    tokens: Annotated[list[str], msgspec.Meta(max_length=8)] = []
+    dongles: Annotated[list[str], msgspec.Meta(max_length=8)] = []
 
 
 class Trust(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -69,9 +74,11 @@ class Home:
         """How the device was enrolled, if it was."""
         return self._read("device.json", Enrolled, "Run `hwlicense device enroll --tpm TCTI` again.")
 
-    def keep_enrolled(self, tpm: str | None, pcrs: str) -> None:
-        """Remember the TPM and the PCRs of an enrolment."""
-        self._write("device.json", Enrolled(SCHEMA, tpm, pcrs))
+    def keep_enrolled(
+        self, tpm: str | None, pcrs: str, tokens: Sequence[str] = (), dongles: Sequence[str] = ()
+    ) -> None:
+        """Remember what an enrolment was given."""
+        self._write("device.json", Enrolled(SCHEMA, tpm, pcrs, list(tokens), list(dongles)))
 
     def trusted(self) -> list[VendorPublic]:
         """The vendors that the command line trusts here."""
@@ -105,12 +112,16 @@ class Home:
                 found.append(Installed(*installed))
         return sorted(found, key=lambda i: (i.license.grant.issued, i.license.grant.revision), reverse=True), problems
 
-    def keep_license(self, licensed: License, raw: bytes, held: Sequence[bytes]) -> None:
-        """Install: what the binders hold first and the license last, so that a cut leaves the former state whole."""
+    def keep_license(self, licensed: License, raw: bytes, held: Sequence[bytes | None]) -> None:
+        """Install: what the binders hold first and the license last, so that a cut leaves the former state whole.
+
+        `held` is None for hardware that was not here; what was kept of it before stays.
+        """
         folder = self.path / "licenses" / licensed.grant.license
         storage.make_folders(folder / "held", 0o700)
         for binding, content in zip(licensed.bindings, held, strict=True):
-            storage.atomic_write(folder / "held" / _held_name(binding), content, 0o600)
+            if content:
+                storage.atomic_write(folder / "held" / _held_name(binding), content, 0o600)
         storage.atomic_write(folder / "license.hwlic", raw, 0o600)
         current = {_held_name(binding) for binding in licensed.bindings}
         for stale in (folder / "held").iterdir():
@@ -121,7 +132,12 @@ class Home:
                 storage.remove(self.state / "licenses" / licensed.grant.license / "held" / name)
 
     def held(self, licensed: License, binding: Binding) -> bytes:
-        """What the binder kept at installation. Raises DamagedError HOME_DAMAGED where it is gone."""
+        """What the binder kept at installation: nothing, for tokens and dongles.
+
+        Raises DamagedError HOME_DAMAGED where it is gone.
+        """
+        if not isinstance(binding, TpmBinding):
+            return b""
         for base in (self.state, self.path):
             path = base / "licenses" / licensed.grant.license / "held" / _held_name(binding)
             if _exists(path):

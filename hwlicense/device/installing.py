@@ -5,23 +5,28 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hwlicense import storage
-from hwlicense.core.documents import PAYLOAD_TYPES, Approval, License
+from hwlicense.core.documents import PAYLOAD_TYPES, Approval, License, TpmBinding
 from hwlicense.core.envelope import disassemble
 from hwlicense.core.errors import Reason, RefusedError, UsageError
+from hwlicense.device import bound
 from hwlicense.device.home import check_license, verified_by_any
 from hwlicense.device.memory import forbid_dumps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from hwlicense.core.hardware import Hardware
+    from hwlicense.core.errors import AbsentError
+    from hwlicense.device.bound import Connect
     from hwlicense.device.home import Home
 
 
-def install(home: Home, raw: bytes, connect: Callable[[], Hardware]) -> License | Approval:
+def install(
+    home: Home, raw: bytes, connect: Connect, absent: Callable[[AbsentError], None] = lambda _error: None
+) -> License | Approval:
     """Install a license or an approval by a trusted vendor, and return it. Doing it again is harmless.
 
-    `connect` opens the hardware; nothing is asked of it before the signatures hold.
+    `connect` opens hardware of a kind; nothing is asked of it before the signatures hold. Where a license takes less
+    hardware than it names, what is not here is told to `absent`: it could not be checked.
     Raises RefusedError (VENDOR_UNTRUSTED, WRONG_VENDOR, WRONG_DEVICE, LICENSE_SUPERSEDED, WRONG_PRODUCT,
     APPROVAL_WITHDRAWN), DamagedError, HardwareError.
     """
@@ -30,13 +35,14 @@ def install(home: Home, raw: bytes, connect: Callable[[], Hardware]) -> License 
     if payload_type in {PAYLOAD_TYPES[License], PAYLOAD_TYPES[Approval]}:
         storage.make_folders(home.path)
         with storage.exclusive(home.path):
-            act = _install_license if payload_type == PAYLOAD_TYPES[License] else _install_approval
-            return act(home, raw, connect)
+            if payload_type == PAYLOAD_TYPES[License]:
+                return _install_license(home, raw, connect, absent)
+            return _install_approval(home, raw, connect)
     what = f"Only licenses and approvals are installed; the file is of type {payload_type!r}."
     raise UsageError(Reason.USAGE, what, "Give a .hwlic or .hwapp file.")
 
 
-def _install_license(home: Home, raw: bytes, connect: Callable[[], Hardware]) -> License:
+def _install_license(home: Home, raw: bytes, connect: Connect, absent: Callable[[AbsentError], None]) -> License:
     licensed, vendor = verified_by_any(raw, License, home.trusted())
     check_license(licensed, vendor)
     for other, _ in home.licenses([vendor])[0]:
@@ -46,13 +52,14 @@ def _install_license(home: Home, raw: bytes, connect: Callable[[], Hardware]) ->
             raise RefusedError(
                 Reason.LICENSE_SUPERSEDED, what, "Nothing is to be done: the newer revision stays in force."
             )
-    with connect() as hardware:
-        held = [hardware.install(binding, licensed.approvals) for binding in licensed.bindings]
+    held, missing = bound.install(connect, licensed, licensed.approvals)
     home.keep_license(licensed, raw, held)
+    for error in missing:
+        absent(error)
     return licensed
 
 
-def _install_approval(home: Home, raw: bytes, connect: Callable[[], Hardware]) -> Approval:
+def _install_approval(home: Home, raw: bytes, connect: Connect) -> Approval:
     approval, vendor = verified_by_any(raw, Approval, home.trusted())
     fitting = [i.license for i in home.licenses([vendor])[0] if i.license.grant.product == approval.product]
     if not fitting:
@@ -64,10 +71,12 @@ def _install_approval(home: Home, raw: bytes, connect: Callable[[], Hardware]) -
     if approval.generation < oldest:
         what = f"The approval is of generation {approval.generation}; the licenses here ask for generation {oldest}."
         raise RefusedError(Reason.APPROVAL_WITHDRAWN, what, "Ask the vendor for its current approval of this system.")
-    with connect() as hardware:
+    with connect("tpm") as hardware:
         for licensed in fitting:
             if licensed.grant.generation == approval.generation and licensed.grant.pcrs:
                 for binding in licensed.bindings:
-                    home.keep_held(licensed, binding, hardware.admit(binding, home.held(licensed, binding), approval))
+                    if isinstance(binding, TpmBinding):
+                        held = hardware.admit(binding, home.held(licensed, binding), approval)
+                        home.keep_held(licensed, binding, held)
             home.keep_approval(licensed, approval, raw)
     return approval

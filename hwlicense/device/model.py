@@ -7,48 +7,87 @@ import threading
 import weakref
 from collections import Counter
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final, NoReturn, Self
+from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn, Self
 
 from hwlicense.core import package
-from hwlicense.core.errors import ClosedError, Reason, UsageError
+from hwlicense.core.errors import ClosedError, DamagedError, HwlicenseError, Reason, RefusedError, UsageError
 from hwlicense.core.secret import SIZE
 from hwlicense.device.memory import Memory, Protection, SealedFile, lend, protection
 from hwlicense.device.streaming import MemberReader
 
 if TYPE_CHECKING:
     import ctypes
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from types import TracebackType
 
     from hwlicense.core.documents import Grant, Member
     from hwlicense.core.secret import Secret
+    from hwlicense.device.bound import Bound
+    from hwlicense.device.presence import Presence
     from hwlicense.device.reading import PackageFile
 
 THREADED: Final = 8
 """Chunks from which on several threads are worth their start."""
 
 
+class Session(NamedTuple):
+    """A procedure under way. The license keeps it from interruption for `continuity` seconds; None: to its end."""
+
+    continuity: int | None
+
+
+class Standing(NamedTuple):
+    """What may start now: nothing, for the reason of `refusal`, or anything where that is None.
+
+    `present`: whether the hardware proved within its interval that it is here; not so while the grace bridges its
+    absence, of which `grace_left` seconds are left. Without a presence term, opening was the proof.
+    """
+
+    refusal: HwlicenseError | None
+    present: bool
+    grace_left: float
+
+    @property
+    def may_start(self) -> bool:
+        """Whether `session` would begin."""
+        return self.refusal is None
+
+    @property
+    def reason(self) -> Reason | None:
+        """The stable code of the refusal."""
+        return self.refusal.reason if self.refusal else None
+
+
 class Model:
     """The decrypted members of a package, until `close`. Threads share it, and so do forked processes.
 
-    Closing wipes the keys at once. A buffer that `read` lent lives on as long as someone holds it, whether the model is
-    open or closed, and is zeroed the moment nobody does. Threads inside a call finish with ClosedError. `grant` says
-    under which license it was opened: licensee, product, dates.
+    Closing wipes the keys at once, and so does the loss of hardware whose presence the license asks for. A buffer that
+    `read` lent lives on as long as someone holds it, whatever happens to model and keys, and is zeroed the moment
+    nobody does. Threads inside a call finish with ClosedError, or with what became of the hardware. `grant` says under
+    which license it was opened: licensee, product, dates.
     """
 
-    def __init__(self, file: PackageFile, content_key: Secret, grant: Grant | None = None) -> None:
-        """Takes `file` over if this succeeds; the content key is not kept. Raises DamagedError, StorageError."""
+    def __init__(
+        self,
+        file: PackageFile,
+        content_key: Secret,
+        grant: Grant | None = None,
+        presence: tuple[Presence, Callable[[Bound], Secret]] | None = None,
+    ) -> None:
+        """Takes `file` and `presence` over if this succeeds; the content key is not kept.
+
+        With the presence comes what gives the content key once more. Raises DamagedError, StorageError.
+        """
         self.name, self.version = file.manifest.name, file.manifest.version
         self.grant = grant
         self._file = file
         self._layout = file.layout
-        self._keys = Memory(max(1, file.layout.chunk_count) * SIZE)
-        try:
-            keys = self._keys.view[: file.layout.chunk_count * SIZE]
-            package.open_table_into(content_key, file.table(), keys)
-        except BaseException:
-            self._keys.wipe()
-            raise
+        self._keys = self._table(content_key)
+        self._presence: Presence | None = None
+        self._content_key: Callable[[Bound], Secret] | None = None
+        if presence:
+            self._presence, self._content_key = presence
+        self._refusal: HwlicenseError | None = None
         self._closed = False
         self._users: Counter[int] = Counter()  # calls under way, by thread
         self._lent: weakref.WeakValueDictionary[str, ctypes.Array[ctypes.c_ubyte]] = weakref.WeakValueDictionary()
@@ -56,11 +95,14 @@ class Model:
         self._readers: weakref.WeakSet[MemberReader] = weakref.WeakSet()
         self._renew()
         _models.add(self)
+        if self._presence:
+            self._presence.guard(self)
+            self._presence.ensure()
 
     @property
     def names(self) -> tuple[str, ...]:
         """The members' relative paths, as packed."""
-        self._check()
+        self._check_open()
         return tuple(self._layout.members)
 
     def size(self, name: str) -> int:
@@ -127,11 +169,68 @@ class Model:
         """Whether `close` was called."""
         return self._closed
 
+    @contextmanager
+    def session(self) -> Iterator[Session]:
+        """A procedure that is refused at its start or not at all: nothing that is lost meanwhile interrupts it.
+
+        Read what it needs before it begins: where hardware is lost, its keys are gone at once, and only buffers and
+        paths that were given out stay. Touches no hardware.
+        Raises ClosedError; RefusedError and HardwareError where `standing` says no.
+        """
+        self._check_open()
+        refusal = self._presence.refusal(wait=True) if self._presence else None
+        if refusal := refusal or self._refusal:
+            raise _fresh(refusal)
+        yield Session(self.grant.continuity if self.grant else None)
+
+    def standing(self, horizon: float = 0.0) -> Standing:
+        """Whether a session of `horizon` seconds may start now, and if not, why. Touches no hardware, waits for none.
+
+        Raises ClosedError.
+        """
+        self._check_open()
+        refusal = (self._presence.refusal() if self._presence else None) or self._refusal
+        continuity = self.grant.continuity if self.grant else None
+        if refusal is None and continuity is not None and horizon > continuity:
+            what = f"The procedure would take {horizon:,.0f} s; the license keeps {continuity:,} s from interruption."
+            refusal = RefusedError(
+                Reason.CONTINUITY_TOO_SHORT, what, "Start a shorter one, or ask for another license."
+            )
+        here = self._presence.here if self._presence else True
+        return Standing(refusal, here, self._presence.grace_left if self._presence else 0.0)
+
     def close(self) -> None:
         """Wipe the keys and close the package; lent buffers stay. Doing it again changes nothing."""
         with self._lock:
             self._closed = True
             self._release_if_unused()
+        if self._presence:
+            self._presence.close()
+
+    # ---- what presence does with a model
+
+    def lose_keys(self, refusal: HwlicenseError) -> None:
+        """Wipe the keys and what readers keep of plaintext. Buffers in use stay as they are."""
+        self._refusal = refusal
+        self._keys.view[:] = bytes(len(self._keys.view))
+        for reader in list(self._readers):
+            reader.forget_soon()
+
+    def reopen(self, bound: Bound) -> Memory:
+        """The keys anew. Raises HwlicenseError."""
+        if self._content_key is None:
+            raise self._closed_error()
+        with self._content_key(bound) as key:
+            return self._table(key)
+
+    def regain_keys(self, keys: Memory) -> None:
+        """Take them into use, unless the model was closed meanwhile."""
+        with self._lock:
+            if self._closed:
+                keys.wipe()
+                return
+            before, self._keys, self._refusal = self._keys, keys, None
+            before.wipe()
 
     def __enter__(self) -> Self:
         self._check()
@@ -153,6 +252,8 @@ class Model:
         return f"<Model {self.name!r} {self.version!r}{', closed' if self._closed else ''}>"
 
     def _member(self, name: str) -> Member:
+        if self._presence:
+            self._presence.ensure()  # in a forked child, and before any lock of this object is taken
         self._check()
         member = self._layout.members.get(name)
         if member is None:
@@ -161,8 +262,26 @@ class Model:
         return member
 
     def _check(self) -> None:
+        self._check_open()
+        if refusal := self._refusal:
+            raise _fresh(refusal)
+
+    def _check_open(self) -> None:
         if self._closed:
-            raise ClosedError(Reason.MODEL_CLOSED, f"The model {self.name!r} was closed.", "Open it again.")
+            raise self._closed_error()
+
+    def _closed_error(self) -> ClosedError:
+        return ClosedError(Reason.MODEL_CLOSED, f"The model {self.name!r} was closed.", "Open it again.")
+
+    def _table(self, content_key: Secret) -> Memory:
+        """The keys of all chunks. Raises DamagedError, StorageError."""
+        keys = Memory(max(1, self._layout.chunk_count) * SIZE)
+        try:
+            package.open_table_into(content_key, self._file.table(), keys.view[: self._layout.chunk_count * SIZE])
+        except BaseException:
+            keys.wipe()
+            raise
+        return keys
 
     @contextmanager
     def _using(self) -> Iterator[None]:
@@ -178,6 +297,9 @@ class Model:
                 self._users[thread] -= 1
                 if not self._users[thread]:
                     del self._users[thread]
+                if self._refusal:  # set during the call, which may have left plaintext in a reader
+                    for reader in list(self._readers):
+                        reader.forget_soon()
                 self._release_if_unused()
 
     def _release_if_unused(self) -> None:
@@ -211,7 +333,14 @@ class Model:
 
     def _open(self, chunk: package.Chunk, sealed: memoryview, out: memoryview) -> None:
         self._check()
-        package.open_chunk_into(self._keys.view[chunk.key * SIZE : (chunk.key + 1) * SIZE], sealed, chunk, out)
+        keys = self._keys
+        try:
+            package.open_chunk_into(keys.view[chunk.key * SIZE : (chunk.key + 1) * SIZE], sealed, chunk, out)
+        except DamagedError:
+            self._check()  # keys that were wiped meanwhile open nothing
+            if keys is self._keys:
+                raise
+            self._open(chunk, sealed, out)
 
     def _renew(self) -> None:
         """New locks: in a forked child, threads that are not there may have held the old ones."""
@@ -219,11 +348,18 @@ class Model:
         self._turns: dict[str, threading.RLock] = {}
         for thread in self._users.keys() - {threading.get_ident()}:  # the one that forked may be within a call
             del self._users[thread]
+        if self._presence:
+            self._presence.renew()
         for reader in list(self._readers):
             reader.renew()
 
 
 _models: weakref.WeakSet[Model] = weakref.WeakSet()
+
+
+def _fresh(refusal: HwlicenseError) -> HwlicenseError:
+    """The same once more: an error that is raised collects a traceback, which keeps what it passed alive."""
+    return type(refusal)(refusal.reason, refusal.what, refusal.hint)
 
 
 def _after_fork() -> None:

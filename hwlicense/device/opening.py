@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import datetime
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from hwlicense.core.errors import DamagedError, HwlicenseError, Reason, RefusedError, StorageError, UsageError
+from hwlicense.core import dongle
+from hwlicense.core.documents import UsbBinding
+from hwlicense.core.errors import (
+    AbsentError,
+    DamagedError,
+    HwlicenseError,
+    Reason,
+    RefusedError,
+    StorageError,
+    UsageError,
+)
 from hwlicense.core.keys import unwrap_content_key, unwrap_license_secret
+from hwlicense.core.secret import Secret, derive
 from hwlicense.core.terms import check_validity
+from hwlicense.device.bound import FINAL, Bound
 from hwlicense.device.home import Home, Installed, check_license
 from hwlicense.device.memory import forbid_dumps
 from hwlicense.device.model import Model
@@ -17,16 +29,25 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from hwlicense.core.documents import Grant, Manifest, VendorPublic
-    from hwlicense.core.hardware import Hardware, PinSource
-    from hwlicense.core.secret import Secret
+    from hwlicense.core.documents import Grant, License, Manifest, VendorPublic
+    from hwlicense.core.hardware import PinSource
+    from hwlicense.device.bound import Connect
+
+
+class Unlocked(NamedTuple):
+    """What an opening came to, for whoever asked to wipe and close: the content key, and the key of the account."""
+
+    content_key: Secret
+    account_key: Secret
+    licensed: License
+    bound: Bound
 
 
 def open_package(
     path: Path,
     vendor: VendorPublic,
     home: Home,
-    connect: Callable[[], Hardware],
+    connect: Connect,
     pin: PinSource | None = None,
     today: datetime.date | None = None,
 ) -> Model:
@@ -34,27 +55,38 @@ def open_package(
     forbid_dumps()  # from here on: PIN, license secret and content key pass through ordinary memory on their way
     package = PackageFile(path, vendor)
     try:
-        key, grant = content_key(package.manifest, vendor, home, connect, pin, today or utc_today())
-        with key:
-            return Model(package, key, grant)
+        unlocked = unlock(package.manifest, vendor, home, connect, pin, today or utc_today())
+        with unlocked.content_key as key:
+            try:
+                return _model(package, key, unlocked, home, pin)
+            except BaseException:
+                unlocked.bound.close()
+                raise
     except BaseException:
         package.close()
         raise
 
 
-def content_key(
+def unlock(
     manifest: Manifest,
     vendor: VendorPublic,
     home: Home,
-    connect: Callable[[], Hardware],
+    connect: Connect,
     pin: PinSource | None,
     today: datetime.date,
-) -> tuple[Secret, Grant]:
-    """The package's content key, and the grant of the first license that gives it. Raises the first one's refusal."""
+) -> Unlocked:
+    """The package's content key, by the first license that gives it. Raises the first one's refusal."""
 
-    def attempt(installed: Installed) -> tuple[Secret, Grant]:
-        check_validity(installed.license.grant, today)
-        return _unwrapped(installed, manifest, home, connect, pin), installed.license.grant
+    def attempt(installed: Installed) -> Unlocked:
+        licensed, signer = installed
+        check_validity(licensed.grant, today)
+        check_license(licensed, signer)
+        bound = Bound(connect, licensed, home, home.approvals(licensed, signer))
+        try:
+            return Unlocked(*_unwrapped(bound, licensed, manifest.content_key, pin), licensed, bound)
+        except BaseException:
+            bound.close()
+            raise
 
     return _first(fitting_licenses(manifest, vendor, home), attempt)
 
@@ -103,42 +135,67 @@ R = TypeVar("R")
 def _first(licenses: Sequence[Installed], attempt: Callable[[Installed], R]) -> R:
     """What the first license gives that does not refuse. Raises the first refusal, or any failure of the hardware.
 
-    A wrong PIN ends it: offered to a second license, a PIN that is right for the first would count as a wrong try.
+    Hardware that is absent is no failure: another license may be bound to what is here. A wrong PIN ends it: offered to
+    a second license, a PIN that is right for the first would count as a wrong try.
     """
     refusals: list[HwlicenseError] = []
     for installed in licenses:
         try:
             return attempt(installed)
-        except (RefusedError, DamagedError, StorageError, UsageError) as error:
-            if error.reason in _FINAL:
+        except (RefusedError, DamagedError, StorageError, UsageError, AbsentError) as error:
+            if error.reason in FINAL | {Reason.EXTRA_MISSING, Reason.USAGE}:
                 raise
             refusals.append(error)  # the next license may still say yes
     raise refusals[0]
 
 
-_FINAL: Final = {Reason.PIN_WRONG, Reason.EXTRA_MISSING, Reason.USAGE}
-
-
-def _unwrapped(
-    installed: Installed,
-    manifest: Manifest,
-    home: Home,
-    connect: Callable[[], Hardware],
-    pin: PinSource | None,
-) -> Secret:
-    licensed, vendor = installed
-    check_license(licensed, vendor)
-    approvals = home.approvals(licensed, vendor)
-    grant = licensed.grant
-    whose = f"of the license {grant.license[:8]} ({grant.product}, {grant.licensee})"
-    asked = None if pin is None else lambda prompt: pin(f"{prompt} {whose}")
-    members: dict[int, Secret] = {}
+def _unwrapped(bound: Bound, licensed: License, identifier: str, pin: PinSource | None) -> tuple[Secret, Secret]:
+    """The content key, and the key of the license's account."""
+    members = bound.members(_asking(pin, licensed.grant))
     try:
-        with connect() as hardware:
-            for place, binding in enumerate(licensed.bindings):
-                members[place] = hardware.unwrap(binding, home.held(licensed, binding), approvals, asked).secret
         with unwrap_license_secret(licensed.wraps, members) as secret:
-            return unwrap_content_key(secret, licensed, manifest.content_key)
+            content_key = unwrap_content_key(secret, licensed, identifier)
+            return content_key, derive([secret], b"presence account", bytes.fromhex(licensed.grant.license))
     finally:
         for member in members.values():
             member.wipe()
+
+
+def _asking(pin: PinSource | None, grant: Grant) -> PinSource | None:
+    """`pin`, told which license it is for."""
+    if pin is None:
+        return None
+    source, whose = pin, f"for the license {grant.license[:8]} ({grant.product}, {grant.licensee})"
+
+    def ask(prompt: str, *, last_try: bool = False) -> Secret:
+        return source(f"{prompt} {whose}", last_try=last_try)
+
+    return ask
+
+
+def _model(package: PackageFile, key: Secret, unlocked: Unlocked, home: Home, pin: PinSource | None) -> Model:
+    """The open model, watching its hardware where the license asks for that."""
+    _, account_key, licensed, bound = unlocked
+    terms, identifier = licensed.grant.presence, package.manifest.content_key
+    if terms is None:
+        account_key.wipe()
+        bound.close()
+        return Model(package, key, licensed.grant)
+    from hwlicense.device.grace import Account  # noqa: PLC0415  # most licenses ask for no presence
+    from hwlicense.device.presence import Presence, exhausted  # noqa: PLC0415
+
+    account, answers = None, None
+    if terms.grace or bound.spends_proofs:
+        account = Account(home.state / "licenses" / licensed.grant.license, terms, account_key)
+        account.prepare()
+        if not terms.repeat and bound.spends_proofs:
+            answers = min(dongle.answer_count(b) for b in licensed.bindings if isinstance(b, UsbBinding))
+            if account.proofs >= answers:
+                raise exhausted(answers)
+
+    def again(bound: Bound) -> Secret:
+        once_more, spare = _unwrapped(bound, licensed, identifier, pin)
+        spare.wipe()
+        return once_more
+
+    return Model(package, key, licensed.grant, (Presence(terms, bound, account, answers), again))

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from hwlicense.core import dongle
+from hwlicense.core.documents import UsbBinding
 from hwlicense.core.errors import HwlicenseError, RefusedError
 from hwlicense.core.terms import check_validity
+from hwlicense.device import grace
+from hwlicense.device.bound import kind_of
 from hwlicense.device.home import check_license
 
 if TYPE_CHECKING:
     import datetime
 
+    from hwlicense.core.documents import License
     from hwlicense.device.home import Home, Installed
 
 
@@ -44,8 +49,32 @@ def _entry(home: Home, installed: Installed, today: datetime.date) -> dict[str, 
         "valid_from": grant.not_before and str(grant.not_before),
         "valid_until": grant.not_after and str(grant.not_after),
         "days_left": (grant.not_after - today).days + 1 if grant.not_after else None,
-        "bindings": [str(binding.__struct_config__.tag) for binding in licensed.bindings],
+        "bindings": [kind_of(binding) for binding in licensed.bindings],
+        "needs": f"{licensed.need} of {len(licensed.bindings)}",
         "pin": any(binding.pin for binding in licensed.bindings),
         "pcrs": grant.pcrs,
+        **_presence(home, licensed),
         "approved_states": None if approvals is None else len(approvals),
     }
+
+
+def _presence(home: Home, licensed: License) -> dict[str, Any]:
+    """Terms of presence and what is used of them, in seconds; nothing where the license asks for none.
+
+    What is used up is in the state folder, authenticated but not anchored in hardware.
+    """
+    terms, continuity = licensed.grant.presence, licensed.grant.continuity
+    found: dict[str, Any] = {"continuity": continuity} if continuity else {}
+    if terms:
+        entries = grace.entries(home.state / "licenses" / licensed.grant.license)
+        used = entries.used / 1000 if entries else 0.0
+        found |= {
+            "presence_interval": terms.interval,
+            "grace": terms.grace,
+            "grace_left": max(0.0, terms.grace - used),
+            "grace_enforced_by": "runtime, not anchored",
+        }
+        counts = [dongle.answer_count(binding) for binding in licensed.bindings if isinstance(binding, UsbBinding)]
+        if counts:
+            found["fresh_answers_left"] = max(0, min(counts) - (entries.proofs if entries else 0))
+    return found

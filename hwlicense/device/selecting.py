@@ -1,6 +1,6 @@
 """Which home and which hardware: by argument, by environment, by enrolment, by default.
 
-None of these choices is a check. Another TPM, or another home, can only fail to hold the secret.
+None of these choices is a check. Another TPM, token, dongle or home can only fail to hold the secret.
 """
 
 from __future__ import annotations
@@ -8,23 +8,27 @@ from __future__ import annotations
 import os
 import stat
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from hwlicense.core.errors import Reason, RefusedError, UsageError
+from hwlicense.core.hardware import last_try_refused
 from hwlicense.core.secret import Secret
+from hwlicense.core.uri import TokenUri
 from hwlicense.device.home import Home, read_vendor
 from hwlicense.storage import reporting
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from hwlicense.core.documents import VendorPublic
-    from hwlicense.core.hardware import Hardware, PinSource
+    from hwlicense.core.hardware import AnyHardware, PinSource, TouchRequest
+    from hwlicense.device.bound import Connect
 
 HOME_VARIABLE: Final = "HWLICENSE_HOME"
 TPM_VARIABLE: Final = "HWLICENSE_TPM"
+TOKEN_VARIABLE: Final = "HWLICENSE_TOKEN"  # noqa: S105  # a variable's name
+DONGLE_VARIABLE: Final = "HWLICENSE_USB"
 
 
 def default_home() -> Path:
@@ -61,17 +65,75 @@ def tpm_address(tcti: str | None, place: Home) -> str | None:
     return enrolled.tpm if enrolled else None
 
 
-def tpm(tcti: str | None, place: Home) -> Callable[[], Hardware]:
-    """Opens the TPM when called. Raises UsageError EXTRA_MISSING there, where its library is not installed."""
-    return partial(_connect, tpm_address(tcti, place))
+def token_uris(given: Sequence[str], place: Home) -> list[TokenUri]:
+    """Where tokens are looked for: URIs that name a module. Raises UsageError for one that does not."""
+    chosen = list(given)
+    if not chosen and (variable := os.environ.get(TOKEN_VARIABLE)):
+        chosen = [variable]
+    if not chosen and (enrolled := place.enrolled()):
+        chosen = enrolled.tokens
+    uris = [TokenUri.parse(text) for text in chosen]
+    for uri in uris:
+        if uri.module is None:
+            what = f"{uri} does not say which module the token needs."
+            hint = "Add the module of the token's maker: ?module-path=/usr/lib/MODULE.so"
+            raise UsageError(Reason.USAGE, what, hint)
+    return uris
 
 
-def pin(source: Callable[[str], str | bytes | bytearray | Secret] | None) -> PinSource | None:
-    """A source that gives secrets, and refuses whatever else an application's function may return."""
+def dongle_selector(given: str | None, place: Home) -> str | None:
+    """Which dongle to use, None for any that fits."""
+    if chosen := given or os.environ.get(DONGLE_VARIABLE):
+        return chosen
+    enrolled = place.enrolled()
+    return enrolled.dongles[0] if enrolled and len(enrolled.dongles) == 1 else None
+
+
+def hardware(
+    place: Home, tpm: str | None = None, tokens: Sequence[str] = (), touch: TouchRequest | None = None
+) -> Connect:
+    """Opens hardware of a kind when called. Raises UsageError EXTRA_MISSING there, where its library is not installed.
+
+    Any dongle that is plugged in may be a license's: none is chosen here.
+    """
+
+    def connect(kind: str) -> AnyHardware:
+        match kind:  # each library is an extra, and slow to import
+            case "tpm":
+                from hwlicense.binders.tpm import TpmHardware  # noqa: PLC0415
+
+                return TpmHardware(tpm_address(tpm, place))
+            case "pkcs11":
+                from hwlicense.binders.pkcs11 import TokenHardware  # noqa: PLC0415
+
+                modules = dict.fromkeys(uri.module for uri in token_uris(tokens, place) if uri.module)
+                if not modules:
+                    what = "It is not known which module (shared library) speaks to the token of this license."
+                    hint = "Give --token, token= in Python or HWLICENSE_TOKEN: pkcs11:?module-path=/usr/lib/MODULE.so"
+                    raise UsageError(Reason.TOKEN_UNCONFIGURED, what, hint)
+                return TokenHardware(list(modules), touch=touch)
+            case _:
+                from hwlicense.binders.usb import UsbHardware  # noqa: PLC0415
+
+                return UsbHardware(touch=touch)
+
+    return connect
+
+
+def pin(
+    source: Callable[[str], str | bytes | bytearray | Secret] | None, *, last_try: bool = False
+) -> PinSource | None:
+    """A source that gives secrets, and refuses whatever else an application's function may return.
+
+    `last_try` is the second yes that the last try before hardware locks takes.
+    """
     if source is None:
         return None
+    agreed = last_try
 
-    def ask(prompt: str) -> Secret:
+    def ask(prompt: str, *, last_try: bool = False) -> Secret:
+        if last_try and not agreed:
+            raise last_try_refused()
         match source(prompt):
             case Secret() as secret:
                 return secret
@@ -91,9 +153,3 @@ def vendor(text: object) -> VendorPublic:
         what = "vendor= takes the text of vendor.pub.json itself, not its path."
         raise UsageError(Reason.USAGE, what, "Make the text a constant of the application.")
     return read_vendor(text.encode(errors="surrogatepass"))
-
-
-def _connect(tcti: str | None) -> Hardware:
-    from hwlicense.binders.tpm import TpmHardware  # noqa: PLC0415  # the library is an extra, and slow to import
-
-    return TpmHardware(tcti)

@@ -38,6 +38,7 @@ class MemberReader(io.BufferedIOBase):
         self._places = max(1, min(CACHE_SIZE // chunk_size, -(-size // chunk_size)))
         self._memory: Memory | None = None
         self._cached: OrderedDict[int, int] = OrderedDict()  # chunk -> place in memory, the least recent first
+        self._stale = False
         self.renew()
 
     def renew(self) -> None:
@@ -128,6 +129,15 @@ class MemberReader(io.BufferedIOBase):
         if memory:
             memory.wipe()
 
+    def forget_soon(self) -> None:
+        """Zero the cache: at once, or where a thread is reading, before the next chunk. Waits for nothing."""
+        self._stale = True
+        if self._lock.acquire(blocking=False):
+            try:
+                self.forget()
+            finally:
+                self._lock.release()
+
     def _check(self) -> None:
         if self.closed:
             raise ValueError("I/O operation on closed file")
@@ -136,6 +146,9 @@ class MemberReader(io.BufferedIOBase):
         """The plaintext from `position` to the end of its chunk."""
         index = position // self._step
         size = min(self._step, self.size - index * self._step)
+        if self._stale:
+            self._stale = False
+            self.forget()
         if self._memory is None:
             self._memory = Memory(self._places * self._step)
         if index not in self._cached:

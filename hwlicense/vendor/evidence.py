@@ -1,37 +1,36 @@
-"""Whether a request tells the truth: EK certificates against chosen roots, key templates, and the quote.
+"""Whether a request tells the truth: certificates against chosen roots, key templates, and the TPM's quote.
 
 Activation at the device proves the rest: shares of the license secret are encrypted to the EK for the SRK and the AK
-of the request, so keys that do not live in that EK's TPM give a license that never opens.
+of the request, so keys that do not live in that EK's TPM give a license that never opens. A token or dongle proves
+nothing in a request. What is wrapped for a token's key opens only where that key is, in hardware or not: so the vendor
+must know the key, by its maker's attestation or because the vendor recorded it. A dongle's answers the vendor has.
 """
 
 from __future__ import annotations
 
-import warnings
+import hashlib
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, get_args
 
-from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from cryptography.utils import CryptographyDeprecationWarning
-from cryptography.x509.verification import Criticality, ExtensionPolicy, PolicyBuilder, Store, VerificationError
-
-from hwlicense.core.documents import Endorsement, Request, TpmEvidence  # NamedTuple fields
+from hwlicense.core import token
+from hwlicense.core.documents import Endorsement, Request, TokenEvidence, TpmEvidence, UsbEvidence  # NamedTuple fields
 from hwlicense.core.envelope import statement, unverified
 from hwlicense.core.errors import DamagedError, Reason, RefusedError, UsageError
 from hwlicense.core.tpm.quote import check_quote
 from hwlicense.core.tpm.structures import Public, check_endorsement_key, check_storage_root_key
+from hwlicense.core.uri import TokenUri
+from hwlicense.vendor import certificates
 
 if TYPE_CHECKING:
     import datetime
     from collections.abc import Collection, Sequence
 
-    from cryptography.x509.verification import Policy
+    from cryptography import x509
+
+    from hwlicense.core.documents import Evidence, Pcr
+    from hwlicense.core.envelope import Envelope
 
 RootClass = Literal["discrete", "firmware", "virtual", "unknown"]
 ROOT_CLASSES: Final[dict[str, RootClass]] = {name: name for name in get_args(RootClass)}
-EK_CERTIFICATE_USAGE: Final = x509.ObjectIdentifier("2.23.133.8.1")
-"""tcg-kp-EKCertificate (TCG EK Credential Profile, 3.2.16)."""
-
 
 _ENROLL_AGAIN: Final = "Enroll the device again (`hwlicense device enroll`); a request must not be edited."
 
@@ -43,10 +42,18 @@ class Root(NamedTuple):
     root_class: RootClass
 
 
-class Examined(NamedTuple):
-    """A request that holds: its evidence, and the EK that the license will be bound to."""
+class Trusted(NamedTuple):
+    """What the vendor believes: CAs of TPMs, Names of EKs, CAs of tokens, fingerprints of token keys (32 bytes)."""
 
-    request: Request
+    roots: Sequence[Root] = ()
+    recorded: Collection[bytes] = ()
+    token_roots: Sequence[x509.Certificate] = ()
+    tokens: Collection[bytes] = ()
+
+
+class TpmPart(NamedTuple):
+    """A TPM of a request that holds, with the EK that the license will be bound to."""
+
     evidence: TpmEvidence
     endorsement_key: Public
     storage_root_key: Public
@@ -54,33 +61,93 @@ class Examined(NamedTuple):
     endorsement: Endorsement
 
 
+class TokenPart(NamedTuple):
+    """A token of a request, and why the vendor believes its key."""
+
+    evidence: TokenEvidence
+    endorsement: Endorsement
+
+
+class DonglePart(NamedTuple):
+    """A dongle of a request. Whether its answers are known is seen when the license is made."""
+
+    evidence: UsbEvidence
+
+
+Part = TpmPart | TokenPart | DonglePart
+
+
+class Examined(NamedTuple):
+    """A request that holds, and what the license can be bound to, in its order."""
+
+    request: Request
+    parts: list[Part]
+
+    @property
+    def tpm(self) -> TpmPart | None:
+        """The TPM among the parts."""
+        return next((part for part in self.parts if isinstance(part, TpmPart)), None)
+
+    @property
+    def pcrs(self) -> list[Pcr]:
+        """The platform's state; empty without a TPM."""
+        return self.tpm.evidence.pcrs if self.tpm else []
+
+
 def read_roots(pem: bytes, root_class: RootClass) -> list[Root]:
     """Every certificate of a PEM file; each becomes a root of its own. Raises UsageError."""
-    try:
-        return [Root(certificate, root_class) for certificate in x509.load_pem_x509_certificates(pem)]
-    except ValueError:
-        what = "The file of EK roots holds no certificate in PEM."
-        raise UsageError(Reason.USAGE, what, "Give the TPM maker's CA certificates as PEM.") from None
+    return [Root(certificate, root_class) for certificate in certificates.read_pem(pem, "TPM")]
 
 
-def examine(raw: bytes, roots: Sequence[Root], recorded: Collection[bytes], now: datetime.datetime) -> Examined:
-    """Check a request. `recorded` holds Names of EKs that the vendor recorded by hand; `now` is in UTC.
+def fingerprint(key: bytes) -> bytes:
+    """What a token's key is recorded by: SHA-256 of its SubjectPublicKeyInfo, 32 bytes."""
+    return hashlib.sha256(key).digest()
 
-    Raises RefusedError EK_UNTRUSTED or PCR_UNUSABLE, DamagedError QUOTE_INVALID, EVIDENCE_INVALID or a decoder's.
+
+def examine(raw: bytes, trusted: Trusted, now: datetime.datetime) -> Examined:
+    """Check a request. `now` is in UTC.
+
+    Raises RefusedError EK_UNTRUSTED, TOKEN_UNTRUSTED or PCR_UNUSABLE, DamagedError QUOTE_INVALID, EVIDENCE_INVALID or a
+    decoder's.
     """
     try:
-        return _examined(raw, roots, recorded, now)
+        return _examined(raw, trusted, now)
     except UsageError as error:  # what would be a slip in arguments is forged in a request
         raise DamagedError(Reason.EVIDENCE_INVALID, error.what, _ENROLL_AGAIN) from error
     except (DamagedError, RefusedError) as error:
         raise type(error)(error.reason, error.what, error.hint or _ENROLL_AGAIN) from error
 
 
-def _examined(raw: bytes, roots: Sequence[Root], recorded: Collection[bytes], now: datetime.datetime) -> Examined:
+def _examined(raw: bytes, trusted: Trusted, now: datetime.datetime) -> Examined:
     request, envelope = unverified(raw, Request)
-    if len(request.hardware) != 1:
-        raise DamagedError(Reason.EVIDENCE_INVALID, "The request names more than one piece of hardware.")
-    (evidence,) = request.hardware
+    if len({identity(evidence) for evidence in request.hardware}) != len(request.hardware):
+        raise DamagedError(Reason.EVIDENCE_INVALID, "The request names one piece of hardware twice, or two TPMs.")
+    parts: list[Part] = []
+    for evidence in request.hardware:
+        match evidence:
+            case TpmEvidence():
+                parts.append(_tpm(evidence, request, envelope, trusted, now))
+            case TokenEvidence():
+                parts.append(_token(evidence, trusted, now))
+            case UsbEvidence():
+                parts.append(DonglePart(evidence))
+    return Examined(request, parts)
+
+
+def identity(evidence: Evidence) -> bytes:
+    """What tells one piece of hardware from another."""
+    match evidence:
+        case TpmEvidence():
+            return b"tpm"  # a license binds to one at the most: its device's
+        case TokenEvidence():
+            return evidence.key
+        case UsbEvidence():
+            return evidence.dongle.encode()
+
+
+def _tpm(
+    evidence: TpmEvidence, request: Request, envelope: Envelope, trusted: Trusted, now: datetime.datetime
+) -> TpmPart:
     storage_root_key = Public.parse(evidence.storage_root_key)
     attestation_key = Public.parse(evidence.attestation_key)
     check_storage_root_key(storage_root_key)
@@ -89,30 +156,28 @@ def _examined(raw: bytes, roots: Sequence[Root], recorded: Collection[bytes], no
     if quote is None:
         raise DamagedError(Reason.QUOTE_INVALID, "The request carries no quote by its attestation key.")
     check_quote(attestation_key, quote, statement(request), evidence.pcrs)
-    endorsement_key, endorsement = _endorsed(evidence, roots, recorded, now)
-    return Examined(request, evidence, endorsement_key, storage_root_key, attestation_key, endorsement)
+    endorsement_key, endorsement = _endorsed(evidence, trusted, now)
+    return TpmPart(evidence, endorsement_key, storage_root_key, attestation_key, endorsement)
 
 
-def _endorsed(
-    evidence: TpmEvidence, roots: Sequence[Root], recorded: Collection[bytes], now: datetime.datetime
-) -> tuple[Public, Endorsement]:
+def _endorsed(evidence: TpmEvidence, trusted: Trusted, now: datetime.datetime) -> tuple[Public, Endorsement]:
     """The first EK that was recorded by hand, or whose certificate leads to a root."""
     problems = []
     for key in evidence.endorsement_keys:
         public = Public.parse(key.public)
         check_endorsement_key(public)
-        if public.name in recorded:
+        if public.name in trusted.recorded:
             return public, Endorsement("recorded", "", "unknown")
         if key.certificate is None:
             problems.append("one EK has no certificate")
             continue
         try:
-            root = _verified_root(key.certificate, public, roots, now)
-        except _BAD_CERTIFICATE as error:
+            root = _verified_root(key.certificate, public, trusted.roots, now)
+        except certificates.BAD_CERTIFICATE as error:
             problems.append(str(error))
         else:
             return public, Endorsement("certificate", root.certificate.subject.rfc4514_string()[:500], root.root_class)
-    if recorded:
+    if trusted.recorded:
         problems.append("none has a Name that was recorded")
     raise RefusedError(
         Reason.EK_UNTRUSTED,
@@ -122,76 +187,54 @@ def _endorsed(
     )
 
 
-# All that reading a certificate raises: whoever made the request chose its bytes
-_BAD_CERTIFICATE: Final = (
-    VerificationError,
-    UnsupportedAlgorithm,
-    ValueError,
-    x509.DuplicateExtension,
-    x509.InvalidVersion,
-    x509.UnsupportedGeneralNameType,
-)
-
-
 def _verified_root(der: bytes, public: Public, roots: Sequence[Root], now: datetime.datetime) -> Root:
     if not roots:
         msg = "no EK root was given"
         raise ValueError(msg)
-    with warnings.catch_warnings():  # real makers' certificates are odd in ways that concern nobody here
-        warnings.simplefilter("ignore", CryptographyDeprecationWarning)
-        certificate = x509.load_der_x509_certificate(der)
-    certified = certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    if certified != public.key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo):
+    certificate = certificates.load(der)
+    if certificates.public_key_of(certificate) != token.spki(public.key()):
         msg = "an EK certificate is for another key than the EK beside it"
         raise ValueError(msg)
     issuer = certificate.issuer.rfc4514_string()[:200]
     if all(root.certificate.subject != certificate.issuer for root in roots):
         msg = f"the CA {issuer!r}, which issued an EK certificate, is not among the EK roots"
         raise ValueError(msg)
-    verifier = (
-        PolicyBuilder()
-        .store(Store([root.certificate for root in roots]))
-        .time(now)
-        .extension_policies(ca_policy=_CA_POLICY, ee_policy=_EK_POLICY)
-        .build_client_verifier()
-    )
-    anchor = verifier.verify(certificate, []).chain[-1]
+    chosen = [root.certificate for root in roots]
+    anchor = certificates.root_of(certificate, [], chosen, now, certificates.EK_POLICY)
     return next(root for root in roots if root.certificate == anchor)
 
 
-def _is_ca(_policy: Policy, _certificate: x509.Certificate, extension: x509.BasicConstraints) -> None:
-    if not extension.ca:
-        msg = "a certificate on the way to the root is not a CA"
+def _token(evidence: TokenEvidence, trusted: Trusted, now: datetime.datetime) -> TokenPart:
+    token.public_key(evidence.key)
+    TokenUri.parse_hint(evidence.uri)
+    if fingerprint(evidence.key) in trusted.tokens:
+        return TokenPart(evidence, Endorsement("recorded", "", "unknown"))
+    try:
+        root = _attesting_root(evidence, trusted.token_roots, now)
+    except certificates.BAD_CERTIFICATE as error:
+        raise RefusedError(
+            Reason.TOKEN_UNTRUSTED,
+            f"The key of the token in the request is not trusted: {error}.",
+            "Give the token maker's attestation CA with --token-root; or prepare tokens yourself (`vendor token "
+            f"enroll`); or give the fingerprint of a key that you know: --token {fingerprint(evidence.key).hex()}.",
+        ) from None
+    return TokenPart(evidence, Endorsement("certificate", root.subject.rfc4514_string()[:500], "unknown"))
+
+
+def _attesting_root(
+    evidence: TokenEvidence, roots: Sequence[x509.Certificate], now: datetime.datetime
+) -> x509.Certificate:
+    """The root of an attestation of the token's key: who could make keys outside a token gets no such certificate."""
+    if not roots:
+        msg = "no attestation root was given, and the key is not recorded"
         raise ValueError(msg)
-
-
-def _signs_certificates(_policy: Policy, _certificate: x509.Certificate, extension: x509.KeyUsage | None) -> None:
-    if extension is not None and not extension.key_cert_sign:
-        msg = "a certificate on the way to the root may not sign certificates"
-        raise ValueError(msg)
-
-
-def _is_no_ca(_policy: Policy, _certificate: x509.Certificate, extension: x509.BasicConstraints | None) -> None:
-    if extension is not None and extension.ca:
-        msg = "the EK certificate is a CA's"
-        raise ValueError(msg)
-
-
-def _is_for_an_ek(_policy: Policy, _certificate: x509.Certificate, extension: x509.ExtendedKeyUsage | None) -> None:
-    if extension is not None and EK_CERTIFICATE_USAGE not in extension:
-        msg = "the certificate is not for an EK"
-        raise ValueError(msg)
-
-
-# EK certificates carry critical extensions that web PKI does not know (a directory name with the TPM's model), so every
-# extension is let through but those that say what a certificate may be used for.
-_CA_POLICY: Final = (
-    ExtensionPolicy.permit_all()
-    .require_present(x509.BasicConstraints, Criticality.AGNOSTIC, _is_ca)
-    .may_be_present(x509.KeyUsage, Criticality.AGNOSTIC, _signs_certificates)
-)
-_EK_POLICY: Final = (
-    ExtensionPolicy.permit_all()
-    .may_be_present(x509.BasicConstraints, Criticality.AGNOSTIC, _is_no_ca)
-    .may_be_present(x509.ExtendedKeyUsage, Criticality.AGNOSTIC, _is_for_an_ek)
-)
+    found = [certificates.load(der) for der in evidence.certificates]
+    problem = "no certificate in the request attests it"
+    for certificate in found:
+        if certificates.public_key_of(certificate) == evidence.key:
+            between = [other for other in found if other != certificate]
+            try:
+                return certificates.root_of(certificate, between, roots, now, certificates.ATTESTED_POLICY)
+            except certificates.BAD_CERTIFICATE as error:
+                problem = str(error)
+    raise ValueError(problem)

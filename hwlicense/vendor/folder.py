@@ -4,16 +4,34 @@ vendor.pub.json                     the root of trust for applications and devic
 keys/{classical,mldsa,policy,content}.pem, keys/salt    mode 0600; the salt is there where a passphrase is
 approvals/PRODUCT-gG-POLICY.hwapp   approved platform states (PRODUCT and POLICY are digests, shortened)
 issued/LICENSE-rR.hwlic             every license, as it was sent
+hardware/token-FINGERPRINT.json     tokens whose keys the vendor saw being made
+hardware/dongle-ID.json             dongles: the secret of one, or answers of it, sealed to the content key
 """
 
 from __future__ import annotations
 
 import hashlib
 import secrets
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Annotated, Final, Literal, Self, TypeVar
+
+import msgspec
 
 from hwlicense import storage
-from hwlicense.core.documents import FILE_LIMIT, Approval, VendorPublic, check, decode, encode
+from hwlicense.core.documents import (
+    FILE_LIMIT,
+    Approval,
+    Blob,
+    Count,
+    Digest,
+    Identifier,
+    Product,
+    Serial,
+    Uri,
+    VendorPublic,
+    check,
+    decode,
+    encode,
+)
 from hwlicense.core.envelope import verified
 from hwlicense.core.errors import DamagedError, Reason, RefusedError, UsageError
 from hwlicense.vendor import signing
@@ -27,6 +45,36 @@ if TYPE_CHECKING:
 PUBLIC: Final = "vendor.pub.json"
 KEYS: Final = "keys"
 KEY_FILES: Final = ("classical", "mldsa", "policy", "content")
+HARDWARE: Final = "hardware"
+
+
+class TokenRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A token whose key the vendor saw: the key as SubjectPublicKeyInfo (DER)."""
+
+    schema: int
+    uri: Uri
+    key: Blob
+
+
+class DongleRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A dongle that the vendor programmed or enrolled.
+
+    Programmed: `sealed` holds its secret (20 bytes) and access code (6 bytes), and `mode` how it reads challenges.
+    Enrolled: `sealed` holds its answers (20 bytes each) to challenges of `seed`, of which `used` have gone into
+    licenses; mode is null.
+    """
+
+    schema: int
+    dongle: Identifier
+    product: Product
+    serial: Serial | None
+    slot: Literal[1, 2]
+    touch: bool
+    mode: Literal["less-than-64", "fixed-64"] | None
+    sealed: Annotated[bytes, msgspec.Meta(max_length=1 << 20)]
+    seed: Digest | None
+    answers: Count
+    used: Count
 
 
 class Folder:
@@ -51,7 +99,7 @@ class Folder:
             check(public)
             salt = secrets.token_bytes(signing.SALT_SIZE)
             password = signing.stretched(passphrase, salt) if passphrase else None
-            for folder in (KEYS, "approvals", "issued"):
+            for folder in (KEYS, "approvals", "issued", HARDWARE):
                 (building / folder).mkdir(mode=0o700)
             for which in KEY_FILES:
                 storage.atomic_write(building / KEYS / f"{which}.pem", signing.to_pem(keys[which], password), 0o600)
@@ -104,6 +152,49 @@ class Folder:
         storage.atomic_write(
             self.path / "issued" / f"{issued.grant.license}-r{issued.grant.revision}.hwlic", raw, 0o600
         )
+
+    # ---- hardware that the vendor prepared
+
+    def tokens(self) -> list[TokenRecord]:
+        """Every token that was recorded."""
+        return [self._record(path, TokenRecord) for path in sorted((self.path / HARDWARE).glob("token-*.json"))]
+
+    def keep_token(self, fingerprint: bytes, record: TokenRecord) -> None:
+        """Record a token by the fingerprint of its key."""
+        self._keep(f"token-{fingerprint.hex()}.json", record)
+
+    def dongle(self, identifier: str) -> DongleRecord:
+        """The record of a dongle. Raises RefusedError DONGLE_UNKNOWN."""
+        path = self.path / HARDWARE / f"dongle-{identifier}.json"
+        with storage.reporting(path):
+            known = path.is_file()
+        if not known:
+            what = f"This vendor has not programmed or enrolled the dongle {identifier}."
+            hint = "Plug it in here and run `hwlicense vendor dongle program` or `hwlicense vendor dongle enroll`."
+            raise RefusedError(Reason.DONGLE_UNKNOWN, what, hint)
+        return self._record(path, DongleRecord)
+
+    def dongles(self) -> list[DongleRecord]:
+        """Every dongle that was recorded."""
+        return [self._record(path, DongleRecord) for path in sorted((self.path / HARDWARE).glob("dongle-*.json"))]
+
+    def keep_dongle(self, record: DongleRecord) -> None:
+        """Record a dongle, in place of what was recorded of it."""
+        self._keep(f"dongle-{record.dongle}.json", record)
+
+    def _keep(self, name: str, record: msgspec.Struct) -> None:
+        storage.make_folders(self.path / HARDWARE)
+        storage.atomic_write(self.path / HARDWARE / name, encode(record) + b"\n", 0o600)
+
+    def _record(self, path: Path, kind: type[R]) -> R:
+        try:
+            return decode(storage.read_limited(path, FILE_LIMIT), kind, spaced=True)
+        except DamagedError as error:
+            hint = "Restore the folder from its backup; a vendor folder's files belong together."
+            raise DamagedError(error.reason, f"{path}: {error.what}", hint) from error
+
+
+R = TypeVar("R", TokenRecord, DongleRecord)
 
 
 def _slug(product: str) -> str:

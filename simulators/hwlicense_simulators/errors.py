@@ -21,7 +21,14 @@ class ProgramMissingError(SimulatorError):
     reason = "SIMULATOR_MISSING"
 
 
-_PACKAGES = {"swtpm": "swtpm", "swtpm_setup": "swtpm-tools", "swtpm_localca": "swtpm-tools", "setpriv": "util-linux"}
+_PACKAGES = {
+    "swtpm": "swtpm",
+    "swtpm_setup": "swtpm-tools",
+    "swtpm_localca": "swtpm-tools",
+    "setpriv": "util-linux",
+    "softhsm2-util": "softhsm2",
+    "cc": "gcc",
+}
 
 
 def program(name: str) -> str:

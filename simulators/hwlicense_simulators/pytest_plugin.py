@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # imported in the fixtures, so that other test suites do not 
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from hwlicense_simulators import CertificateAuthority, Tpm
+    from hwlicense_simulators import CertificateAuthority, Dongle, Reader, Token, Tpm
 
 
 @pytest.fixture(scope="session")
@@ -48,3 +48,56 @@ def hwlicense_tpm(hwlicense_tpms: Callable[..., Tpm], monkeypatch: pytest.Monkey
     for name, value in tpm.environment.items():
         monkeypatch.setenv(name, value)
     return tpm
+
+
+@pytest.fixture
+def hwlicense_reader() -> Iterator[Reader]:
+    """A new PKCS#11 module without tokens, in which things go wrong on demand; its tokens end with the test."""
+    from hwlicense_simulators import Reader  # noqa: PLC0415
+
+    with Reader() as reader:
+        yield reader
+
+
+@pytest.fixture
+def hwlicense_tokens(hwlicense_reader: Reader) -> Callable[..., Token]:
+    """A function that makes a simulated token; it takes what `Reader.token` takes. All are in `hwlicense_reader`."""
+    return hwlicense_reader.token
+
+
+@pytest.fixture
+def hwlicense_token(hwlicense_tokens: Callable[..., Token], monkeypatch: pytest.MonkeyPatch) -> Token:
+    """A new simulated token, plugged in, with the PIN 123456. During the test HWLICENSE_TOKEN names it."""
+    token = hwlicense_tokens()
+    for name, value in token.environment.items():
+        monkeypatch.setenv(name, value)
+    return token
+
+
+@pytest.fixture
+def hwlicense_dongles(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Dongle]]:
+    """A function that makes a simulated dongle, plugged in; it takes what `Dongle` takes. All end with the test.
+
+    They are on one bus, which during the test pyusb finds, in this process and in those that it starts.
+    """
+    from hwlicense_simulators import Bus, Dongle  # noqa: PLC0415
+
+    bus = Bus()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(bus.serve())
+        stack.enter_context(bus.installed())
+        for name, value in bus.environment.items():
+            monkeypatch.setenv(name, value)
+
+        def make(*arguments: Any, **options: Any) -> Dongle:  # noqa: ANN401  as Dongle has them
+            return stack.enter_context(Dongle(*arguments, **{"bus": bus, **options}))
+
+        yield make
+
+
+@pytest.fixture
+def hwlicense_dongle(hwlicense_dongles: Callable[..., Dongle], monkeypatch: pytest.MonkeyPatch) -> Dongle:
+    """A new simulated dongle, plugged in, with a secret in slot 2. During the test HWLICENSE_USB names it."""
+    dongle = hwlicense_dongles()
+    monkeypatch.setenv("HWLICENSE_USB", dongle.selector)
+    return dongle

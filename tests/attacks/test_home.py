@@ -16,7 +16,7 @@ from hwlicense.core.keys import unwrap_for_vendor, unwrap_license_secret
 from hwlicense.device import diagnosing
 from hwlicense.device.home import Home, verified_by_any
 from hwlicense.device.installing import install
-from hwlicense.device.opening import content_key, utc_today
+from hwlicense.device.opening import unlock, utc_today
 from hwlicense.device.selecting import tpm_address
 from tests.forging import flipped, listing, refused
 from tests.world import MEMBERS, TERMS, WITH_PCRS, Device, everything, licensed
@@ -28,7 +28,7 @@ def held_of(home):
 
 def key(vendor, device):
     """The content key, without the package's content: what opening comes to."""
-    return content_key(vendor.manifest, vendor.public, device.home, device.connect, None, utc_today())[0]
+    return unlock(vendor.manifest, vendor.public, device.home, device.connect, None, utc_today()).content_key
 
 
 def content_key_of(vendor):

@@ -46,7 +46,7 @@ def put(home, licensed, raw):
     (target / "license.hwlic").write_bytes(raw)
 
 
-def untouchable():
+def untouchable(_kind):
     pytest.fail("the hardware was asked before the signatures held")
 
 
@@ -220,8 +220,8 @@ def test_the_keys_of_two_packages_exchanged_in_one_license(own_vendor, device, t
     vendor, newer = own_vendor, tmp_path / "newer.hwpkg"
     manifests = [vendor.manifest, vendor.pack(newer, tmp_path / "acme" / "files", version="2.0")]
     roots = evidence.read_roots(device.tpm.ek_root.read_bytes(), "virtual")
-    examined = evidence.examine(device.request(), roots, (), now())
-    made = [vendor.public, vendor.keys, examined, manifests, parse_terms(TERMS), []]
+    examined = evidence.examine(device.request(), evidence.Trusted(roots), now())
+    made = [vendor.public, vendor.keys, examined.parts, manifests, parse_terms(TERMS), []]
     issued = issuing.issue(*made, today=now().date())
     device.install(issued.raw, vendor)
     for package in (vendor.package, newer):

@@ -61,7 +61,7 @@ def roots(tpm):
 @pytest.fixture
 def examine(roots):
     return lambda raw, chosen=None, recorded=(): evidence.examine(
-        raw, roots if chosen is None else chosen, recorded, now()
+        raw, evidence.Trusted(roots if chosen is None else chosen, recorded), now()
     )
 
 
@@ -70,8 +70,8 @@ def hardware_of(raw):
 
 
 def test_the_forger_is_as_good_as_the_checks_that_need_no_tpm(honest, examine):
-    assert examine(honest).endorsement.root_class == "virtual"
-    assert examine(software_request(honest)).endorsement.root_class == "virtual"
+    assert examine(honest).tpm.endorsement.root_class == "virtual"
+    assert examine(software_request(honest)).tpm.endorsement.root_class == "virtual"
 
 
 # ---- endorsement ------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def test_certificates_of_the_right_maker_for_the_wrong_purpose(honest, examine, 
 
     def examined(certificate):
         key = EndorsementKey(ek.raw, certificate)
-        return examine(software_request(honest, endorsement_keys=[key])).endorsement
+        return examine(software_request(honest, endorsement_keys=[key])).tpm.endorsement
 
     assert examined(maker.certify(ek.key())).basis == "certificate"
     for wrong, words in (
@@ -133,7 +133,7 @@ def test_an_unknown_maker_is_not_trusted(honest, examine, tmp_path):
 def test_an_expired_root_is_not_trusted(honest, roots):
     after = roots[0].certificate.not_valid_after_utc + datetime.timedelta(1)
     with refused("EK_UNTRUSTED"):
-        evidence.examine(honest, roots, (), after)
+        evidence.examine(honest, evidence.Trusted(roots), after)
 
 
 def test_an_intermediate_must_be_given_too(hwlicense_tpms, tmp_path, examine):
@@ -142,7 +142,7 @@ def test_an_intermediate_must_be_given_too(hwlicense_tpms, tmp_path, examine):
     with refused("EK_UNTRUSTED"):
         examine(request, evidence.read_roots(maker.root.read_bytes(), "firmware"))
     both = maker.root.read_bytes() + maker.issuer.read_bytes()
-    assert examine(request, evidence.read_roots(both, "firmware")).endorsement.root_class == "firmware"
+    assert examine(request, evidence.read_roots(both, "firmware")).tpm.endorsement.root_class == "firmware"
 
 
 def test_an_ek_without_certificate_counts_only_if_it_was_recorded(
@@ -380,7 +380,7 @@ def test_two_requests_of_one_device_give_two_licenses_that_open(device, own_vend
 def test_a_label_too_long_for_a_request_is_refused_before_it_is_written(device):
     for label in ("x" * 201, "\udcff"):
         with device.connect() as hardware, refused("USAGE"):
-            enroll(hardware, PCRS, label, now().date())
+            enroll([hardware], PCRS, label, now().date())
 
 
 def test_another_vendors_package_is_not_licensed(honest, own_vendor, tmp_path, tpm):

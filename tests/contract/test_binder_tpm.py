@@ -65,11 +65,11 @@ def fresh():
         assert own.loaded() == []
 
 
-def pin(text):
+def pin(text) -> Any:
     return lambda _prompt: secret(text)
 
 
-def no_pin(_prompt):
+def no_pin(_prompt, /, **_options):
     pytest.fail("asked for a PIN that is not needed")
 
 

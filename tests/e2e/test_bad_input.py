@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hwlicense.binders.tpm.held import Held
 from hwlicense.cli import _run
 from hwlicense.cli.commands import root
-from hwlicense.core.documents import SCHEMA, Approval, License, VendorPublic, encode
+from hwlicense.core.documents import SCHEMA, Approval, License, TpmBinding, VendorPublic, encode
 from hwlicense.core.envelope import disassemble
 from hwlicense.core.errors import HwlicenseError
 from hwlicense.core.terms import parse_terms
@@ -230,12 +230,13 @@ def readers(shop):
 
     (held,) = (shop / "home" / "licenses").rglob("held/*")
     licensed, _ = verified_by_any((shop / "a.hwlic").read_bytes(), License, [vendor])
+    (binding,) = (binding for binding in licensed.bindings if isinstance(binding, TpmBinding))
     return {
-        "a.hwreq": lambda raw: evidence.examine(raw, pinned, (), now()),
+        "a.hwreq": lambda raw: evidence.examine(raw, evidence.Trusted(pinned), now()),
         "a.hwlic": lambda raw: verified_by_any(raw, License, [vendor]),
         "a.hwapp": lambda raw: verified_by_any(raw, Approval, [vendor]),
         "model.hwpkg": package,
-        held: lambda raw: Held.read(raw, licensed.bindings[0]),
+        held: lambda raw: Held.read(raw, binding),
         "vendor.pub.json": read_vendor,
         "root.pem": lambda raw: evidence.read_roots(raw, "virtual"),
         "vendor/keys/content.pem": lambda raw: signing.from_pem(raw, None),

@@ -299,7 +299,7 @@ def test_gone_at_each_command_of_an_installation(own_vendor, device):
     before = listing(device.home.path)
     with device.tpm.tapped() as wire:
 
-        def connect():
+        def connect(_kind):
             return TpmHardware(wire.tcti)
 
         install(device.home, raw, connect)

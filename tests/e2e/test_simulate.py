@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.dongle_host import ANSWER, CLIENT, asked
+
 SIMULATE = [sys.executable, "-m", "hwlicense_simulators"]
 
 
@@ -98,7 +100,21 @@ def test_a_wrong_boot_file_is_wrong_usage(text, tmp_path):
     assert "boot.toml" in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--", "true"], ["--tpm"], ["--tpm", "--boot", "no file", "--", "true"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--", "true"],
+        ["--tpm"],
+        ["--tpm", "--boot", "no file", "--", "true"],
+        ["--dongle", "--firmware", "2", "--", "true"],
+        ["--token", "--dongle-touch", "--", "true"],
+        ["--tpm", "--dongle-blank", "--", "true"],
+        ["--dongle", "--no-touch", "--", "true"],
+        ["--dongle", "--pulled", "token", "--", "true"],
+        ["--token", "--pulled", "dongle", "--", "true"],
+        ["--token", "--pulled", "tpm", "--", "true"],
+    ],
+)
 def test_wrong_usage(arguments):
     done = simulate(*arguments)
     assert done.returncode == 2
@@ -175,11 +191,103 @@ def test_killed_outright_it_still_leaves_no_folder():
     assert not folder.exists()
 
 
+ASK = [sys.executable, "-c", CLIENT + ANSWER, *asked(b"the same question")]
+ORDER = """
+order() { : > "$HWLICENSE_SIMULATOR_CONTROL/$1"; while [ -e "$HWLICENSE_SIMULATOR_CONTROL/$1" ]; do sleep 0.02; done; }
+slots() { pkcs11-tool --module "${HWLICENSE_TOKEN#*module-path=}" --list-token-slots; }
+"""
+
+
+def answer(*arguments, command=ASK):
+    done = simulate("--dongle", *arguments, "--", *command)
+    assert done.returncode == 0, done.stderr
+    return bytes.fromhex(done.stdout)
+
+
+def test_the_command_has_a_token_that_takes_its_pin():
+    script = """
+        module="${HWLICENSE_TOKEN#*module-path=}"
+        pkcs11-tool --module "$module" --login --pin 123456 --keypairgen --key-type EC:prime256v1 --label mine
+        pkcs11-tool --module "$module" --list-objects
+    """
+    done = simulate("--token", "--", "sh", "-ec", script)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"label: +mine", done.stdout)
+    uri = found(r"simulated token: (pkcs11:token=hwlicense;serial=\S+)\nits PIN: 123456\n", done.stderr)
+    assert not Path(uri.partition("module-path=")[2]).exists()
+
+
+def test_the_command_has_a_dongle_that_pyusb_finds():
+    script = 'echo "$HWLICENSE_USB" "$HWLICENSE_SIMULATOR_USB"; "$@"'
+    done = simulate("--dongle", "--", "sh", "-c", script, "sh", *ASK)
+    assert done.returncode == 0, done.stderr
+    selector, socket, mac = done.stdout.split()
+    assert selector == found(r"simulated dongle: (\S+)\n", done.stderr) == "1050:0407:1234567"
+    assert len(bytes.fromhex(mac)) == 20
+    assert not Path(socket).parent.exists()
+
+
+def test_all_kinds_are_kept_together(tmp_path):
+    everything = ("--tpm", "--token", "--dongle", "--state", tmp_path / "board")
+    script = 'sha256sum < "$HWLICENSE_SIMULATOR_EK_ROOT"; echo "${HWLICENSE_TOKEN%%[?]*}"; "$@"'
+    first, second = (simulate(*everything, "--", "sh", "-ec", script, "sh", *ASK) for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    assert first.stdout == second.stdout
+    assert {path.name for path in (tmp_path / "board").iterdir()} >= {"ek-root.pem", "tpm", "token", "dongle"}
+    assert answer("--state", tmp_path / "board").hex() == first.stdout.split()[-1]
+    assert answer() != answer()
+
+
+def test_a_kept_dongle_in_use_is_refused_with_status_3(tmp_path):
+    options = ("--dongle", "--state", str(tmp_path))
+    done = simulate(*options, "--", *SIMULATE, *options, "--", "true")
+    assert done.returncode == 3
+    assert "error: another process uses the dongle" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["dongle", "token"])
+def test_a_script_plugs_and_pulls(kind):
+    look = {"token": "slots | grep -c label", "dongle": '"$@" >/dev/null 2>&1 && echo 1 || echo 0'}[kind]
+    script = f"{ORDER}\n{look}; order plug-{kind}; {look}; order pull-{kind}; {look}; order plug-{kind}; {look}"
+    done = simulate(f"--{kind}", "--pulled", kind, "--", "sh", "-c", script, "sh", *ASK)
+    assert done.stdout.split() == ["0", "1", "0", "1"], done.stderr
+
+
+def test_what_cannot_be_ordered_is_said_and_removed():
+    done = simulate("--dongle", "--", "sh", "-c", f"{ORDER}\norder plug-dongle; order plug-token")
+    assert done.returncode == 0
+    assert "error: the simulated device is plugged in already\n" in done.stderr
+    assert "error: no such order: plug-token\nhint: one of plug-dongle, pull-dongle, touch\n" in done.stderr
+
+
+def test_a_kept_token_that_was_pulled_is_back_at_the_next_run(tmp_path):
+    state = ("--token", "--state", tmp_path)
+    assert simulate(*state, "--", "sh", "-c", f"{ORDER}\norder pull-token").returncode == 0
+    done = simulate(*state, "--", "sh", "-c", f"{ORDER}\nslots")
+    assert "hwlicense" in done.stdout
+
+
+def test_touches_come_after_a_second_or_when_ordered():
+    start = time.monotonic()
+    assert answer("--dongle-touch")
+    assert time.monotonic() - start > 1
+    script = f'{ORDER}\norder touch & "$@"; wait'
+    assert answer("--dongle-touch", "--no-touch", command=["sh", "-c", script, "sh", *ASK])
+
+
+def test_a_blank_dongle_refuses():
+    done = simulate("--dongle", "--dongle-blank", "--", *ASK)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "refused")
+
+
 def test_the_plugin_sets_the_environment_for_its_own_tests_only(tmp_path):
     (tmp_path / "test_product.py").write_text(
         """
 import os
-VARIABLES = {"HWLICENSE_TPM", "TPM2TOOLS_TCTI", "HWLICENSE_SIMULATOR_EK_ROOT"}
+VARIABLES = {
+    "HWLICENSE_TPM", "TPM2TOOLS_TCTI", "HWLICENSE_SIMULATOR_EK_ROOT",
+    "HWLICENSE_TOKEN", "HWLICENSE_USB", "HWLICENSE_SIMULATOR_USB",
+}
 
 def test_before():
     assert not VARIABLES & set(os.environ)
@@ -191,10 +299,35 @@ def test_one(hwlicense_tpm, hwlicense_ek_root):
 def test_several(hwlicense_tpms):
     assert hwlicense_tpms().pid != hwlicense_tpms().pid
 
+def test_token(hwlicense_token, hwlicense_reader):
+    assert os.environ["HWLICENSE_TOKEN"] == hwlicense_token.uri
+    assert hwlicense_reader.tokens == (hwlicense_token,)
+
+def test_tokens(hwlicense_tokens):
+    assert hwlicense_tokens().serial != hwlicense_tokens(label="other").serial
+
+def test_dongle(hwlicense_dongle):
+    import subprocess, sys, usb.core
+    assert os.environ["HWLICENSE_USB"] == hwlicense_dongle.selector
+    assert usb.core.find(idVendor=0x1050).idProduct == 0x0407
+    subprocess.run([sys.executable, "-c", "import usb.core; usb.core.find(idVendor=0x1050).bus"], check=True)
+
+def test_dongles(hwlicense_dongles):
+    import usb.core
+    first, second = hwlicense_dongles(), hwlicense_dongles(serial=2)
+    second.pull()
+    assert [first.plugged, second.plugged] == [True, False]
+    assert len(list(usb.core.find(find_all=True))) == 1
+
+def test_dongles_are_gone():
+    import usb.backend.libusb1
+    assert usb.backend.libusb1.get_backend.__module__ == "usb.backend.libusb1"
+
 test_after = test_before
 """
     )
-    clean = {name: value for name, value in os.environ.items() if name not in {"HWLICENSE_TPM", "TPM2TOOLS_TCTI"}}
+    named = {"HWLICENSE_TPM", "TPM2TOOLS_TCTI", "HWLICENSE_TOKEN", "HWLICENSE_USB"}
+    clean = {name: value for name, value in os.environ.items() if name not in named}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", tmp_path],
         capture_output=True,
@@ -205,11 +338,15 @@ test_after = test_before
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stdout
-    assert "4 passed" in done.stdout
+    assert "9 passed" in done.stdout
 
 
 def test_help_has_an_example_and_names_the_variables():
     text = simulate("--help").stdout
-    assert "hwlicense simulate --tpm -- pytest" in text
-    for name in ("HWLICENSE_TPM", "TPM2TOOLS_TCTI", "HWLICENSE_SIMULATOR_EK_ROOT"):
+    for kind in ("tpm", "token", "dongle"):
+        assert f"hwlicense simulate --{kind} " in text
+    for name in (
+        *("HWLICENSE_TPM", "TPM2TOOLS_TCTI", "HWLICENSE_SIMULATOR_EK_ROOT"),
+        *("HWLICENSE_TOKEN", "HWLICENSE_USB", "HWLICENSE_SIMULATOR_USB", "HWLICENSE_SIMULATOR_CONTROL"),
+    ):
         assert name in text

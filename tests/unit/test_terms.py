@@ -4,7 +4,7 @@ import datetime
 
 import pytest
 
-from hwlicense.core.documents import Grant, PackageReference
+from hwlicense.core.documents import Grant, PackageReference, Presence
 from hwlicense.core.errors import HwlicenseError, Reason
 from hwlicense.core.terms import check_validity, parse_terms
 
@@ -39,9 +39,6 @@ def test_what_this_release_enforces():
         "[limits]\npowered_on_hours = 1",
         "[limits]\ninstances = 2",
         "[require]\nanchor = true",
-        '[require]\nbindings = "any"',
-        '[presence]\ninterval = "10s"',
-        '[continuity]\nsession = "8h"',
         "[features]\nx = 1",
         "[features]",
         "[monitor]\nx = 1",
@@ -54,7 +51,13 @@ def test_a_term_that_is_not_enforced_is_an_error(term):
 
 @pytest.mark.parametrize(
     "term",
-    ["colour = 1", "[validity]\nuntil = 2027-12-31", "[limits]\nopenings = 3", "[require]\npcr = []", "[presence]"],
+    [
+        "colour = 1",
+        "[validity]\nuntil = 2027-12-31",
+        "[limits]\nopenings = 3",
+        "[require]\npcr = []",
+        '[presence]\ninterval = "1s"\nx = 1',
+    ],
 )
 def test_an_unknown_term_is_an_error(term):
     assert refusal(BASE + term + "\n") in {Reason.TERM_UNKNOWN, Reason.TERM_UNSUPPORTED}
@@ -69,6 +72,23 @@ def test_an_unknown_term_is_an_error(term):
         "product = 'x'\n",
         BASE + "validity = 3\n",
         BASE + "limits = 3\n",
+        BASE + "[presence]\n",
+        BASE + "[presence]\ninterval = 10\n",
+        BASE + "[presence]\ninterval = '0s'\n",
+        BASE + "[presence]\ninterval = '10'\n",
+        BASE + "[presence]\ninterval = '10 s'\n",
+        BASE + "[presence]\ninterval = '-1s'\n",
+        BASE + "[presence]\ninterval = '2d'\n",
+        BASE + "[presence]\ninterval = '10s'\ngrace = '32d'\n",
+        BASE + "[presence]\ninterval = '10s'\nregain = '1d'\n",
+        BASE + "[presence]\ninterval = '10s'\nanswers = 0\n",
+        BASE + "[presence]\ninterval = '10s'\nanswers = 16385\n",
+        BASE + "[continuity]\nsession = '0h'\n",
+        BASE + "[continuity]\n",
+        BASE + "[require]\nbindings = 'both'\n",
+        BASE + "[require]\nbindings = 0\n",
+        BASE + "[require]\nbindings = 9\n",
+        BASE + "[require]\nbindings = true\n",
         BASE + "[validity]\nnot_after = '2027'\n",
         BASE + "[validity]\nnot_after = 2027-12-31T00:00:00Z\n",
         BASE + "[validity]\nnot_before = 2027-12-31\nnot_after = 2027-12-30\n",
@@ -81,6 +101,26 @@ def test_an_unknown_term_is_an_error(term):
 )
 def test_bad_terms(text):
     assert refusal(text) in {Reason.TERM_INVALID, Reason.TERM_UNKNOWN}
+
+
+def test_presence_and_continuity_are_granted_in_seconds():
+    table = "[presence]\ninterval = '10s'\ngrace = '5m'\nregain = '30d'\nrepeat = false\n[continuity]\nsession = '8h'\n"
+    terms = parse_terms(BASE + table)
+    assert terms.granted_presence == Presence(interval=10, grace=300, regain=30 * 86400, repeat=False)
+    assert terms.granted_continuity == 8 * 3600
+    assert parse_terms(BASE).granted_presence is None
+    assert parse_terms(BASE).granted_continuity is None
+
+
+@pytest.mark.parametrize(("bindings", "count", "need"), [('"all"', 3, 3), ('"any"', 3, 1), ("2", 3, 2), ("8", 8, 8)])
+def test_how_many_bindings_it_takes(bindings, count, need):
+    assert parse_terms(BASE + f"[require]\nbindings = {bindings}\n").require.need(count) == need
+
+
+def test_more_bindings_than_there_are():
+    with pytest.raises(HwlicenseError) as caught:
+        parse_terms(BASE + "[require]\nbindings = 3\n").require.need(2)
+    assert caught.value.reason == Reason.TERM_INVALID
 
 
 @pytest.mark.parametrize("pcrs", ["sha1:7", "sha256:24", "sha256:7,7", "sha256", "sha256:x", ""])

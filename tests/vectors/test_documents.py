@@ -36,7 +36,7 @@ SCHEMAS = {"license": License, "approval": Approval}
 
 def examine(raw):
     roots = evidence.read_roots((HERE / "ek-root-1.pem").read_bytes(), "virtual")
-    return evidence.examine(raw, roots, (), datetime.datetime.fromisoformat(VECTORS["now"]))
+    return evidence.examine(raw, evidence.Trusted(roots), datetime.datetime.fromisoformat(VECTORS["now"]))
 
 
 def opened(raw):
@@ -74,15 +74,15 @@ def test_the_vendor():
 
 def test_the_request():
     examined = examine(GOOD["request"])
-    assert examined.endorsement.basis == "certificate"
-    assert [(pcr.bank, pcr.index) for pcr in examined.evidence.pcrs] == [("sha256", 0), ("sha256", 7)]
+    assert examined.tpm.endorsement.basis == "certificate"
+    assert [(pcr.bank, pcr.index) for pcr in examined.pcrs] == [("sha256", 0), ("sha256", 7)]
 
 
 def test_the_license():
     assert opened(GOOD["license"]) == secret("content_key")
     document = verified(GOOD["license"], License, VENDOR)
     assert grant_digest(document.grant).hex() == VECTORS["grant_digest"]
-    assert document.bindings[0].storage_root_key == examine(GOOD["request"]).storage_root_key.name
+    assert document.bindings[0].storage_root_key == examine(GOOD["request"]).tpm.storage_root_key.name
 
 
 def test_the_approval():
@@ -110,7 +110,7 @@ def test_one_flaw(flaw, tmp_path, monkeypatch, capsys):
         home = Home(tmp_path / "home")
         home.trust(VENDOR)
         with pytest.raises(HwlicenseError) as caught:
-            install(home, raw, lambda: pytest.fail("the hardware was asked"))
+            install(home, raw, lambda _kind: pytest.fail("the hardware was asked"))
         assert caught.value.reason in (reason, "VENDOR_UNTRUSTED")
         (tmp_path / "file").write_bytes(raw)
         arguments = ["inspect", "--vendor", str(HERE / NAMES["vendor"]), str(tmp_path / "file")]

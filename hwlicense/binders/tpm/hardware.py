@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
 
-    from hwlicense.core.documents import Approval, Binding, Evidence
+    from hwlicense.core.documents import Approval, TpmBinding
     from hwlicense.core.hardware import PinSource
 
 
@@ -61,7 +61,7 @@ class TpmHardware:
             public = storage_root_key.raw, attestation_key.raw
             return TpmEvidence(*probing.identity(work), endorsement_keys, *public, pcrs)
 
-    def prove(self, evidence: Evidence, statement: bytes) -> bytes:
+    def prove(self, evidence: TpmEvidence, statement: bytes) -> bytes:
         """TPM2B_ATTEST and TPMT_SIGNATURE of a quote of the evidence's PCRs over SHA-256 of `statement`.
 
         Raises DamagedError QUOTE_INVALID where the PCRs have changed since.
@@ -74,7 +74,7 @@ class TpmHardware:
         check_quote(attestation_key, quote, statement, evidence.pcrs)
         return quote
 
-    def install(self, binding: Binding, approvals: Sequence[Approval]) -> bytes:
+    def install(self, binding: TpmBinding, approvals: Sequence[Approval]) -> bytes:
         """Import the sealed value, activate both shares, have the approvals' signatures checked.
 
         Raises RefusedError WRONG_DEVICE where the binding was made for another TPM, DamagedError, HardwareError.
@@ -86,7 +86,7 @@ class TpmHardware:
             shares = installing.activate(work, root, sealed)
             return Held.of(binding, public, handle, private, shares, _tickets(work, sealed)).write()
 
-    def admit(self, binding: Binding, held: bytes, approval: Approval) -> bytes:
+    def admit(self, binding: TpmBinding, held: bytes, approval: Approval) -> bytes:
         """`held` with the TPM's word on one more approval. Raises RefusedError PLATFORM_UNAPPROVED for another's."""
         sealed, kept = Sealed.check(binding, [approval]), Held.read(held, binding)
         if not sealed.approvals:
@@ -96,7 +96,9 @@ class TpmHardware:
         with self._connection.work() as work:
             return kept.with_tickets(_tickets(work, sealed)).write()
 
-    def unwrap(self, binding: Binding, held: bytes, approvals: Sequence[Approval], pin: PinSource | None) -> Unwrapped:
+    def unwrap(
+        self, binding: TpmBinding, held: bytes, approvals: Sequence[Approval], pin: PinSource | None
+    ) -> Unwrapped:
         """The member secret. What can be found wrong without the TPM is found before its first command.
 
         Raises RefusedError (PLATFORM_UNAPPROVED, PCR_MISMATCH, PIN_NEEDED, PIN_WRONG, WRONG_DEVICE), DamagedError,
@@ -115,7 +117,7 @@ class TpmHardware:
             with opening.unseal(work, root, loaded, sealed, kept) as value:
                 return Unwrapped(member_secret(value, *kept.shares))
 
-    def present(self, binding: Binding, held: bytes) -> None:
+    def present(self, binding: TpmBinding, held: bytes, number: int = 0) -> None:  # noqa: ARG002  # each proof is fresh
         """Prove with two commands that the storage root key is here. Raises AbsentError, and HardwareError."""
         kept = Held.read(held, binding)
         with self._connection.work() as work:
@@ -135,7 +137,7 @@ class TpmHardware:
 _NOT_HERE: Final = (*NOT_ITS_OWN, *WRONG_AUTHORIZATION, TPM2_RC.HANDLE)
 
 
-def _authorization(binding: Binding, pin: PinSource | None) -> Secret:
+def _authorization(binding: TpmBinding, pin: PinSource | None) -> Secret:
     """The authValue that stands for the PIN; empty where none is asked for. Raises RefusedError PIN_NEEDED."""
     if not binding.pin:
         return Secret(bytearray())

@@ -1,0 +1,282 @@
+"""Getting a token to compute: which module sees it, whether it takes its PIN first, whether its answer is right."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Final, NamedTuple, Self
+
+from hwlicense.binders.pkcs11 import failures, process, protocol
+from hwlicense.binders.pkcs11.protocol import (
+    Absent,
+    Compute,
+    Computed,
+    Done,
+    Failed,
+    Generate,
+    Generated,
+    Inspect,
+    Inspected,
+    List,
+    LogIn,
+    Look,
+    PinNeeded,
+    Place,
+    Seen,
+    Tokens,
+    TokenState,
+)
+from hwlicense.core import token as wrapping
+from hwlicense.core.errors import HardwareError, HwlicenseError, Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from types import TracebackType
+
+    from hwlicense.binders.pkcs11.process import ModuleProcess
+    from hwlicense.binders.pkcs11.protocol import AnyAnswer, NewKey, Request
+    from hwlicense.core.documents import Mechanism
+    from hwlicense.core.hardware import PinSource, TouchRequest
+    from hwlicense.core.secret import Secret
+    from hwlicense.core.uri import TokenUri
+
+DEADLINES: Final[dict[type[Request], float]] = {
+    List: 20,
+    Look: 20,
+    Compute: 60,  # a finger may be waited for
+    LogIn: 30,
+    Inspect: 30,
+    Generate: 300,  # RSA-3072 takes minutes on a slow card
+}
+"""Seconds, by request."""
+
+_MOST_STEPS: Final = 32
+_TOUCH: Final = "The token works, or waits to be touched."
+
+
+class Challenge(NamedTuple):
+    """What only the token with this key can answer. `hint` says where to look for it first."""
+
+    hint: TokenUri
+    key: bytes
+    mechanism: Mechanism
+    encapsulated: bytes
+    check: bytes
+    purpose: bytes = b"token member"
+
+    @classmethod
+    def fresh(cls, hint: TokenUri, key: bytes, mechanism: Mechanism, purpose: bytes) -> Challenge:
+        """A new one that nobody has seen. Raises DamagedError where mechanism and key differ."""
+        wrapped = wrapping.wrap(key, mechanism, purpose)
+        wrapped.secret.wipe()  # the check tells as much
+        return cls(hint, key, mechanism, wrapped.encapsulated, wrapped.check, purpose)
+
+
+class Pins:
+    """PINs for the time of one operation: asked for once for each token, and wiped at the end.
+
+    `refusal` is the error where there is nobody to ask.
+    """
+
+    def __init__(self, source: PinSource | None, refusal: Callable[[TokenState], HwlicenseError]) -> None:
+        self._source, self._refusal = source, refusal
+        self._given: dict[Place, Secret] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        while self._given:
+            self._given.popitem()[1].wipe()
+
+    def of(self, token: TokenState) -> Secret:
+        """The PIN. Raises HardwareError TOKEN_LOCKED without asking, the refusal, and what the source raises."""
+        if token.flags & protocol.PIN_LOCKED:
+            raise failures.locked(token)
+        if token.place not in self._given:
+            if self._source is None:
+                raise self._refusal(token)
+            last_try = bool(token.flags & protocol.PIN_FINAL_TRY)
+            self._given[token.place] = self._source(failures.pin_prompt(token), last_try=last_try)
+        return self._given[token.place]
+
+    def forget(self, token: TokenState) -> None:
+        """Ask for it again: it was given for another state of the token than it is in."""
+        if token.place in self._given:
+            self._given.pop(token.place).wipe()
+
+
+class Modules:
+    """The modules of one user, by their paths. Raises HardwareError for what goes wrong in them."""
+
+    def __init__(self, paths: Sequence[str], user: object, touch: TouchRequest | None) -> None:
+        self._paths, self._user = paths, user
+        self._slow = None if touch is None else lambda: touch(_TOUCH)
+
+    def close(self) -> None:
+        """End the processes that nobody else uses."""
+        for path in self._paths:
+            process.give_back(path, self._user)
+
+    def tokens(self) -> Iterator[tuple[str, TokenState]]:
+        """All tokens, with the paths of the modules that see them."""
+        for path in self._paths:
+            answer = self._ask(path, List(DEADLINES[List]))
+            if not isinstance(answer, Tokens):
+                raise self.unexpected(path, answer)
+            yield from ((path, token) for token in answer.tokens)
+
+    def look(self, hint: TokenUri, key: bytes) -> None:
+        """That a token with this key is here, or one of its name that shows no keys. Raises AbsentError."""
+
+        def look_in(path: str) -> Sequence[str] | None:
+            answer = self._ask(path, Look(DEADLINES[Look], hint, key))
+            if isinstance(answer, Seen):
+                return None
+            if isinstance(answer, Absent):
+                return answer.labels
+            raise self.unexpected(path, answer)
+
+        self._first(look_in)
+
+    def answer(self, challenge: Challenge, pins: Pins, patience: float = 0) -> Secret:
+        """What `core.token.unwrap` makes of the token's answer, for whoever asked to wipe.
+
+        A module process older than `patience` seconds that does not find the token is started anew once, if no login is
+        lost by it: some modules look for tokens only when they are loaded.
+        """
+        found: list[Secret] = []
+
+        def ask(path: str) -> Sequence[str] | None:
+            outcome = _Asking(self, path, challenge, pins, patience).outcome()
+            if isinstance(outcome, list):
+                return outcome
+            found.append(outcome)
+            return None
+
+        self._first(ask)
+        return found[0]
+
+    def inspect(self, path: str, place: Place) -> Inspected:
+        """The keys and certificates of a token."""
+        answer = self._ask(path, Inspect(DEADLINES[Inspect], place))
+        if not isinstance(answer, Inspected):
+            raise self.unexpected(path, answer)
+        return answer
+
+    def generate(self, path: str, place: Place, kind: NewKey, label: str, identifier: bytes) -> bytes:
+        """A new key on a token that is logged in to; its SubjectPublicKeyInfo."""
+        answer = self._ask(path, Generate(DEADLINES[Generate], place, kind, label, identifier))
+        if not isinstance(answer, Generated):
+            raise self.unexpected(path, answer)
+        return answer.key
+
+    def log_in(self, path: str, token: TokenState, pins: Pins) -> None:
+        """One try. Raises RefusedError PIN_WRONG, PIN_NEEDED, HardwareError TOKEN_LOCKED."""
+        for _ in range(2):
+            pin = pins.of(token)  # outside the turn at the module: a person may think for a while
+            last_try = bool(token.flags & protocol.PIN_FINAL_TRY)
+            answer = self._ask(path, LogIn(DEADLINES[LogIn], token.place, last_try), pin)
+            if isinstance(answer, Done):
+                return
+            if not isinstance(answer, Failed) or answer.code != "LAST_TRY_UNSEEN" or answer.token is None:
+                raise self.unexpected(path, answer)
+            token = answer.token  # others used up tries meanwhile; this PIN was not tried
+            pins.forget(token)
+        raise failures.in_use_elsewhere(token)
+
+    def request(
+        self, path: str, request: Request, secret: Secret | None, *, patient: bool
+    ) -> tuple[AnyAnswer, Secret, ModuleProcess]:
+        """Ask the module's process. `patient`: a finger may be waited for."""
+        asked = process.borrow(path, self._user)
+        return (*asked.ask(request, secret, self._slow if patient else None), asked)
+
+    def _ask(self, path: str, request: Request, secret: Secret | None = None) -> AnyAnswer:
+        answer, content, _ = self.request(path, request, secret, patient=False)
+        content.wipe()
+        return answer
+
+    def unexpected(self, path: str, answer: AnyAnswer) -> HwlicenseError:
+        """The error for an answer to another question. Its process is not asked any more, if it is no failure."""
+        if isinstance(answer, Failed):
+            return failures.refused(answer, path)
+        process.borrow(path, self._user).restart()
+        return failures.nonsense(path)
+
+    def _first(self, act: Callable[[str], Sequence[str] | None]) -> None:
+        """Until a module has the token. Raises what the first said that did not work, else AbsentError."""
+        problems, labels = list[HardwareError](), list[str]()
+        for path in self._paths:
+            try:
+                here = act(path)
+            except HardwareError as error:  # the token may be in another's reach
+                problems.append(error)
+            else:
+                if here is None:
+                    return
+                labels += here
+        raise problems[0] if problems else failures.absent(labels)
+
+
+class _Asking:
+    """One challenge to one module: on to the next token where one lies, and on to a login where one is needed."""
+
+    def __init__(self, modules: Modules, path: str, challenge: Challenge, pins: Pins, patience: float) -> None:
+        self._modules, self._path, self._challenge, self._pins = modules, path, challenge, pins
+        self._before = time.monotonic() - patience
+        self._skip: list[Place] = []
+        self._pin: tuple[Place, Secret] | None = None
+        self._taken: set[tuple[Place, bool]] = set()
+        self._lie: HardwareError | None = None
+
+    def outcome(self) -> Secret | list[str]:
+        """The secret, or the labels of the tokens that are here instead."""
+        answer: AnyAnswer = Done()
+        for _ in range(_MOST_STEPS):  # each gets further, unless the process lies
+            answer, content, asked = self._ask()
+            match answer:
+                case Computed(place):
+                    if (secret := self._checked(content, place)) is not None:
+                        return secret
+                case PinNeeded():
+                    self._give_pin(answer)
+                case Absent(labels, logins):
+                    if not logins and asked.restart(self._before):
+                        continue
+                    if self._lie is not None:
+                        raise self._lie
+                    return labels
+                case _:
+                    break
+        raise self._modules.unexpected(self._path, answer)
+
+    def _ask(self) -> tuple[AnyAnswer, Secret, ModuleProcess]:
+        place, pin = self._pin or (None, None)
+        asked = self._challenge
+        request = Compute(
+            DEADLINES[Compute], asked.hint, asked.key, asked.mechanism, asked.encapsulated, self._skip, place
+        )
+        return self._modules.request(self._path, request, pin, patient=True)
+
+    def _checked(self, content: Secret, place: Place) -> Secret | None:
+        asked = self._challenge
+        try:
+            return wrapping.unwrap(content, asked.key, asked.encapsulated, asked.check, asked.purpose)
+        except HardwareError as error:
+            if error.reason != Reason.TOKEN_FORGED:
+                raise
+            self._lie = error
+            self._skip.append(place)  # a token may show any public key: another one may hold the private half
+            return None
+
+    def _give_pin(self, needed: PinNeeded) -> None:
+        token, step = needed.token, (needed.token.place, needed.each_time)
+        if step in self._taken:
+            raise failures.asks_again(token)
+        self._taken.add(step)
+        if not token.logged_in:
+            self._modules.log_in(self._path, token, self._pins)
+        if needed.each_time:
+            self._pin = token.place, self._pins.of(token)

@@ -1,0 +1,63 @@
+"""Whether hardware counts as here, from the proofs that were made of it. No clock: every time is told.
+
+Times are seconds of one clock that never goes back. A proof counts from when it was asked for, as the hardware may be
+pulled the moment after it answered: so with an interval of ten seconds nothing starts later than ten seconds after.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from hwlicense.core.errors import AbsentError, HwlicenseError, Reason
+
+PROOFS_PER_INTERVAL: Final = 2
+"""One in reserve: a proof that takes its time does not lock a license whose hardware is here."""
+
+
+class Standing:
+    """What an open license may do now: hardware here, away within the grace, or lost."""
+
+    def __init__(self, interval: float, now: float) -> None:
+        """`interval` in seconds; opening was the first proof."""
+        self.interval = interval
+        self.proven_at = now
+        self._bridged_until = now
+        self._problem: HwlicenseError | None = None
+
+    @property
+    def period(self) -> float:
+        """Seconds from one proof to the next."""
+        return self.interval / PROOFS_PER_INTERVAL
+
+    def proven(self, asked_at: float) -> None:
+        """A proof that was asked for at `asked_at` holds."""
+        self.proven_at = max(self.proven_at, asked_at)
+        self._problem = None
+
+    def failed(self, problem: HwlicenseError) -> None:
+        """The hardware gave no proof."""
+        self._problem = problem
+
+    def bridged(self, until: float) -> None:
+        """Absence is paid for from the grace, until then."""
+        self._bridged_until = max(self._bridged_until, until)
+
+    def here(self, now: float) -> bool:
+        """Whether the last proof still holds."""
+        return self._problem is None and now <= self.proven_at + self.interval
+
+    def holds_until(self, now: float) -> float:
+        """When the state at `now` ends by itself, if nothing comes; `now` where it has ended."""
+        if self.here(now):
+            return self.proven_at + self.interval
+        return max(now, self._bridged_until)
+
+    def refusal(self, now: float) -> HwlicenseError | None:
+        """Why nothing may start; None if it may."""
+        if self.here(now) or now < self._bridged_until:
+            return None
+        return self._problem or AbsentError(
+            Reason.PRESENCE_UNPROVEN,
+            f"The license's hardware has not proved within {self.interval:g} s that it is here.",
+            "Check that it is plugged in and that nothing else keeps it busy.",
+        )

@@ -1,0 +1,154 @@
+"""The hardware that one license is bound to: as many pieces of it as the license takes, wherever they are."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Final, Self
+
+from hwlicense.core.documents import UsbBinding
+from hwlicense.core.errors import AbsentError, HwlicenseError, Reason, RefusedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import TracebackType
+
+    from hwlicense.core.documents import Approval, Binding, License
+    from hwlicense.core.hardware import AnyHardware, PinSource
+    from hwlicense.core.secret import Secret
+    from hwlicense.device.home import Home
+
+    Connect = Callable[[str], AnyHardware]
+    """Gives the hardware for a kind of binding: tpm, pkcs11, usb."""
+
+_KEPT: Final = {"pkcs11"}
+"""Kinds that are kept open between proofs, for a token's login; others are left to other processes meanwhile."""
+
+FINAL: Final = {Reason.PIN_WRONG, Reason.PIN_LAST_TRY}
+"""Where no other hardware, and no other license, is tried: a PIN offered to a second one would be a wrong try there."""
+
+
+def kind_of(binding: Binding) -> str:
+    """tpm, pkcs11 or usb."""
+    return str(binding.__struct_config__.tag)
+
+
+class Bound:
+    """The bindings of one license with the hardware behind them. A context manager that releases what it kept open."""
+
+    def __init__(self, connect: Connect, licensed: License, home: Home, approvals: Sequence[Approval]) -> None:
+        self._connect, self._licensed, self._home, self._approvals = connect, licensed, home, approvals
+        self._kept: dict[str, AnyHardware] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Log out of tokens and let go of everything."""
+        while self._kept:
+            self._kept.popitem()[1].__exit__(None, None, None)
+
+    def members(self, pin: PinSource | None) -> dict[int, Secret]:
+        """Member secrets of as many bindings as the license takes, by their places; for whoever asked to wipe.
+
+        Those without a PIN are tried first. Raises what the most telling of the others said.
+        """
+        found: dict[int, Secret] = {}
+
+        def unwrap(place: int, hardware: AnyHardware) -> None:
+            binding = self._licensed.bindings[place]
+            held = self._home.held(self._licensed, binding)
+            found[place] = hardware.unwrap(binding, held, self._approvals, pin).secret
+
+        try:
+            self._enough(unwrap)
+        except BaseException:
+            for secret in found.values():
+                secret.wipe()
+            raise
+        return found
+
+    def prove(self, number: int) -> None:
+        """That as much hardware as the license takes is here, by proofs of this number.
+
+        Raises AbsentError and HardwareError; RefusedError PIN_NEEDED where a token was logged out.
+        """
+
+        def present(place: int, hardware: AnyHardware) -> None:
+            binding = self._licensed.bindings[place]
+            hardware.present(binding, self._home.held(self._licensed, binding), number)
+
+        self._enough(present)
+
+    @property
+    def spends_proofs(self) -> bool:
+        """Whether proofs of presence come from a store."""
+        return any(isinstance(binding, UsbBinding) for binding in self._licensed.bindings)
+
+    def _enough(self, act: Callable[[int, AnyHardware], None]) -> None:
+        bindings, need = self._licensed.bindings, self._licensed.need
+        places = sorted(range(len(bindings)), key=lambda place: bindings[place].pin)
+        done, problems = 0, list[HwlicenseError]()
+        for place in places:
+            try:
+                self._with(kind_of(bindings[place]), partial(act, place))
+            except HwlicenseError as error:
+                problems.append(error)
+                if error.reason in FINAL or len(bindings) - len(problems) < need:
+                    break
+            else:
+                done += 1
+                if done == need:
+                    return
+        raise _lacking(problems, done, need, len(bindings))
+
+    def _with(self, kind: str, act: Callable[[AnyHardware], None]) -> None:
+        if kind in self._kept:
+            act(self._kept[kind])
+        elif kind in _KEPT:
+            self._kept[kind] = self._connect(kind).__enter__()
+            act(self._kept[kind])
+        else:
+            with self._connect(kind) as hardware:
+                act(hardware)
+
+
+def install(
+    connect: Connect, licensed: License, approvals: Sequence[Approval]
+) -> tuple[list[bytes | None], list[AbsentError]]:
+    """What hardware gives for each binding, None for what is not here; and what was said of that.
+
+    Raises an error unless as much as the license takes is here and right.
+    """
+    held: list[bytes | None] = []
+    absent: list[AbsentError] = []
+    for binding in licensed.bindings:
+        try:
+            with connect(kind_of(binding)) as hardware:
+                held.append(hardware.install(binding, approvals))
+        except AbsentError as error:
+            held.append(None)
+            absent.append(error)
+            if len(licensed.bindings) - len(absent) < licensed.need:
+                raise _lacking(list(absent), len(held) - len(absent), licensed.need, len(licensed.bindings)) from error
+    return held, absent
+
+
+def _lacking(problems: list[HwlicenseError], done: int, need: int, count: int) -> HwlicenseError:
+    """The most telling problem: what ends the search, then a refusal, then failing hardware, then absent hardware."""
+
+    def rank(error: HwlicenseError) -> int:
+        if error.reason in FINAL:
+            return 0
+        return 1 if isinstance(error, RefusedError) else 3 if isinstance(error, AbsentError) else 2
+
+    chosen = min(problems, key=rank)
+    if need == count or chosen.reason in FINAL:
+        return chosen
+    said = " ".join(dict.fromkeys(error.what for error in problems))
+    what = f"This license takes {need} of {count} pieces of hardware; {done} answered. {said}"
+    return type(chosen)(chosen.reason, what, chosen.hint)

@@ -1,0 +1,159 @@
+"""What a license's presence has used up, in the state folder: its grace, and proofs that serve once.
+
+Everything is written down before it is used: whoever kills the process, pulls the plug or starts anew loses what was
+reserved, and gains nothing. Processes share one account: seconds of absence that one has paid for cost no other. The
+file is authenticated by a key that comes from the license secret. It is not anchored in hardware: who restores an
+older copy, or deletes it, has its grace back.
+"""
+
+from __future__ import annotations
+
+import hmac
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import msgspec
+
+from hwlicense import storage
+from hwlicense.core.documents import SCHEMA, Count, decode, encode
+from hwlicense.core.errors import DamagedError, HwlicenseError
+
+if TYPE_CHECKING:
+    from hwlicense.core.documents import Presence
+    from hwlicense.core.secret import Secret
+
+LIMIT: Final = 4096
+BLOCK: Final = 64
+"""Proofs that are reserved by one writing."""
+
+_BOOT: Final = Path("/proc/sys/kernel/random/boot_id")
+Millis = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
+
+
+class Entries(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`used` grace in milliseconds and `proofs` asked for, ever; in the boot `boot`, by its clock, until when absence
+    is paid for and presence was credited.
+    """
+
+    schema: int
+    used: Millis
+    proofs: Count
+    boot: Annotated[str, msgspec.Meta(max_length=64)]
+    bridged_until: Millis
+    credited_until: Millis
+
+
+class Sealed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The file: entries, and HMAC-SHA256 over their encoding."""
+
+    entries: bytes
+    mac: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+
+
+class Account:
+    """One license's account. Times are seconds of the system's monotonic clock, which all processes share."""
+
+    def __init__(self, folder: Path, terms: Presence, key: Secret) -> None:
+        """Nothing is written yet. `key` is kept, and wiped by whoever made it."""
+        self._folder, self._path = folder, folder / "presence"
+        self._terms, self._key = terms, key
+
+    def prepare(self) -> None:
+        """See that the account can be written. Raises StorageError."""
+        storage.make_folders(self._folder, 0o700)
+        with storage.exclusive(self._folder):
+            self._write(self._read())
+
+    @property
+    def grace_left(self) -> float:
+        """Seconds that absence can still be bridged."""
+        return max(0.0, self._terms.grace - self._read().used / 1000)
+
+    @property
+    def proofs(self) -> int:
+        """Proofs that were reserved so far."""
+        return self._read().proofs
+
+    def reserve_proofs(self) -> range:
+        """Numbers for the next proofs, which no other process gets. Raises StorageError."""
+        with storage.exclusive(self._folder):
+            entries = self._read()
+            self._write(msgspec.structs.replace(entries, proofs=entries.proofs + BLOCK))
+        return range(entries.proofs, entries.proofs + BLOCK)
+
+    def bridge(self, now: float, seconds: float) -> float:
+        """Pay for absence from `now` on for so many seconds, or as far as the grace goes. Returns until when.
+
+        Raises StorageError: what cannot be written down is not granted.
+        """
+        with storage.exclusive(self._folder):
+            entries = self._read()
+            start = max(_millis(now), entries.bridged_until)  # another process has paid until then
+            left = max(0, self._terms.grace * 1000 - entries.used)
+            until = max(start, min(_millis(now + seconds), start + left))
+            if until > start:
+                used = entries.used + until - start
+                self._write(msgspec.structs.replace(entries, used=used, bridged_until=until))
+            return until / 1000
+
+    def credit(self, start: float, end: float) -> None:
+        """Give back the grace that proven presence from `start` to `end` earns. Raises StorageError."""
+        regain = self._terms.regain
+        if not regain:
+            return
+        with storage.exclusive(self._folder):
+            entries = self._read()
+            earned = (_millis(end) - max(_millis(start), entries.credited_until)) * self._terms.grace // regain
+            if entries.used and earned > 0:
+                used = max(0, entries.used - earned)
+                self._write(msgspec.structs.replace(entries, used=used, credited_until=_millis(end)))
+
+    def _read(self) -> Entries:
+        """The entries; with all of the grace used where the file was damaged or forged."""
+        boot = _boot()
+        if not self._path.exists():
+            return Entries(SCHEMA, 0, 0, boot, 0, 0)
+        try:
+            sealed = msgspec.json.decode(storage.read_limited(self._path, LIMIT), type=Sealed)
+            if not hmac.compare_digest(self._mac(sealed.entries), sealed.mac):
+                return self._spent(boot)
+            entries = decode(sealed.entries, Entries)
+        except (DamagedError, msgspec.MsgspecError, UnicodeDecodeError):
+            return self._spent(boot)
+        if entries.boot != boot:  # the clock began anew
+            return msgspec.structs.replace(entries, boot=boot, bridged_until=0, credited_until=0)
+        return entries
+
+    def _spent(self, boot: str) -> Entries:
+        return Entries(SCHEMA, self._terms.grace * 1000, 0, boot, 0, 0)
+
+    def _write(self, entries: Entries) -> None:
+        raw = encode(entries)
+        storage.atomic_write(self._path, encode(Sealed(raw, self._mac(raw))), 0o600)
+
+    def _mac(self, raw: bytes) -> bytes:
+        return hmac.digest(self._key.buffer, raw, "sha256")
+
+
+def entries(folder: Path) -> Entries | None:
+    """What the account says, unchecked, as only an open license can check it: for reports. None where there is none."""
+    try:
+        sealed = msgspec.json.decode(storage.read_limited(folder / "presence", LIMIT), type=Sealed)
+        return decode(sealed.entries, Entries)
+    except (HwlicenseError, msgspec.MsgspecError, UnicodeDecodeError):
+        return None
+
+
+def grace_used(folder: Path) -> float | None:
+    """Seconds of grace that the account says are used; None where there is no account."""
+    found = entries(folder)
+    return found.used / 1000 if found else None
+
+
+def _boot() -> str:
+    with storage.reporting(_BOOT):
+        return _BOOT.read_text("ascii").strip()
+
+
+def _millis(seconds: float) -> int:
+    return max(0, int(seconds * 1000))

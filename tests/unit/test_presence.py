@@ -1,0 +1,354 @@
+"""Presence: when hardware counts as here, what the grace covers, and what an open model does meanwhile."""
+
+import multiprocessing
+import os
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hwlicense.core.documents import Presence as Terms
+from hwlicense.core.errors import AbsentError, HwlicenseError, Reason, RefusedError
+from hwlicense.core.presence import Standing
+from hwlicense.core.secret import Secret
+from hwlicense.device import grace
+from hwlicense.device.grace import Account
+from hwlicense.device.presence import Presence
+
+if TYPE_CHECKING:
+    from hwlicense.device.bound import Bound
+
+GONE = AbsentError(Reason.DONGLE_ABSENT, "It is gone.", "Plug it in.")
+
+
+# ---- the rules, without a clock ----
+
+
+def test_a_proof_counts_from_when_it_was_asked_for():
+    standing = Standing(10, 100)
+    standing.proven(105)
+    standing.proven(104)  # a slow answer to an earlier question changes nothing
+    assert standing.refusal(115) is None
+    assert standing.refusal(115.001).reason == Reason.PRESENCE_UNPROVEN
+
+
+def test_a_failed_proof_refuses_at_once_and_a_good_one_ends_that():
+    standing = Standing(10, 100)
+    standing.failed(GONE)
+    assert standing.refusal(100.1) is GONE
+    standing.proven(103)
+    assert standing.refusal(103) is None
+
+
+def test_the_grace_bridges_until_it_ends():
+    standing = Standing(10, 100)
+    standing.failed(GONE)
+    standing.bridged(107)
+    assert standing.refusal(106.9) is None
+    assert not standing.here(106.9)
+    assert standing.refusal(107) is GONE
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["proven", "failed", "bridged"]), st.floats(0, 50), st.floats(0, 5)), max_size=30
+    )
+)
+def test_nothing_starts_without_a_proof_within_the_interval_or_a_bridge(events):
+    standing, now, last, bridge = Standing(10, 0), 0.0, 0.0, 0.0
+    for kind, after, extra in events:
+        now += after
+        if kind == "proven":
+            standing.proven(now - min(extra, now))
+            last = max(last, now - min(extra, now))
+        elif kind == "failed":
+            standing.failed(GONE)
+        else:
+            standing.bridged(now + extra)
+            bridge = max(bridge, now + extra)
+        if standing.refusal(now) is None:
+            assert now <= last + 10 or now < bridge
+        assert standing.holds_until(now) >= now
+
+
+# ---- the account ----
+
+
+def key():
+    return Secret(bytearray(b"k" * 32))
+
+
+def account(folder, seconds=60, regain=None):
+    made = Account(folder, Terms(1, seconds, regain, repeat=True), key())
+    made.prepare()
+    return made
+
+
+def test_absence_is_paid_for_once_and_to_the_end(tmp_path):
+    now = time.monotonic()
+    first, second = account(tmp_path), account(tmp_path)
+    assert first.bridge(now, 10) == pytest.approx(now + 10, abs=0.01)
+    assert second.bridge(now, 10) == pytest.approx(now + 10, abs=0.01)  # the same ten seconds
+    assert first.grace_left == second.grace_left == pytest.approx(50, abs=0.01)
+    assert first.bridge(now + 5, 10) == pytest.approx(now + 15, abs=0.01)
+    assert first.bridge(now + 100, 1000) == pytest.approx(now + 145, abs=0.01)
+    assert first.grace_left == pytest.approx(0, abs=0.01)
+    assert first.bridge(now + 200, 10) == pytest.approx(now + 200, abs=0.01)
+
+
+def test_a_new_process_finds_what_was_used(tmp_path):
+    account(tmp_path).bridge(time.monotonic(), 45)
+    assert account(tmp_path).grace_left == pytest.approx(15, abs=0.01)
+    assert grace.grace_used(tmp_path) == pytest.approx(45, abs=0.01)
+
+
+def test_after_a_restart_of_the_machine_nothing_is_paid_for_and_nothing_comes_back(tmp_path, monkeypatch):
+    now = time.monotonic()
+    account(tmp_path).bridge(now, 45)
+    monkeypatch.setattr(grace, "_boot", lambda: "another boot")
+    later = account(tmp_path)
+    assert later.grace_left == pytest.approx(15, abs=0.01)
+    assert later.bridge(0.5, 10) == pytest.approx(10.5, abs=0.01)
+    assert later.grace_left == pytest.approx(5, abs=0.01)
+
+
+@pytest.mark.parametrize("change", [b"", b"{}", b"x" * 5000, "flip", "other key"])
+def test_a_forged_account_has_no_grace(tmp_path, change):
+    account(tmp_path).bridge(time.monotonic(), 1)
+    path = tmp_path / "presence"
+    if change == "other key":
+        Account(tmp_path, Terms(1, 60, None, repeat=True), Secret(bytearray(32)))._write(account(tmp_path)._read())
+    else:
+        raw = bytearray(path.read_bytes())
+        raw[15] ^= 1
+        path.write_bytes(raw if change == "flip" else change)
+    assert account(tmp_path).grace_left == 0
+
+
+def test_grace_comes_back_by_proven_presence_alone_and_to_all_processes_together(tmp_path):
+    now = time.monotonic()
+    first, second = account(tmp_path, 60, 600), account(tmp_path, 60, 600)
+    first.bridge(now, 30)
+    first.credit(now + 30, now + 130)
+    second.credit(now + 30, now + 130)  # the same hundred seconds
+    assert first.grace_left == pytest.approx(40, abs=0.01)
+    first.credit(now + 130, now + 10_000)
+    assert first.grace_left == pytest.approx(60, abs=0.01)
+    without = account(tmp_path / "other", 60)
+    without.bridge(now, 30)
+    without.credit(now, now + 10_000)
+    assert without.grace_left == pytest.approx(30, abs=0.01)
+
+
+def reserve(folder, out):
+    out.put([list(account(folder).reserve_proofs()) for _ in range(5)])
+
+
+def test_no_proof_is_given_to_two_processes(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    out = context.Queue()
+    workers = [context.Process(target=reserve, args=(tmp_path, out)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    numbers = [number for _ in workers for block in out.get(timeout=60) for number in block]
+    for worker in workers:
+        worker.join()
+    assert len(numbers) == len(set(numbers)) == 3 * 5 * grace.BLOCK
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(HwlicenseError) as caught:
+        account(tmp_path / "file")
+    assert caught.value.hint
+
+
+# ---- the threads ----
+
+
+class Hardware:
+    """As much of `Bound` as presence asks for."""
+
+    spends_proofs = False
+
+    def __init__(self):
+        self.problem = None
+        self.numbers, self.closed = [], 0
+        self.hanging = threading.Event()
+        self.hanging.set()
+
+    def prove(self, number):
+        self.hanging.wait(30)
+        self.numbers.append(number)
+        if self.problem:
+            raise self.problem
+
+    def close(self):
+        self.closed += 1
+
+
+class Guarded:
+    def __init__(self):
+        self.lost, self.regained, self.problem, self.opened = [], 0, None, 0
+
+    def lose_keys(self, refusal):
+        self.lost.append((time.monotonic(), refusal.reason))
+
+    def reopen(self, _bound):
+        self.opened += 1
+        if self.problem:
+            raise self.problem
+        return "keys"
+
+    def regain_keys(self, keys):
+        assert keys == "keys"
+        self.regained += 1
+
+
+@pytest.fixture
+def watched(tmp_path):
+    made = []
+
+    def make(interval=0.4, seconds=0.0, regain=None, answers=None, *, with_account=False):
+        terms = Terms(interval, seconds, regain, answers is None)
+        own = Account(tmp_path, terms, key()) if with_account or seconds else None
+        hardware, guarded = Hardware(), Guarded()
+        presence = Presence(terms, cast("Bound", hardware), own, answers)
+        presence.guard(guarded)
+        presence.ensure()
+        made.append((presence, hardware, guarded))
+        return made[-1]
+
+    yield make
+    for presence, hardware, _ in made:
+        hardware.hanging.set()
+        presence.close()
+        assert hardware.closed == 1
+
+
+def until(true, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.005)
+
+
+def test_proofs_go_on_and_nothing_is_refused(watched):
+    presence, _, guarded = watched()
+    for _ in range(40):
+        time.sleep(0.05)
+        assert presence.refusal() is None
+    assert presence.proofs >= 5
+    assert guarded.lost == []
+
+
+def test_a_pulled_dongle_is_refused_within_the_interval_and_its_keys_are_gone(watched):
+    presence, hardware, guarded = watched()
+    until(lambda: presence.proofs >= 2)
+    pulled, hardware.problem = time.monotonic(), GONE
+    until(presence.refusal)
+    assert time.monotonic() - pulled < 0.4 + 1
+    until(lambda: guarded.lost)
+    assert [reason for _, reason in guarded.lost] == [Reason.DONGLE_ABSENT]
+    hardware.problem = None
+    until(lambda: presence.refusal() is None)
+    assert guarded.regained == guarded.opened == 1
+    assert len(guarded.lost) == 1
+
+
+def test_hardware_that_hangs_is_refused_just_as_soon(watched):
+    presence, hardware, guarded = watched()
+    until(lambda: presence.proofs >= 2)
+    hardware.hanging.clear()
+    began = time.monotonic()
+    until(presence.refusal)
+    assert time.monotonic() - began < 0.4 + 1
+    until(lambda: guarded.lost)
+    assert guarded.lost[0][1] == Reason.PRESENCE_UNPROVEN
+    hardware.hanging.set()
+    until(lambda: presence.refusal() is None)
+    assert guarded.regained >= 1
+
+
+def test_the_grace_covers_an_absence_and_runs_out(watched):
+    presence, hardware, guarded = watched(seconds=2)
+    until(lambda: presence.proofs >= 1)
+    hardware.problem = GONE
+    until(lambda: not presence.here)
+    began = time.monotonic()
+    while time.monotonic() - began < 1.2:
+        assert presence.refusal() is None
+        assert not guarded.lost
+        time.sleep(0.02)
+    until(presence.refusal)
+    assert 1.5 < time.monotonic() - began < 4
+    until(lambda: guarded.lost)
+    hardware.problem = None
+    until(lambda: presence.refusal() is None)
+    hardware.problem = GONE
+    until(presence.refusal, 2)  # plugging it in again refilled nothing
+    assert presence.grace_left < 0.5
+
+
+def test_a_login_that_is_gone_is_made_again(watched):
+    presence, hardware, guarded = watched()
+    until(lambda: presence.proofs >= 1)
+    hardware.problem = RefusedError(Reason.PIN_NEEDED, "It was away.", "Log in.")
+    until(lambda: guarded.regained >= 1)
+    assert presence.refusal() is None
+
+
+@pytest.mark.parametrize("reason", [Reason.PIN_WRONG, Reason.PIN_LAST_TRY, Reason.PIN_NEEDED])
+def test_a_pin_that_was_refused_is_not_tried_again(watched, reason):
+    presence, hardware, guarded = watched()
+    hardware.problem = GONE
+    until(lambda: guarded.lost)
+    guarded.problem, hardware.problem = RefusedError(reason, "No.", "Ask."), None
+    until(lambda: guarded.opened == 1)
+    time.sleep(1.5)
+    assert guarded.opened == 1
+    assert presence.refusal().reason == reason
+
+
+def test_answers_that_serve_once_run_out(watched):
+    presence, hardware, guarded = watched(answers=3, with_account=True)
+    hardware.spends_proofs = True
+    until(presence.refusal)
+    assert presence.refusal().reason == Reason.ANSWERS_EXHAUSTED
+    assert max(hardware.numbers) == 2
+    until(lambda: guarded.lost)
+
+
+def test_a_forked_child_watches_for_itself_and_leaves_the_parents_alone(watched):
+    presence, hardware, guarded = watched()
+    until(lambda: presence.proofs >= 1)
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            presence.renew()
+            time.sleep(0.6)  # longer than the interval: what the parent proved has lapsed
+            assert presence.refusal(wait=True) is None
+            hardware.problem = GONE
+            until(lambda: presence.refusal() and guarded.lost)
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    assert presence.refusal() is None
+    assert guarded.lost == []
+
+
+def test_nothing_waits_for_hardware(watched):
+    presence, hardware, _ = watched(interval=30.0)
+    hardware.hanging.clear()
+    began = time.monotonic()
+    for _ in range(100):
+        presence.refusal()
+    presence.close()
+    assert time.monotonic() - began < 3
+    assert Path("/proc/self/task").is_dir()
