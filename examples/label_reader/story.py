@@ -1,6 +1,7 @@
 """The demo: a label reader is sold for one machine, and everything else that people try with it.
 
-Run it with `make demo`. Vendor and devices are folders below build/demo; the two devices' TPMs are simulated by swtpm.
+Run it with `make demo`. Vendor and devices are folders below build/demo; the two devices' TPMs are simulated by swtpm,
+the dongles by hwlicense-simulators.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,10 +26,10 @@ from hwlicense.core.keys import unwrap_for_vendor
 from hwlicense.core.secret import SIZE
 from hwlicense.storage import OpenFile
 from hwlicense.vendor.folder import Folder
-from hwlicense_simulators import CertificateAuthority, Tpm
+from hwlicense_simulators import Bus, CertificateAuthority, Dongle, Tpm
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 HERE = Path(__file__).resolve().parent
 FOLDER = HERE.parents[1] / "build" / "demo"
@@ -40,6 +41,17 @@ product = "label-reader"
 not_after = 2036-12-31
 [require]
 pcrs = ["sha256:0,7"]
+"""
+OPERATORS_TERMS = """\
+licensee = "Acme Robotics"
+product = "operated-reader"
+[require]
+bindings = "all"
+[presence]
+interval = "2s"
+grace = "1s"
+[continuity]
+session = "10m"
 """
 
 
@@ -80,7 +92,7 @@ def build_application() -> None:
     """What the vendor ships beside the package: code, with the vendor's public keys inside."""
     target = FOLDER / "application"
     target.mkdir()
-    for name in ("application.py", "reader.py", "weights.py"):
+    for name in ("application.py", "line.py", "reader.py", "weights.py"):
         shutil.copy(HERE / name, target)
     public = (FOLDER / "vendor" / "vendor.pub.json").read_text(encoding="utf-8")
     (target / "vendor_keys.py").write_text(
@@ -177,6 +189,66 @@ def story(a: Tpm, b: Tpm) -> None:
     read_part(a, "device-a", package_name="forged.hwpkg", status=1)
 
 
+def story_of_the_dongle(a: Tpm, bus: Bus, operators: Dongle, spare: Dongle) -> None:
+    """Tell how a second license is bound to device A and to what its operator carries."""
+    plugged = {"HWLICENSE_TPM": a.tcti, **bus.environment}
+
+    tell("11. A second license is to run on device A only while the operator's dongle is in. The vendor programs one.")
+    spare.pull()
+    program = ["vendor", "dongle", "program", "--vendor", "vendor", "--usb", operators.selector]
+    run([PROGRAM, *program, "-o", "operator.hwreq"], **plugged)
+    run([PROGRAM, "device", "enroll", "--home", "operated", "--name", "A", "-o", "a.hwreq"], HWLICENSE_TPM=a.tcti)
+    (FOLDER / "operated.toml").write_text(OPERATORS_TERMS, encoding="utf-8")
+    issue = ["vendor", "issue", "--vendor", "vendor", "--package", "label-reader.hwpkg", "--terms", "operated.toml"]
+    requests = ["--request", "a.hwreq", "--request", "operator.hwreq", "--ek-root", f"virtual={a.ek_root}"]
+    run([PROGRAM, *issue, *requests, "-o", "operated.hwlic"])
+    run([PROGRAM, "device", "trust", "--home", "operated", "vendor/vendor.pub.json"])
+    run([PROGRAM, "device", "install", "--home", "operated", "operated.hwlic"], **plugged)
+
+    tell("12. The line runs. The operator pulls the dongle: the next part is refused. It comes back: the line runs on.")
+    with running_line(plugged) as said:
+        await_line(said, "the line runs: SN 4711-0815")
+        pulled = time.monotonic()
+        operators.pull()
+        await_line(said, "the line stands still: DONGLE_ABSENT")
+        print(f"    ({time.monotonic() - pulled:.1f} s after it was pulled: interval 2 s, grace 1 s)", flush=True)
+        operators.plug(port=3)
+        await_line(said, "the line runs: SN 4711-0815")
+
+    tell("13. Another dongle of the same kind opens nothing.")
+    operators.pull()
+    spare.plug()
+    command = ["device", "check", "--open", "--home", "operated", "label-reader.hwpkg"]
+    run([PROGRAM, *command], status=3, **plugged)
+
+
+@contextmanager
+def running_line(variables: dict[str, str]) -> Iterator[Iterator[str]]:
+    """The product on a line, until the block ends; gives what it says."""
+    stop = FOLDER / "stop"
+    command = [sys.executable, "application/line.py", "label-reader.hwpkg", "part.png", stop]
+    print("  $", shlex.join(map(short, command)), flush=True)
+    environment = os.environ | {"HWLICENSE_HOME": "operated"} | variables
+    with subprocess.Popen(command, cwd=FOLDER, env=environment, stdout=subprocess.PIPE, text=True) as line:
+        assert line.stdout is not None
+        try:
+            yield iter(line.stdout)
+            stop.touch()
+            if line.wait(60):
+                raise Unexpected(f"the line ended with {line.returncode}")
+        finally:
+            line.kill()
+
+
+def await_line(said: Iterator[str], expected: str) -> None:
+    """Show what the line says until it is `expected`."""
+    for text in said:
+        print("   ", text.rstrip(), flush=True)
+        if text.rstrip() == expected:
+            return
+    raise Unexpected(f"the line ended before it said {expected!r}")
+
+
 def main() -> None:
     """Tell the story in a fresh folder."""
     shutil.rmtree(FOLDER, ignore_errors=True)
@@ -186,6 +258,10 @@ def main() -> None:
         authority = CertificateAuthority(FOLDER / "tpm-maker")
         a, b = (machines.enter_context(Tpm(authority=authority)) for _ in range(2))
         story(a, b)
+        bus = Bus()
+        machines.enter_context(bus.serve())
+        dongles = (Dongle(bus=bus, serial=serial, programmed=False) for serial in (4711, 4712))
+        story_of_the_dongle(a, bus, *(machines.enter_context(dongle) for dongle in dongles))
     seconds = time.monotonic() - started
     print(f"\nDone in {seconds:.0f} s with hwlicense {hwlicense.__version__}. See {FOLDER / 'part-read.png'}.")
 

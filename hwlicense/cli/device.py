@@ -11,7 +11,7 @@ import click
 
 from hwlicense import storage
 from hwlicense.cli import output, secrets
-from hwlicense.cli.hardware import NEW_KEYS, NewKey, enrolled_token, found_dongle
+from hwlicense.cli.hardware import NEW_KEYS, NewKey, enrolled_token, found_dongle, plugged_dongles, plugged_tokens
 from hwlicense.core.documents import FILE_LIMIT, Approval
 from hwlicense.core.errors import Reason, UsageError
 from hwlicense.core.tpm.pcrs import Selection
@@ -248,14 +248,40 @@ def status(home: Path | None, state: Path | None, as_json: bool) -> None:
 @device.command()
 @place_options
 @tpm_option
+@token_option
+@click.option("--usb", is_flag=True, help="Show the USB dongles that are plugged in.")
 @pcrs_option
 @json_option
-def probe(home: Path | None, state: Path | None, tpm: str | None, pcrs: tuple[str, ...], as_json: bool) -> None:
+def probe(
+    home: Path | None,
+    state: Path | None,
+    tpm: str | None,
+    tokens: tuple[str, ...],
+    usb: bool,
+    pcrs: tuple[str, ...],
+    as_json: bool,
+) -> None:
     """Show what this device's TPM is and, with --pcrs, its present values.
 
-    The output is in the form that `vendor approve --pcrs` takes.
+    The output is in the form that `vendor approve --pcrs` takes. With --token (pkcs11:?module-path=/usr/lib/MODULE.so)
+    it shows that module's tokens instead, with their URIs, and with --usb the dongles, with their selectors.
     """
     place = selecting.home(home, state)
+    if tokens or usb:
+        if tpm or pcrs:
+            what = "--tpm and --pcrs are about the TPM, --token and --usb about tokens and dongles."
+            raise UsageError(Reason.USAGE, what, "Ask for one kind at a time.")
+        found_tokens = plugged_tokens(selecting.token_uris(tokens, place)) if tokens else []
+        found_dongles = plugged_dongles() if usb else []
+        if as_json:
+            output.emit({"tokens": found_tokens, "dongles": found_dongles})
+            return
+        for found in (*found_tokens, *found_dongles):
+            output.columns([(key, _shown(value)) for key, value in found.items()])
+            output.say()
+        if not found_tokens and not found_dongles:
+            output.note("Nothing is plugged in.")
+        return
     facts = diagnosing.probe(selecting.tpm_address(tpm, place), Selection.parse(*pcrs))
     values = facts.pop("pcrs")
     if as_json:

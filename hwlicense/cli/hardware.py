@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final, Literal, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from hwlicense.cli import output
+from hwlicense.core.errors import HardwareError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from hwlicense.binders.pkcs11 import TokenHardware
     from hwlicense.binders.usb import UsbHardware
@@ -35,3 +36,32 @@ def found_dongle(selector: str) -> UsbHardware:
     from hwlicense.binders.usb import UsbHardware  # noqa: PLC0415
 
     return UsbHardware(selector, touch=output.note)
+
+
+def plugged_tokens(uris: Sequence[TokenUri]) -> list[dict[str, Any]]:
+    """What the modules' tokens say of themselves."""
+    from hwlicense.binders.pkcs11 import TokenHardware  # noqa: PLC0415
+
+    with TokenHardware([uri.module for uri in uris if uri.module]) as hardware:
+        return [facts._asdict() for facts in hardware.tokens()]
+
+
+def plugged_dongles() -> list[dict[str, Any]]:
+    """What dongles say of themselves, with the selector that names each; or why one cannot be asked."""
+    from hwlicense.binders.usb import find  # noqa: PLC0415
+
+    found: list[dict[str, Any]] = []
+    for dongle in find():
+        try:
+            with dongle:
+                serial, slots = dongle.serial(), [slot for slot in (1, 2) if dongle.configured(slot)]
+                facts = {
+                    "selector": str(dongle),
+                    "serial": serial,
+                    "firmware": dongle.firmware,
+                    "programmed_slots": slots,
+                }
+        except HardwareError as error:
+            facts = {"selector": dongle.product, "problem": error.what, "reason": str(error.reason)}
+        found.append(facts)
+    return found

@@ -161,7 +161,7 @@ def test_an_answer_out_of_order_is_none(order):
     response = frames.Response(20)
     with refused(Reason.DONGLE_FAILED):
         for number in order:
-            response.take(bytes(7) + bytes((0x40 | number,)))
+            response.take(b"\xff" * 7 + bytes((0x40 | number,)))
     assert not any(response._buffer)
 
 
@@ -319,6 +319,27 @@ def test_programming_survives_the_end_of_the_sequence(plugged):
         for _ in range(260):
             program(device, touch=True)
         assert device.touch_wanted(1)
+
+
+def test_a_sequence_may_start_again_at_zero(plugged, monkeypatch):
+    program_it = plugged._device._configure
+
+    def configure(number, payload):
+        program_it(number, payload)
+        plugged._device.program_sequence = 0
+
+    monkeypatch.setattr(plugged._device, "_configure", configure)
+    plugged._device.program_sequence = 255
+    with find_one("any", plugged.backend) as device:
+        program(device, slot=2)
+
+
+def test_a_neo_is_made_to_tell_its_sequence_first(plugged, monkeypatch):
+    monkeypatch.setattr(plugged._device, "version", (3, 4, 0))
+    with find_one("any", plugged.backend) as device:
+        program(device)
+    last = [report[1] for kind, report in plugged.transfers if (kind, report[7]) == ("write", 0x89)]
+    assert last == [frames.SCAN_MAP, frames.CONFIGURE[1]]
 
 
 def test_a_dongle_that_does_not_take_the_secret_is_found_out(plugged, monkeypatch):
@@ -748,7 +769,7 @@ def test_the_named_dongle_is_asked_first_and_alone(simulated):
     assert last == [frames.SERIAL] * 2
 
 
-def test_nobody_is_asked_to_touch_another_dongle(simulated):
+def test_nobody_is_asked_to_touch_another_dongle(simulated, monkeypatch):
     another = simulated(serial=1, touch=True)
     right = simulated(serial=2, touch=True)
     right.touch_after(0.02)
@@ -761,7 +782,11 @@ def test_nobody_is_asked_to_touch_another_dongle(simulated):
     with refused(Reason.DONGLE_ABSENT, AbsentError) as caught:
         hardware.unwrap(binding, b"", (), None)
     assert caught.value.what.startswith("Another dongle is plugged in")
-    another.await_touch()
+    assert len(asked) == 1
+    assert {report[1] for kind, report in another.transfers if report[7] == 0x89} == {frames.SERIAL}
+    monkeypatch.setattr(frames.Status, "touch", lambda *_: False)  # as before firmware 3.0: its asking gives it away
+    with refused(Reason.DONGLE_ABSENT, AbsentError):
+        hardware.unwrap(binding, b"", (), None)
     assert len(asked) == 1
     assert not another.awaiting_touch
 

@@ -301,7 +301,7 @@ class Module:
         """Never unwrap_key, which some modules lack, nor PKCS#1 v1.5, which tells too much by its errors."""
         try:
             if request.mechanism == "ecdh":
-                return _derive(private, request.encapsulated)
+                return _derive(private, request.encapsulated, {Attribute.PRIVATE: self._logged_in(place)})
             algorithm, mask = _HASHES[request.mechanism]
             asked = Pin(pin) if request.pin_for == place else None
             return bytearray(
@@ -318,8 +318,12 @@ class Module:
             raise
 
 
-def _derive(private: Any, point: bytes) -> bytearray:  # noqa: ANN401
-    """The x-coordinate, 32 bytes (PKCS#11 v2.40 mechanisms, 2.3.17), by the template that all modules take."""
+def _derive(private: Any, point: bytes, access: dict[Attribute, bool]) -> bytearray:  # noqa: ANN401
+    """The x-coordinate, 32 bytes (PKCS#11 v2.40 mechanisms, 2.3.17), by the template that all modules take.
+
+    The derived key is an object of this session, gone before anything else is done; who is not logged in may make no
+    private one.
+    """
     if not hasattr(private, "derive_key"):
         raise PKCS11Error("0x68")
     derived = private.derive_key(
@@ -327,7 +331,7 @@ def _derive(private: Any, point: bytes) -> bytearray:  # noqa: ANN401
         _SECRET_BITS,
         mechanism=Mechanism.ECDH1_DERIVE,
         mechanism_param=(KDF.NULL, None, point),
-        template={Attribute.SENSITIVE: False, Attribute.EXTRACTABLE: True},
+        template={Attribute.SENSITIVE: False, Attribute.EXTRACTABLE: True, **access},
     )
     try:
         return bytearray(derived[Attribute.VALUE])

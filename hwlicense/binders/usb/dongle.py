@@ -206,7 +206,7 @@ class Dongle:
                 what = f"The dongle {self} has no secret for challenges there."
                 hint = "Name the other slot (slot=1 or slot=2), or have the dongle programmed; unlock an OnlyKey."
                 raise HardwareError(Reason.DONGLE_UNPROGRAMMED, what, hint)
-            if False:
+            if now >= give_up:
                 raise frames.garbled("does not answer")
             time.sleep(_PAUSE if started is None else _TOUCH_PAUSE)
 
