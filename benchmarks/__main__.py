@@ -10,14 +10,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cold_start, throughput
+from benchmarks import cold_start, dongles, throughput
 from benchmarks.measure import Failed, machine
 from benchmarks.scene import Scene
 from hwlicense_simulators import SimulatorError, Tpm
 
 RESULTS = Path(__file__).parent / "results"
 MEMORY = Path("/dev/shm")  # noqa: S108  # so that no disk is measured; a folder of this program's own within
-PARTS = ("cold", "throughput")
+PARTS = ("cold", "throughput", "dongles")
 
 
 def main() -> int:
@@ -37,6 +37,9 @@ def main() -> int:
                 size = options.size << 20
                 found["throughput"] = throughput.measure(scene, max(5, options.runs // 3), size)
                 _show(throughput.table(found["throughput"]))
+            if options.part in {"all", "dongles"}:
+                found["dongles"] = dongles.measure(scene, options.runs, options.pulls, options.seconds)
+                _show(dongles.table(found["dongles"]))
     except (Failed, SimulatorError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -60,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
         help="runs of each process of the cold start (a third of it, at least 5, for the throughput)",
     )
     parser.add_argument("--size", type=int, default=1024, help="MiB of the large model")
+    parser.add_argument("--pulls", type=int, default=50, help="how often token and dongle are pulled")
+    parser.add_argument("--seconds", type=float, default=60, help="how long the load on a token lasts")
     parser.add_argument("--folder", type=Path, help="where to work; needs four times the size (default: /dev/shm)")
     parser.add_argument("--json", action="store_true", help="print JSON, the tables on stderr")
     return parser

@@ -135,8 +135,14 @@ def machine() -> dict[str, str | int]:
         "load_before": f"{os.getloadavg()[0]:.2f}",
         "python": platform.python_version(),
         "hwlicense": __version__,
-        **{name: metadata.version(name) for name in ("cryptography", "tpm2-pytss", "msgspec", "click", "blake3")},
-        **{name: _packaged(name) for name in ("swtpm", "libtss2-esys-3.0.2-0", "tpm2-tools", "clevis", "age")},
+        **{
+            name: metadata.version(name)
+            for name in ("cryptography", "tpm2-pytss", "python-pkcs11", "pyusb", "msgspec", "click", "blake3")
+        },
+        **{
+            name: _packaged(name)
+            for name in ("swtpm", "libtss2-esys-3.0.2-0", "tpm2-tools", "clevis", "age", "softhsm2", "opensc")
+        },
     }
 
 

@@ -77,7 +77,7 @@ def device() -> None:
     "dongles",
     multiple=True,
     metavar="SELECTOR",
-    help="A USB dongle: any, VENDOR:PRODUCT or VENDOR:PRODUCT:SERIAL (in hex), with ,slot=1 or ,slot=2 (the default).",
+    help="A USB dongle: any, VENDOR:PRODUCT (in hex) or VENDOR:PRODUCT:SERIAL, with ,slot=1 or ,slot=2 (the default).",
 )
 @pcrs_option
 @click.option(

@@ -38,7 +38,7 @@ usb_option = click.option(
     default="any",
     show_default=True,
     metavar="SELECTOR",
-    help="Which dongle: any, VENDOR:PRODUCT or VENDOR:PRODUCT:SERIAL (in hex), with ,slot=1 or ,slot=2 (the default).",
+    help="Which dongle: any, VENDOR:PRODUCT (in hex) or VENDOR:PRODUCT:SERIAL, with ,slot=1 or ,slot=2 (the default).",
 )
 request_option = click.option(
     "-o", "--output", "target", type=FILE, metavar="OUT.hwreq", help="Write a request for it, to issue a license with."

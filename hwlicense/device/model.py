@@ -37,7 +37,7 @@ class Session(NamedTuple):
 
 
 class Standing(NamedTuple):
-    """What may start now: nothing, for the reason of `refusal`, or anything where that is None.
+    """What may start now: nothing, for the reason of `refusal`, or anything where that is None. True where it may.
 
     `present`: whether the hardware proved within its interval that it is here; not so while the grace bridges its
     absence, of which `grace_left` seconds are left. Without a presence term, opening was the proof.
@@ -46,6 +46,9 @@ class Standing(NamedTuple):
     refusal: HwlicenseError | None
     present: bool
     grace_left: float
+
+    def __bool__(self) -> bool:
+        return self.may_start
 
     @property
     def may_start(self) -> bool:

@@ -215,8 +215,8 @@ def _token(evidence: TokenEvidence, trusted: Trusted, now: datetime.datetime) ->
         raise RefusedError(
             Reason.TOKEN_UNTRUSTED,
             f"The key of the token in the request is not trusted: {error}.",
-            "Give the token maker's attestation CA with --token-root; or prepare tokens yourself (`vendor token enroll`); "
-            "or give the fingerprint of a key that you saw being made on the token, with --token.",
+            "Give the token maker's attestation CA with --token-root; or prepare tokens yourself (`vendor token "
+            "enroll`); or give the fingerprint of a key that you saw being made on the token, with --token.",
         ) from None
     return TokenPart(evidence, Endorsement("certificate", root.subject.rfc4514_string()[:500], "unknown"))
 

@@ -154,8 +154,8 @@ class Connection:
             case errno.EACCES | errno.EPERM:
                 what = f"No permission to use the dongle {self._name}."
                 hint = (
-                    "Install udev/69-hwlicense.rules (docs/dongles.md) and plug the dongle in again; a service's user "
-                    'must be in the group "plugdev".'
+                    "Install udev/69-hwlicense.rules (docs/udev.md) and plug the dongle in again; a service's user "
+                    'must be in the group "hwlicense".'
                 )
                 return HardwareError(Reason.DONGLE_NO_PERMISSION, what, hint)
             case errno.EBUSY:
