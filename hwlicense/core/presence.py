@@ -22,7 +22,7 @@ class Standing:
         self.interval = interval
         self.proven_at = now
         self._bridged_until = now
-        self._problem: HwlicenseError | None = None
+        self._problem: tuple[float, HwlicenseError] | None = None
 
     @property
     def period(self) -> float:
@@ -34,9 +34,9 @@ class Standing:
         self.proven_at = max(self.proven_at, asked_at)
         self._problem = None
 
-    def failed(self, problem: HwlicenseError) -> None:
+    def failed(self, problem: HwlicenseError, now: float) -> None:
         """The hardware gave no proof."""
-        self._problem = problem
+        self._problem = (self._problem[0] if self._problem else now), problem
 
     def bridged(self, until: float) -> None:
         """Absence is paid for from the grace, until then."""
@@ -52,12 +52,22 @@ class Standing:
             return self.proven_at + self.interval
         return max(now, self._bridged_until)
 
+    def away_for(self, now: float) -> float:
+        """Seconds since the last proof ended to hold; 0 while it holds."""
+        if self.here(now):
+            return 0.0
+        return now - min(self.proven_at + self.interval, self._problem[0] if self._problem else now)
+
     def refusal(self, now: float) -> HwlicenseError | None:
         """Why nothing may start; None if it may."""
         if self.here(now) or now < self._bridged_until:
             return None
-        return self._problem or AbsentError(
-            Reason.PRESENCE_UNPROVEN,
-            f"The license's hardware has not proved within {self.interval:g} s that it is here.",
-            "Check that it is plugged in and that nothing else keeps it busy.",
+        return (
+            self._problem[1]
+            if self._problem
+            else AbsentError(
+                Reason.PRESENCE_UNPROVEN,
+                f"The license's hardware has not proved within {self.interval:g} s that it is here.",
+                "Check that it is plugged in and that nothing else keeps it busy.",
+            )
         )

@@ -58,7 +58,7 @@ def spki(key: ec.EllipticCurvePublicKey | rsa.RSAPublicKey) -> bytes:
 
 
 def wrap(der: bytes, mechanism: Mechanism, purpose: bytes = b"token member") -> Wrapped:
-    """A fresh secret for the token with this key. Raises DamagedError where mechanism and key differ."""
+    """A fresh secret for the token with this key. Raises DamagedError where mechanism and key differ, or it is none."""
     key = public_key(der)
     if isinstance(key, ec.EllipticCurvePublicKey) != (mechanism == "ecdh"):
         what = f"The token's key does not go with the mechanism {mechanism}."
@@ -71,7 +71,13 @@ def wrap(der: bytes, mechanism: Mechanism, purpose: bytes = b"token member") -> 
         shared = Secret.random()
         algorithm = _HASHES[mechanism]
         oaep = padding.OAEP(padding.MGF1(algorithm), algorithm, None)  # SoftHSM and others take no label
-        encapsulated = key.encrypt(bytes(shared.buffer), oaep)
+        try:
+            encapsulated = key.encrypt(bytes(shared.buffer), oaep)
+        except ValueError:  # an even modulus, an exponent beyond all bounds: only a forger's numbers are like that
+            what = "The token's RSA key has numbers that no RSA key has."
+            raise DamagedError(
+                Reason.EVIDENCE_INVALID, what, "Make a P-256 key on the token, and enroll with it."
+            ) from None
     with shared:
         secret, check = _derived(shared, der, encapsulated, purpose)
     return Wrapped(encapsulated, check, secret)

@@ -34,6 +34,10 @@ _RETURN: Final = 2.0
 _CREDITED: Final = 60.0
 """Seconds of presence that are credited at a time, for few writings."""
 
+_PAYING: Final = 1.0
+"""Seconds within which the grace is written down, or not granted."""
+
+_FIRST: Final = 5.0
 _GOODBYE: Final = 2.0
 """Seconds that closing waits for a proof under way, so that a token is logged out when it returns."""
 
@@ -100,11 +104,11 @@ class Presence:
     def refusal(self, *, wait: bool = False) -> HwlicenseError | None:
         """Why nothing may start now; None if it may. Touches no hardware.
 
-        With `wait`, a process that was just forked waits for its first proof, for one interval at the most.
+        With `wait`, a process that was just forked waits for its first proof: an interval, or 5 s, at the most.
         """
         self.ensure()
         refusal = self._refusal()
-        if refusal and wait and not self._first.is_set() and self._first.wait(self._terms.interval):
+        if refusal and wait and not self._first.is_set() and self._first.wait(max(_FIRST, self._terms.interval)):
             return self._refusal()
         return refusal
 
@@ -127,7 +131,12 @@ class Presence:
 
     def _refusal(self) -> HwlicenseError | None:
         with self._changed:
-            return self._blocked or self._standing.refusal(time.monotonic())
+            now = time.monotonic()
+            refusal = self._blocked or self._standing.refusal(now)
+            paying = self.grace_left and not self._lost and not self._blocked
+            if paying and self._standing.away_for(now) < _PAYING:
+                return None  # the grace that covers this moment is just being written down
+            return refusal
 
     # ---- asking for proofs
 
@@ -169,7 +178,7 @@ class Presence:
         except HwlicenseError as error:
             with self._changed:
                 self._blocked = error if error.reason in _BLOCKING else None
-                self._standing.failed(error)
+                self._standing.failed(error, time.monotonic())
             return
         with self._changed:
             if self._lost and keys is None:
@@ -225,7 +234,7 @@ class Presence:
                 self.grace_left = self._account.grace_left
         with self._changed:
             self._standing.bridged(until)
-            refused = self._refusal()
+            refused = self._blocked or self._standing.refusal(time.monotonic())
             guarded = self._guarded() if self._guarded else None
             if refused and not self._lost and guarded:
                 self._lost = True

@@ -19,9 +19,17 @@ def run(*command, **options):
 
 def test_the_demo_goes_as_it_is_told():
     told = run(sys.executable, ROOT / "examples" / "label_reader" / "story.py")
-    assert told.count("SN 4711-0815") == 2
+    assert told.count("SN 4711-0815") == 4
     reasons = re.findall(r"reason: (\w+)", told)
-    assert reasons == ["WRONG_DEVICE", "WRONG_DEVICE", "PCR_MISMATCH", "PACKAGE_DAMAGED", "PACKAGE_DAMAGED"]
+    assert reasons == [
+        "WRONG_DEVICE",
+        "WRONG_DEVICE",
+        "PCR_MISMATCH",
+        "PACKAGE_DAMAGED",
+        "PACKAGE_DAMAGED",
+        "DONGLE_ABSENT",
+    ]
+    assert "the line stands still: DONGLE_ABSENT" in told
     assert (ROOT / "build" / "demo" / "part-read.png").stat().st_size > 100_000
 
 

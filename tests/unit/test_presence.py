@@ -38,7 +38,7 @@ def test_a_proof_counts_from_when_it_was_asked_for():
 
 def test_a_failed_proof_refuses_at_once_and_a_good_one_ends_that():
     standing = Standing(10, 100)
-    standing.failed(GONE)
+    standing.failed(GONE, 100)
     assert standing.refusal(100.1) is GONE
     standing.proven(103)
     assert standing.refusal(103) is None
@@ -46,7 +46,7 @@ def test_a_failed_proof_refuses_at_once_and_a_good_one_ends_that():
 
 def test_the_grace_bridges_until_it_ends():
     standing = Standing(10, 100)
-    standing.failed(GONE)
+    standing.failed(GONE, 100)
     standing.bridged(107)
     assert standing.refusal(106.9) is None
     assert not standing.here(106.9)
@@ -66,10 +66,11 @@ def test_nothing_starts_without_a_proof_within_the_interval_or_a_bridge(events):
             standing.proven(now - min(extra, now))
             last = max(last, now - min(extra, now))
         elif kind == "failed":
-            standing.failed(GONE)
+            standing.failed(GONE, now)
         else:
             standing.bridged(now + extra)
             bridge = max(bridge, now + extra)
+        assert standing.away_for(now) == 0 if standing.here(now) else standing.away_for(now) >= 0
         if standing.refusal(now) is None:
             assert now <= last + 10 or now < bridge
         assert standing.holds_until(now) >= now
@@ -324,14 +325,14 @@ def test_answers_that_serve_once_run_out(watched):
 
 
 def test_a_forked_child_watches_for_itself_and_leaves_the_parents_alone(watched):
-    presence, hardware, guarded = watched()
+    presence, hardware, guarded = watched(interval=1.0)
     until(lambda: presence.proofs >= 1)
     child = os.fork()
     if not child:
         status = 1
         try:
             presence.renew()
-            time.sleep(0.6)  # longer than the interval: what the parent proved has lapsed
+            time.sleep(1.2)  # longer than the interval: what the parent proved has lapsed
             assert presence.refusal(wait=True) is None
             hardware.problem = GONE
             until(lambda: presence.refusal() and guarded.lost)
