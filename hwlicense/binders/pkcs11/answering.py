@@ -40,11 +40,11 @@ if TYPE_CHECKING:
     from hwlicense.core.uri import TokenUri
 
 DEADLINES: Final[dict[type[Request], float]] = {
-    List: 20,
-    Look: 20,
-    Compute: 60,  # a finger may be waited for
-    LogIn: 30,
-    Inspect: 30,
+    List: 10,
+    Look: 10,
+    Compute: 30,  # a finger may be waited for
+    LogIn: 15,
+    Inspect: 15,
     Generate: 300,  # RSA-3072 takes minutes on a slow card
 }
 """Seconds, by request."""
@@ -54,21 +54,22 @@ _TOUCH: Final = "The token works, or waits to be touched."
 
 
 class Challenge(NamedTuple):
-    """What only the token with this key can answer. `hint` says where to look for it first."""
+    """What only the token with this key can answer. `hint` says where to look first, `login` whether it takes one."""
 
     hint: TokenUri
     key: bytes
     mechanism: Mechanism
+    login: bool
     encapsulated: bytes
     check: bytes
     purpose: bytes = b"token member"
 
     @classmethod
-    def fresh(cls, hint: TokenUri, key: bytes, mechanism: Mechanism, purpose: bytes) -> Challenge:
+    def fresh(cls, hint: TokenUri, key: bytes, mechanism: Mechanism, *, login: bool, purpose: bytes) -> Challenge:
         """A new one that nobody has seen. Raises DamagedError where mechanism and key differ."""
         wrapped = wrapping.wrap(key, mechanism, purpose)
         wrapped.secret.wipe()  # the check tells as much
-        return cls(hint, key, mechanism, wrapped.encapsulated, wrapped.check, purpose)
+        return cls(hint, key, mechanism, login, wrapped.encapsulated, wrapped.check, purpose)
 
 
 class Pins:
@@ -98,7 +99,11 @@ class Pins:
             if self._source is None:
                 raise self._refusal(token)
             last_try = bool(token.flags & protocol.PIN_FINAL_TRY)
-            self._given[token.place] = self._source(failures.pin_prompt(token), last_try=last_try)
+            given = self._source(failures.pin_prompt(token), last_try=last_try)
+            if len(given) > protocol.SECRET_LIMIT:
+                given.wipe()
+                raise failures.wrong_pin(token)
+            self._given[token.place] = given
         return self._given[token.place]
 
     def forget(self, token: TokenState) -> None:
@@ -110,14 +115,14 @@ class Pins:
 class Modules:
     """The modules of one user, by their paths. Raises HardwareError for what goes wrong in them."""
 
-    def __init__(self, paths: Sequence[str], user: object, touch: TouchRequest | None) -> None:
-        self._paths, self._user = paths, user
+    def __init__(self, paths: Sequence[str], touch: TouchRequest | None) -> None:
+        self._paths = paths
         self._slow = None if touch is None else lambda: touch(_TOUCH)
 
     def close(self) -> None:
         """End the processes that nobody else uses."""
         for path in self._paths:
-            process.give_back(path, self._user)
+            process.give_back(path, self)
 
     def tokens(self) -> Iterator[tuple[str, TokenState]]:
         """All tokens, with the paths of the modules that see them."""
@@ -180,7 +185,7 @@ class Modules:
             answer = self._ask(path, LogIn(DEADLINES[LogIn], token.place, last_try), pin)
             if isinstance(answer, Done):
                 return
-            if not isinstance(answer, Failed) or answer.code != "LAST_TRY_UNSEEN" or answer.token is None:
+            if not isinstance(answer, Failed) or answer.code != protocol.LAST_TRY_UNSEEN or answer.token is None:
                 raise self.unexpected(path, answer)
             token = answer.token  # others used up tries meanwhile; this PIN was not tried
             pins.forget(token)
@@ -190,7 +195,7 @@ class Modules:
         self, path: str, request: Request, secret: Secret | None, *, patient: bool
     ) -> tuple[AnyAnswer, Secret, ModuleProcess]:
         """Ask the module's process. `patient`: a finger may be waited for."""
-        asked = process.borrow(path, self._user)
+        asked = process.borrow(path, self)
         return (*asked.ask(request, secret, self._slow if patient else None), asked)
 
     def _ask(self, path: str, request: Request, secret: Secret | None = None) -> AnyAnswer:
@@ -202,7 +207,7 @@ class Modules:
         """The error for an answer to another question. Its process is not asked any more, if it is no failure."""
         if isinstance(answer, Failed):
             return failures.refused(answer, path)
-        process.borrow(path, self._user).restart()
+        process.borrow(path, self).restart()
         return failures.nonsense(path)
 
     def _first(self, act: Callable[[str], Sequence[str] | None]) -> None:
@@ -227,8 +232,9 @@ class _Asking:
         self._modules, self._path, self._challenge, self._pins = modules, path, challenge, pins
         self._before = time.monotonic() - patience
         self._skip: list[Place] = []
-        self._pin: tuple[Place, Secret] | None = None
+        self._pin: tuple[TokenState, Secret] | None = None
         self._taken: set[tuple[Place, bool]] = set()
+        self._unseen = 0
         self._lie: HardwareError | None = None
 
     def outcome(self) -> Secret | list[str]:
@@ -242,6 +248,13 @@ class _Asking:
                         return secret
                 case PinNeeded():
                     self._give_pin(answer)
+                case Failed(protocol.LAST_TRY_UNSEEN, TokenState() as token) if self._pin is not None:
+                    self._pins.forget(token)
+                    self._taken.discard((self._pin[0].place, True))
+                    self._pin = None  # asked for anew, by the state in which the token is now
+                    self._unseen += 1
+                    if self._unseen > 1:
+                        raise failures.in_use_elsewhere(token)
                 case Absent(labels, logins):
                     if not logins and asked.restart(self._before):
                         continue
@@ -253,10 +266,18 @@ class _Asking:
         raise self._modules.unexpected(self._path, answer)
 
     def _ask(self) -> tuple[AnyAnswer, Secret, ModuleProcess]:
-        place, pin = self._pin or (None, None)
+        token, pin = self._pin or (None, None)
         asked = self._challenge
         request = Compute(
-            DEADLINES[Compute], asked.hint, asked.key, asked.mechanism, asked.encapsulated, self._skip, place
+            DEADLINES[Compute],
+            hint=asked.hint,
+            key=asked.key,
+            mechanism=asked.mechanism,
+            encapsulated=asked.encapsulated,
+            login=asked.login,
+            skip=self._skip,
+            pin_for=None if token is None else token.place,
+            last_try=token is not None and bool(token.flags & protocol.PIN_FINAL_TRY),
         )
         return self._modules.request(self._path, request, pin, patient=True)
 
@@ -279,4 +300,4 @@ class _Asking:
         if not token.logged_in:
             self._modules.log_in(self._path, token, self._pins)
         if needed.each_time:
-            self._pin = token.place, self._pins.of(token)
+            self._pin = token, self._pins.of(token)

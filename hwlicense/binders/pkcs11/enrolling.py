@@ -77,7 +77,7 @@ def working_mechanism(modules: Modules, token: TokenState, key: KeyFound, pins: 
     """
     problem: HwlicenseError | None = None
     for mechanism in _mechanisms(key.key):
-        challenge = Challenge.fresh(token.place.uri, key.key, mechanism, _PURPOSE)
+        challenge = Challenge.fresh(token.place.uri, key.key, mechanism, login=not key.open, purpose=_PURPOSE)
         try:
             modules.answer(challenge, pins).wipe()
         except AbsentError:

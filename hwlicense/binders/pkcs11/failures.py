@@ -74,6 +74,11 @@ _BY_CODE: Final[dict[str, tuple[Reason, str, str]]] = {
         "Someone else is logged in to the token",
         "Close other programs that use it, then try again.",
     ),
+    "USER_NOT_LOGGED_IN": (
+        Reason.TOKEN_FAILED,
+        "The token is not logged in any more, perhaps because it was taken out meanwhile",
+        "Try again.",
+    ),
     "USER_PIN_NOT_INITIALIZED": (
         Reason.TOKEN_FAILED,
         "The token has no user PIN yet",
@@ -99,7 +104,7 @@ def refused(failed: Failed, module: str) -> HwlicenseError:
     """The error for an answer that is one."""
     code, token = failed.code, failed.token
     if code in WRONG_PIN:
-        return _wrong_pin(token)
+        return wrong_pin(token)
     if code == "PIN_LOCKED":
         return locked(token)
     if code in _GONE or code in _GONE_SLOT:
@@ -125,7 +130,8 @@ def locked(token: TokenState | None) -> HardwareError:
     )
 
 
-def _wrong_pin(token: TokenState | None) -> RefusedError:
+def wrong_pin(token: TokenState | None) -> RefusedError:
+    """One try less."""
     what = f"The PIN of {name(token) if token else 'the token'} is wrong."
     flags = token.flags if token else 0
     if flags & protocol.PIN_LOCKED:

@@ -58,7 +58,7 @@ class TokenHardware:
         self._uri = uri or TokenUri()
         paths = list(dict.fromkeys([*modules, self._uri.module] if self._uri.module else modules))
         _check_modules(paths)
-        self._modules = Modules(paths, self, touch)
+        self._modules = Modules(paths, touch)
         self._enrolled: TokenEvidence | None = None
 
     def __enter__(self) -> Self:
@@ -156,7 +156,7 @@ class TokenHardware:
         HardwareError (TOKEN_LOCKED, TOKEN_FORGED, TOKEN_HUNG, TOKEN_CRASHED and others).
         """
         hint = _hint(binding)
-        asked = Challenge(hint, binding.key, binding.mechanism, binding.encapsulated, binding.check)
+        asked = Challenge(hint, binding.key, binding.mechanism, binding.pin, binding.encapsulated, binding.check)
         with Pins(pin, failures.pin_needed) as pins:
             return Unwrapped(self._modules.answer(asked, pins))
 
@@ -165,7 +165,9 @@ class TokenHardware:
 
         Raises AbsentError TOKEN_ABSENT, RefusedError PIN_NEEDED where that login is gone, HardwareError.
         """
-        asked = Challenge.fresh(_hint(binding), binding.key, binding.mechanism, b"token presence")
+        asked = Challenge.fresh(
+            _hint(binding), binding.key, binding.mechanism, login=binding.pin, purpose=b"token presence"
+        )
         with Pins(None, failures.logged_out) as pins:
             self._modules.answer(asked, pins, _RESTING).wipe()
 
@@ -175,7 +177,7 @@ def _check_modules(paths: Sequence[str]) -> None:
         what = "It is not said which PKCS#11 module to use."
         raise UsageError(Reason.USAGE, what, "Name it: pkcs11:token=NAME?module-path=/usr/lib/MODULE.so")
     for path in paths:
-        if not path.startswith("/") or "\0" in path or not Path(path).is_file():  # never searched for by name
+        if not path.startswith("/") or not path.isprintable() or not Path(path).is_file():  # never searched for by name
             what = f"{failures.printable(path)} is not the absolute path of a file."
             raise UsageError(Reason.USAGE, what, "Give the path of the PKCS#11 module, such as /usr/lib/MODULE.so.")
 

@@ -137,30 +137,18 @@ class Module:
 
         A token that is ready goes before one that needs a login, and one that shows the key before one that is shy.
         """
-        waiting, shy = list[PinNeeded](), list[PinNeeded]()
+        waiting, shy = list[Answer](), list[Answer]()
         plugged, problems = self._plugged(request.hint), list[tuple[Place, PKCS11Error]]()
         for one in plugged:
             found = None if one.place in request.skip else self._found(one, request.key, problems)
-            if found is None:
-                continue
-            closed = bool(one.token.flags & protocol.LOGIN_REQUIRED) and not self._logged_in(one.place)
-            if found.public is None:
-                if found.shy and closed and _named(request.hint, one.place):
-                    shy.append(PinNeeded(self._state(one), each_time=False))
-            elif found.private is None:  # without a login all private keys are hidden; with one, it is not there
-                waiting += [PinNeeded(self._state(one), each_time=False)] * closed
-            elif not objects.is_ec(request.key) and objects.each_time(found.private) and request.pin_for != one.place:
-                waiting.append(PinNeeded(self._state(one), each_time=True))
-            else:
-                try:
-                    return Computed(one.place), self._operate(one.place, found.private, request, pin)
-                except _PIN_REFUSED as error:
-                    return self.refused(error, one.place), bytearray()
-                except pkcs11.UserNotLoggedIn:
-                    if objects.is_ec(request.key) and objects.each_time(found.private) and not closed:
-                        return Failed("PIN_AT_EACH_USE"), bytearray()
-                    self._forget(one.place)  # a login that was here is gone, whoever ended it
-                    waiting.append(PinNeeded(self._state(one), each_time=False))
+            if found is not None and found.public is not None:
+                answer, secret = self._computed(one, found.private, request, pin)
+                if isinstance(answer, PinNeeded):
+                    waiting.append(answer)
+                elif answer is not None:
+                    return answer, secret
+            elif found is not None and found.shy and self._closed(one) and _named(request.hint, one.place):
+                shy.append(PinNeeded(self._state(one), each_time=False))
         return next(iter(waiting + shy), None) or self._absent(plugged, problems), bytearray()
 
     def log_in(self, request: LogIn, pin: bytearray) -> Answer:
@@ -171,7 +159,7 @@ class Module:
         if one.token.flags & protocol.PIN_LOCKED:
             return Failed("PIN_LOCKED", self._state(one))
         if one.token.flags & protocol.PIN_FINAL_TRY and not request.last_try:
-            return Failed("LAST_TRY_UNSEEN", self._state(one))
+            return Failed(protocol.LAST_TRY_UNSEEN, self._state(one))
         try:
             session = one.token.open(user_pin=Pin(pin))
         except pkcs11.UserAlreadyLoggedIn:
@@ -196,6 +184,9 @@ class Module:
         session = one.token.open(rw=True)
         try:
             return Generated(objects.generate(session, request.kind, request.identifier, request.label))
+        except pkcs11.UserNotLoggedIn:
+            self._forget(one.place)
+            raise
         finally:
             session.close()
 
@@ -280,6 +271,9 @@ class Module:
             with suppress(PKCS11Error):
                 opened.session.close()
 
+    def _closed(self, one: Plugged) -> bool:
+        return bool(one.token.flags & protocol.LOGIN_REQUIRED) and not self._logged_in(one.place)
+
     # keys
 
     def _found(self, one: Plugged, key: bytes, problems: list[tuple[Place, PKCS11Error]]) -> Found | None:
@@ -296,6 +290,36 @@ class Module:
         except PKCS11Error as error:  # other tokens are looked at all the same
             problems.append((one.place, error))
             return None
+
+    def _computed(
+        self, one: Plugged, private: Object | None, request: Compute, pin: bytearray
+    ) -> tuple[Answer | None, bytearray]:
+        """The answer of a token that shows the public key; none where it has nothing but that."""
+        closed = self._closed(one)
+        if private is None or (closed and request.login):
+            # Without a login private keys are hidden; with one, it is not there.
+            return PinNeeded(self._state(one), each_time=False) if closed else None, bytearray()
+        each_time = objects.each_time(private)
+        if refusal := self._unasked(one, request, each_time=each_time):
+            return refusal, bytearray()
+        try:
+            return Computed(one.place), self._operate(one.place, private, request, pin)
+        except _PIN_REFUSED as error:
+            self._forget(one.place)  # the operation that waits for a PIN ends with its session
+            return self.refused(error, one.place), bytearray()
+        except pkcs11.UserNotLoggedIn:
+            if each_time and not closed and request.mechanism == "ecdh":
+                return Failed("PIN_AT_EACH_USE"), bytearray()
+            self._forget(one.place)  # a login that was here is gone, whoever ended it
+            return PinNeeded(self._state(one), each_time=False), bytearray()
+
+    def _unasked(self, one: Plugged, request: Compute, *, each_time: bool) -> Answer | None:
+        """Why a key that takes its PIN at each use is not tried: none was given, or it was for another state."""
+        if request.pin_for != one.place:
+            return PinNeeded(self._state(one), each_time=True) if each_time and request.mechanism != "ecdh" else None
+        if one.token.flags & protocol.PIN_FINAL_TRY and not request.last_try:
+            return Failed(protocol.LAST_TRY_UNSEEN, self._state(one))
+        return None
 
     def _operate(self, place: Place, private: Any, request: Compute, pin: bytearray) -> bytearray:  # noqa: ANN401  # python-pkcs11 makes a class for each key
         """Never unwrap_key, which some modules lack, nor PKCS#1 v1.5, which tells too much by its errors."""
@@ -315,6 +339,9 @@ class Module:
         except STALE as error:
             if self._gone(place):
                 raise TokenGone from error
+            raise
+        except pkcs11.OperationActive:
+            self._forget(place)  # what an operation that failed left behind
             raise
 
 

@@ -42,9 +42,17 @@ class Public(NamedTuple):
 
 def publics(session: Session) -> Iterator[Public]:
     """Public keys, then those of certificates."""
+    yield from _plain(session)
+    yield from _in_certificates(session)
+
+
+def _plain(session: Session) -> Iterator[Public]:
     for thing in _search(session, {Attribute.CLASS: ObjectClass.PUBLIC_KEY}):
         if key := spki(thing):
             yield Public(key, _bytes(thing, Attribute.ID), _label(thing))
+
+
+def _in_certificates(session: Session) -> Iterator[Public]:
     for thing in _search(session, {Attribute.CLASS: ObjectClass.CERTIFICATE}):
         if key := _certified(_bytes(thing, Attribute.VALUE)):
             yield Public(key, _bytes(thing, Attribute.ID), _label(thing))
@@ -80,9 +88,12 @@ def each_time(thing: Object) -> bool:
 
 
 def keys(session: Session, *, login_required: bool) -> list[KeyFound]:
-    """All key pairs of a kind that may serve, each once."""
+    """All key pairs of a kind that may serve, each once.
+
+    Certificates count where there are no public keys: most are those of CAs.
+    """
     found: dict[bytes, KeyFound] = {}
-    for public in publics(session):
+    for public in list(_plain(session)) or _in_certificates(session):
         if public.key in found or len(found) == protocol.KEY_LIMIT:
             continue
         half = private(session, public)

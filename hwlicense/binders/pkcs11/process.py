@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import fcntl
+import math
 import os
 import re
 import select
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from hwlicense.binders.pkcs11.protocol import AnyAnswer, Request
 
-STARTING: Final = 30.0
+STARTING: Final = 20.0
 """Seconds for the interpreter and the module to load: some modules look at all readers first."""
 
 ENDING: Final = 2.0
@@ -72,7 +73,9 @@ def give_back(path: str, user: object) -> None:
         if process is None or user not in process.users:
             return
         process.users.discard(user)
-    process.end_unused()
+        used = bool(process.users)
+    if not used:
+        process.end_unused()  # which may take its time: others borrow meanwhile, and are looked for again
 
 
 class ModuleProcess:
@@ -107,10 +110,10 @@ class ModuleProcess:
                 self._end(ENDING)
             return answer, content
 
-    def restart(self, age: float = 0) -> bool:
-        """End the process if it was started more than `age` seconds ago. The next request starts another."""
+    def restart(self, before: float = math.inf) -> bool:
+        """End the process if it was started `before` (time.monotonic). The next request starts another."""
         with self._alone():
-            old = self._running is not None and time.monotonic() - self._started > age
+            old = self._running is not None and self._started < before
             if old:
                 self._end(ENDING)
             return old
@@ -120,6 +123,15 @@ class ModuleProcess:
         with self._alone():
             if not self.users:
                 self._end(ENDING)
+
+    def end_now(self) -> None:
+        """At the application's end. A process that a daemon thread still waits for ends with the connection."""
+        if self._lock.acquire(timeout=ENDING):
+            try:
+                if not self._busy:
+                    self._end(ENDING)
+            finally:
+                self._lock.release()
 
     def forget(self) -> None:
         """In a forked child: the connection and the process are the parent's, the lock may be held by no one here."""
@@ -173,7 +185,11 @@ class ModuleProcess:
         except (EOFError, OSError):
             with suppress(subprocess.TimeoutExpired):
                 process.wait(ENDING)  # the connection ends a moment before the process does
-            raise failures.crashed(self.path, process.returncode) from None
+            status = process.returncode
+            if isinstance(request, Load) and status is not None and status > 0:
+                why = f"{sys.executable} ended with status {status}"
+                raise failures.not_started(self.path, why) from None
+            raise failures.crashed(self.path, status) from None
         except ValueError:
             raise failures.nonsense(self.path) from None
         finally:
@@ -285,8 +301,7 @@ def _forget_all() -> None:
 
 def _end_all() -> None:
     for process in tuple(_processes.values()):
-        process.users.clear()
-        process.end_unused()
+        process.end_now()
 
 
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_forget_all)

@@ -41,6 +41,9 @@ PIN_LOCKED: Final = 0x40000
 ANSWER_INVALID: Final = "ANSWER_INVALID"
 """A code that is no CKR_: what the module gave makes no sense."""
 
+LAST_TRY_UNSEEN: Final = "LAST_TRY_UNSEEN"
+"""Another one: the PIN was not tried. It would be the last try by now, which whoever gave it could not know."""
+
 _SIZES: Final = struct.Struct(">II")
 
 Text = Annotated[str, msgspec.Meta(max_length=LABEL_LIMIT)]
@@ -126,15 +129,19 @@ class Look(Request, frozen=True):
 class Compute(Request, frozen=True):
     """What the private half of `key` makes of `encapsulated`, on any token but those to `skip`.
 
+    `login`: not to be tried before a login, though the key may show itself: what modules answer then has many names.
     The secret part, where it is not empty, is the PIN for a key that takes it at each use, on the token `pin_for`.
+    `last_try`: whoever gave it knows that it is the last try.
     """
 
     hint: TokenUri
     key: Blob
     mechanism: Mechanism
     encapsulated: Blob
+    login: bool
     skip: list[Place]
     pin_for: Place | None
+    last_try: bool = False
 
 
 class LogIn(Request, frozen=True):
