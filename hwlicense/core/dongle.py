@@ -20,6 +20,11 @@ ANSWER_SIZE: Final = 20
 SECRET_SIZE: Final = 20
 CHECK_SIZE: Final = 16
 Mode = Literal["less-than-64", "fixed-64"]
+ONLYKEY: Final = "1d50:60fc"
+_YUBICO: Final = ("0010", "0110", "0111", "0114", "0116", "0401", "0403", "0405", "0407", "0410")
+PRODUCTS: Final = (*(f"1050:{product}" for product in _YUBICO), ONLYKEY)
+"""Vendor and product ids: YubiKeys with their OTP interface switched on, and OnlyKey. No other device is opened."""
+
 _FILL: Final = 0x20
 _IDENTITY_SEED: Final = hashlib.sha256(b"hwlicense 1 dongle identity").digest()
 IDENTITY: Final = 0

@@ -3,56 +3,101 @@
 from __future__ import annotations
 
 import grp
-import importlib.util
 import os
-import pwd
 import resource
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
+from hwlicense.core import dongle
+from hwlicense.core.documents import License, TokenBinding, TpmBinding, UsbBinding
 from hwlicense.core.errors import HwlicenseError
 from hwlicense.core.tpm.pcrs import Selection
-from hwlicense.device import memory, selecting
+from hwlicense.device import grace, memory, plugged, selecting
+from hwlicense.device.bound import kind_of
 from hwlicense.device.opening import utc_today
+from hwlicense.device.plugged import Finding, user_name, whole
 from hwlicense.device.reporting import status
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from hwlicense.core.documents import Approval, License
-    from hwlicense.device.home import Home
+    from hwlicense.core.documents import Binding
+    from hwlicense.device.bound import Connect
+    from hwlicense.device.home import Home, Installed
+
+    _Answer = Literal["here", "untouched"] | HwlicenseError
+
+__all__ = ["Finding", "examine", "probe"]
 
 DEVICE: Final = Path("/dev/tpmrm0")
 FIRST_YEAR: Final = 2026
 
 
-class Finding(NamedTuple):
-    """One thing looked at. `mend` is a command or what a person does, empty where nothing is to be done."""
+_LIBRARIES: Final = {
+    "tpm": ("tpm2_pytss", "tpm2-pytss"),
+    "pkcs11": ("pkcs11", "python-pkcs11"),
+    "usb": ("usb", "pyusb"),
+}
+"""By kind of hardware, which is the extra's name, too: what is imported, and what it is called."""
 
-    state: Literal["ok", "note", "missing"]
-    subject: str
-    text: str
-    mend: str = ""
 
-
-def examine(home: Home, tcti: str | None) -> list[Finding]:
-    """Everything that opening a model depends on, for the TPM `tcti` or the usual one. Changes nothing."""
-    sections = (
-        ("library", _library()),
-        ("TPM", _tpm(home, tcti)),
-        ("home", _home(home)),
-        ("license", _licenses(home, tcti)),
-        ("system", _system()),
+def examine(home: Home, tcti: str | None, tokens: Sequence[str] = ()) -> list[Finding]:
+    """Everything that opening a model depends on, for this TPM and these tokens, or the usual ones. Changes nothing."""
+    needs = _needs(home, tcti, tokens)
+    sections: tuple[tuple[str, Iterator[Finding], bool], ...] = (
+        ("library", _libraries(needs), True),
+        ("TPM", _tpm(home, tcti), "tpm" in needs.all),
+        ("dongle", plugged.dongles(wanted="usb" in needs.licensed), needs.now("usb")),
+        ("token", _tokens(home, tokens), bool(tokens) or needs.now("pkcs11")),
+        ("home", _home(home), True),
+        ("license", _licenses(home, tcti, tokens), True),
+        ("system", _system(), True),
     )
-    return [finding for subject, section in sections for finding in _whole(subject, section)]
+    return [
+        finding if needed or finding.state != "missing" else finding._replace(state="note")
+        for subject, section, needed in sections
+        for finding in whole(subject, section)
+    ]
 
 
-def _whole(subject: str, section: Iterator[Finding]) -> Iterator[Finding]:
-    """A section, to its end or to what broke it off: that is a finding, too."""
-    try:
-        yield from section
-    except HwlicenseError as error:
-        yield Finding("missing", subject, error.what, error.hint)
+class _Needs(NamedTuple):
+    """Kinds of hardware: those without which a license here cannot open, and those that were enrolled or named."""
+
+    licensed: frozenset[str]
+    named: frozenset[str]
+    any_license: bool
+
+    @property
+    def all(self) -> frozenset[str]:
+        return self.licensed | self.named
+
+    def now(self, kind: str) -> bool:
+        """Whether it must be plugged in: where licenses are installed, they alone decide."""
+        return kind in (self.licensed if self.any_license else self.all)
+
+
+def _needs(home: Home, tcti: str | None, tokens: Sequence[str]) -> _Needs:
+    enrolled, licenses = None, list[License]()
+    with suppress(HwlicenseError):  # other findings are about what is damaged
+        enrolled = home.enrolled()
+    with suppress(HwlicenseError):
+        licenses = [installed.license for installed in home.licenses(home.trusted())[0]]
+    licensed = {kind for kind in _LIBRARIES for each in licenses if _indispensable(each, kind)}
+    named = set[str]()
+    if tokens or os.environ.get(selecting.TOKEN_VARIABLE) or (enrolled and enrolled.tokens):
+        named.add("pkcs11")
+    if os.environ.get(selecting.DONGLE_VARIABLE) or (enrolled and enrolled.dongles):
+        named.add("usb")
+    if tcti or os.environ.get(selecting.TPM_VARIABLE) or (enrolled and (enrolled.tpm or enrolled.pcrs)):
+        named.add("tpm")
+    if not licensed and not named:  # what is enrolled by default
+        named.add("tpm")
+    return _Needs(frozenset(licensed), frozenset(named), bool(licenses))
+
+
+def _indispensable(licensed: License, kind: str) -> bool:
+    return sum(kind_of(binding) != kind for binding in licensed.bindings) < licensed.need
 
 
 def probe(tcti: str | None, selection: Selection) -> dict[str, Any]:
@@ -69,11 +114,15 @@ def probe(tcti: str | None, selection: Selection) -> dict[str, Any]:
     return {**facts._asdict(), "pcrs": banks}
 
 
-def _library() -> Iterator[Finding]:
-    if importlib.util.find_spec("tpm2_pytss"):
-        yield Finding("ok", "library", "tpm2-pytss is installed")
-    else:
-        yield Finding("missing", "library", "tpm2-pytss is not installed", 'pip install "hwlicense[tpm]"')
+def _libraries(needs: _Needs) -> Iterator[Finding]:
+    for kind, (module, name) in _LIBRARIES.items():
+        if plugged.installed(module):
+            yield Finding("ok", "library", f"{name} is installed")
+        elif kind in needs.all:
+            yield Finding("missing", "library", f"{name} is not installed", f'pip install "hwlicense[{kind}]"')
+        else:
+            text = f"{name} is not installed, and nothing here needs it"
+            yield Finding("note", "library", text, f'If that changes: pip install "hwlicense[{kind}]"')
 
 
 def _tpm(home: Home, tcti: str | None) -> Iterator[Finding]:
@@ -114,15 +163,8 @@ def _node(node: Path) -> Iterator[Finding]:
         yield Finding("ok", "device node", f"{node} can be read and written")
         return
     group = _group(node.stat().st_gid)
-    mend = f"sudo usermod --append --groups {group} {_user()}, then log in again (or restart the service)."
+    mend = f"sudo usermod --append --groups {group} {user_name()}, then log in again (or restart the service)."
     yield Finding("missing", "device node", f"no permission for {node}, which belongs to the group {group}", mend)
-
-
-def _user() -> str:
-    try:
-        return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:  # nor its users
-        return str(os.geteuid())
 
 
 def _group(number: int) -> str:
@@ -170,28 +212,97 @@ def _home(home: Home) -> Iterator[Finding]:
         yield Finding("missing", "license", "none is installed", f"hwlicense device install --home {home.path} LICENSE")
 
 
-def _licenses(home: Home, tcti: str | None) -> Iterator[Finding]:
-    """Whether the licenses in force are for this TPM, and for its present state."""
+def _tokens(home: Home, tokens: Sequence[str]) -> Iterator[Finding]:
+    yield from plugged.tokens(selecting.token_uris(tokens, home))
+
+
+def _licenses(home: Home, tcti: str | None, tokens: Sequence[str]) -> Iterator[Finding]:
+    """Whether the licenses in force are for hardware that is here, and for the platform's present state."""
+    connect = selecting.hardware(home, tcti, tokens)
     for installed in home.licenses(home.trusted())[0]:
-        licensed, vendor = installed
-        subject = f"license {licensed.grant.license[:8]}"
-        yield from _whole(subject, _license(home, tcti, subject, licensed, home.approvals(licensed, vendor)))
+        subject = f"license {installed.license.grant.license[:8]}"
+        yield from whole(subject, _license(home, connect, tcti, subject, installed))
 
 
-def _license(
-    home: Home, tcti: str | None, subject: str, licensed: License, approvals: Sequence[Approval]
-) -> Iterator[Finding]:
-    with selecting.tpm(tcti, home)() as hardware:
-        for binding in licensed.bindings:
-            hardware.present(binding, home.held(licensed, binding))
-    yield Finding("ok", subject, "its hardware is here")
-    if licensed.grant.pcrs:
+def _license(home: Home, connect: Connect, tcti: str | None, subject: str, installed: Installed) -> Iterator[Finding]:
+    licensed, vendor = installed
+    approvals = home.approvals(licensed, vendor)
+    answers = [_answer(home, connect, licensed, binding) for binding in licensed.bindings]
+    yield from _judged(subject, licensed, answers)
+    yield from _presence(home, subject, licensed)
+    tpms = [isinstance(b, TpmBinding) and a == "here" for b, a in zip(licensed.bindings, answers, strict=True)]
+    if licensed.grant.pcrs and any(tpms):
         present = probe(selecting.tpm_address(tcti, home), Selection.parse(*licensed.grant.pcrs))["pcrs"]
         if not any(all(present[pcr.bank][pcr.index] == pcr.value for pcr in a.pcrs) for a in approvals):
             mend = "Boot the approved system, or install the vendor's approval of this one: hwlicense device install."
             yield Finding("missing", subject, "the platform's present state is not approved", mend)
         else:
             yield Finding("ok", subject, "the platform's present state is approved")
+
+
+def _answer(home: Home, connect: Connect, licensed: License, binding: Binding) -> _Answer:
+    """What the hardware of one binding says: without a PIN, and without waiting for a finger."""
+    if isinstance(binding, UsbBinding) and binding.touch:
+        return "untouched"
+    try:
+        with connect(kind_of(binding)) as hardware:
+            if isinstance(binding, TpmBinding):
+                hardware.present(binding, home.held(licensed, binding))
+            else:
+                hardware.install(binding, [])
+    except HwlicenseError as error:
+        return error
+    return "here"
+
+
+def _judged(subject: str, licensed: License, answers: Sequence[_Answer]) -> Iterator[Finding]:
+    need, count = licensed.need, len(licensed.bindings)
+    here, untouched = answers.count("here"), answers.count("untouched")
+    for binding, answer in zip(licensed.bindings, answers, strict=True):
+        if isinstance(answer, HwlicenseError):
+            yield Finding("note" if here + untouched >= need else "missing", subject, answer.what, answer.hint)
+        elif answer == "untouched":
+            text = f"{_name(binding)} answers only when touched, so it was not asked"
+            yield Finding("note", subject, text, "hwlicense device check --open PACKAGE asks it.")
+        elif count > 1:
+            yield Finding("ok", subject, f"{_name(binding)} is here")
+    if here >= need:
+        some = "" if need == count else f": {here} of {count} pieces, and it takes {need}"
+        yield Finding("ok", subject, f"its hardware is here{some}")
+    elif here + untouched < need < count:
+        text = f"{here} of {count} pieces of its hardware are here, and it takes {need}"
+        yield Finding("missing", subject, text, "Plug in more of it; the findings above say what is wrong with each.")
+
+
+def _name(binding: Binding) -> str:
+    if isinstance(binding, TpmBinding):
+        return "its TPM"
+    if isinstance(binding, TokenBinding):
+        return f"its token {binding.uri}"
+    serial = f", serial number {binding.serial}" if binding.serial else ""
+    return f"its dongle {binding.product}{serial}"
+
+
+def _presence(home: Home, subject: str, licensed: License) -> Iterator[Finding]:
+    """The terms of presence, and what is used up of them, by the account's own word."""
+    terms = licensed.grant.presence
+    if terms is None:
+        return
+    account = grace.entries(home.state / "licenses" / licensed.grant.license)
+    used = min(terms.grace, account.used / 1000 if account else 0)
+    text = f"its hardware is to prove every {terms.interval:,} s that it is here"
+    if not terms.grace:
+        yield Finding("ok", subject, f"{text}; there is no grace")
+    elif used < terms.grace:
+        yield Finding("ok", subject, f"{text}; {used:,.0f} of {terms.grace:,} s of grace are used")
+    else:
+        back = f"{terms.regain:,} s of that give all of it back" if terms.regain else "nothing gives it back"
+        mend = f"See that the hardware stays plugged in: {back}."
+        yield Finding("note", subject, f"{text}; all {terms.grace:,} s of grace are used", mend)
+    counts = [dongle.answer_count(binding) for binding in licensed.bindings if isinstance(binding, UsbBinding)]
+    if counts and not terms.repeat and account and account.proofs >= min(counts):
+        mend = "Ask the vendor for a new license."
+        yield Finding("missing", subject, "the recorded answers of its dongle are used up", mend)
 
 
 def _system() -> Iterator[Finding]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from hwlicense.binders.usb import frames
 from hwlicense.binders.usb.connection import Connection
-from hwlicense.core.dongle import ANSWER_SIZE
+from hwlicense.core.dongle import ANSWER_SIZE, ONLYKEY
 from hwlicense.core.errors import AbsentError, HardwareError, Reason, UsageError
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from hwlicense.core.hardware import TouchRequest
     from hwlicense.core.secret import Secret
 
-ONLYKEY: Final = "1d50:60fc"
 """Its vendor and product id. It differs from YubiKeys in some ways."""
 
 PATIENCE: Final = 5.0

@@ -7,14 +7,11 @@ import re
 from typing import Final, Literal, NamedTuple
 
 from hwlicense.binders.usb.connection import devices
-from hwlicense.binders.usb.dongle import ONLYKEY, Dongle
+from hwlicense.binders.usb.dongle import Dongle
+from hwlicense.core.dongle import PRODUCTS
 from hwlicense.core.errors import AbsentError, HardwareError, Reason, UsageError
 
 Slot = Literal[1, 2]
-
-_YUBICO: Final = ("0010", "0110", "0111", "0114", "0116", "0401", "0403", "0405", "0407", "0410")
-PRODUCTS: Final = (*(f"1050:{product}" for product in _YUBICO), ONLYKEY)
-"""Vendor and product ids: YubiKeys with their OTP interface switched on, and OnlyKey. No other device is opened."""
 
 _SELECTOR: Final = re.compile(
     r"(?:any|([\da-f]{4}:[\da-f]{4})(?::([\da-z]{1,64}))?)(?:,slot=([12]))?", re.IGNORECASE | re.ASCII
