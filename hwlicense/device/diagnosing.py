@@ -87,7 +87,7 @@ def _needs(home: Home, tcti: str | None, tokens: Sequence[str]) -> _Needs:
     named = set[str]()
     if tokens or os.environ.get(selecting.TOKEN_VARIABLE) or (enrolled and enrolled.tokens):
         named.add("pkcs11")
-    if os.environ.get(selecting.DONGLE_VARIABLE) or (enrolled and enrolled.dongles):
+    if enrolled and enrolled.dongles:
         named.add("usb")
     if tcti or os.environ.get(selecting.TPM_VARIABLE) or (enrolled and (enrolled.tpm or enrolled.pcrs)):
         named.add("tpm")

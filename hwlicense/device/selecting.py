@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 HOME_VARIABLE: Final = "HWLICENSE_HOME"
 TPM_VARIABLE: Final = "HWLICENSE_TPM"
 TOKEN_VARIABLE: Final = "HWLICENSE_TOKEN"  # noqa: S105  # a variable's name
-DONGLE_VARIABLE: Final = "HWLICENSE_USB"
 
 
 def default_home() -> Path:
@@ -79,14 +78,6 @@ def token_uris(given: Sequence[str], place: Home) -> list[TokenUri]:
             hint = "Add the module of the token's maker: ?module-path=/usr/lib/MODULE.so"
             raise UsageError(Reason.USAGE, what, hint)
     return uris
-
-
-def dongle_selector(given: str | None, place: Home) -> str | None:
-    """Which dongle to use, None for any that fits."""
-    if chosen := given or os.environ.get(DONGLE_VARIABLE):
-        return chosen
-    enrolled = place.enrolled()
-    return enrolled.dongles[0] if enrolled and len(enrolled.dongles) == 1 else None
 
 
 def hardware(

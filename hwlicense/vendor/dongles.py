@@ -7,6 +7,7 @@ was recorded is used up: no challenge serves two licenses, so that no answer hea
 from __future__ import annotations
 
 import secrets
+from itertools import chain
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 import msgspec
@@ -59,7 +60,7 @@ def program(
         )
         folder.keep_dongle(record)  # first: a dongle whose access code nobody knows could never be written again
         protected: HardwareError | None = None
-        for current in (None, *_access_codes(folder, keys, evidence)):
+        for current in chain([None], _access_codes(folder, keys, evidence)):  # each is wiped as the next one comes
             try:
                 device.program(slot, secret, touch=touch, mode=mode, access_code=access_code, current=current)
             except HardwareError as error:
@@ -77,10 +78,13 @@ def enroll(
 ) -> Programmed:
     """Record `count` answers of a dongle that someone else programmed. `ask` puts a challenge to it.
 
-    Raises HardwareError, AbsentError.
+    Raises UsageError FILE_EXISTS for one that this vendor programmed, HardwareError, AbsentError.
     """
     with ask(dongle.identity_challenge()) as answer:
         identifier = dongle.identifier(answer)
+    if folder.knows_dongle(identifier) and folder.dongle(identifier).mode:  # its record has the only access code
+        what = f"This vendor programmed the dongle {identifier}, and knows all its answers."
+        raise UsageError(Reason.FILE_EXISTS, what, "Issue licenses for it as it is.")
     seed = secrets.token_bytes(32)
     pool = Secret(bytearray(dongle.ANSWER_SIZE * count))
     with pool:
@@ -101,9 +105,12 @@ def bind(folder: Folder, keys: Keys, evidence: UsbEvidence, answers: int) -> tup
     """A binding to a recorded dongle with so many recorded answers, and its member secret.
 
     Answers of an enrolled dongle are crossed out before they are used. Raises RefusedError DONGLE_UNKNOWN,
-    ANSWERS_EXHAUSTED; DamagedError.
+    ANSWERS_EXHAUSTED; UsageError TERM_INVALID for proofs of a dongle that waits for a touch; DamagedError.
     """
     record = folder.dongle(evidence.dongle)
+    if answers and record.touch:  # whatever the request says of it
+        what = f"The terms ask for proofs of presence, and the dongle {record.dongle} answers only when it is touched."
+        raise UsageError(Reason.TERM_INVALID, what, "Program the dongle without touch, or leave [presence] out.")
     with _opened(record, keys) as content:
         if record.seed is None:
             seed, first = secrets.token_bytes(32), 0
@@ -145,9 +152,11 @@ def bind(folder: Folder, keys: Keys, evidence: UsbEvidence, answers: int) -> tup
 
 def _access_codes(folder: Folder, keys: Keys, evidence: UsbEvidence) -> Iterator[Secret]:
     """Access codes that this vendor set for the slot before: any of them may be in force, if a writing was cut off."""
-    place = evidence.product, evidence.serial, evidence.slot
     for record in folder.dongles():
-        if record.mode and (record.product, record.serial, record.slot) == place and record.dongle != evidence.dongle:
+        same = record.serial == evidence.serial and record.slot == evidence.slot
+        if evidence.serial is None:  # with one, the product may differ: it changes with the dongle's settings
+            same = same and record.product == evidence.product
+        if same and record.mode and record.dongle != evidence.dongle:
             with _opened(record, keys) as content, Secret(content.buffer[dongle.SECRET_SIZE :]) as code:
                 yield code
 

@@ -163,16 +163,25 @@ class Folder:
         """Record a token by the fingerprint of its key."""
         self._keep(f"token-{fingerprint.hex()}.json", record)
 
-    def dongle(self, identifier: str) -> DongleRecord:
-        """The record of a dongle. Raises RefusedError DONGLE_UNKNOWN."""
-        path = self.path / HARDWARE / f"dongle-{identifier}.json"
+    def knows_dongle(self, identifier: str) -> bool:
+        """Whether there is a record of it."""
+        path = self._dongle_path(identifier)
         with storage.reporting(path):
-            known = path.is_file()
-        if not known:
+            return path.is_file()
+
+    def dongle(self, identifier: str) -> DongleRecord:
+        """The record of a dongle. Raises RefusedError DONGLE_UNKNOWN, DamagedError."""
+        if not self.knows_dongle(identifier):
             what = f"This vendor has not programmed or enrolled the dongle {identifier}."
             hint = "Plug it in here and run `hwlicense vendor dongle program` or `hwlicense vendor dongle enroll`."
             raise RefusedError(Reason.DONGLE_UNKNOWN, what, hint)
-        return self._record(path, DongleRecord)
+        path = self._dongle_path(identifier)
+        record = self._record(path, DongleRecord)
+        if record.dongle != identifier:
+            what = f"{path} is the record of another dongle, {record.dongle}."
+            hint = "Restore the folder from its backup; a vendor folder's files belong together."
+            raise DamagedError(Reason.DOCUMENT_MALFORMED, what, hint)
+        return record
 
     def dongles(self) -> list[DongleRecord]:
         """Every dongle that was recorded."""
@@ -180,7 +189,10 @@ class Folder:
 
     def keep_dongle(self, record: DongleRecord) -> None:
         """Record a dongle, in place of what was recorded of it."""
-        self._keep(f"dongle-{record.dongle}.json", record)
+        self._keep(self._dongle_path(record.dongle).name, record)
+
+    def _dongle_path(self, identifier: str) -> Path:
+        return self.path / HARDWARE / f"dongle-{identifier}.json"
 
     def _keep(self, name: str, record: msgspec.Struct) -> None:
         storage.make_folders(self.path / HARDWARE)
