@@ -12,6 +12,7 @@ import fcntl
 import os
 import secrets
 import stat
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final, Self
@@ -35,6 +36,7 @@ HINTS: Final = {
     errno.ENAMETOOLONG: "Choose a shorter name.",
 }
 _STANDARD_ERROR: Final = 2
+_POLL: Final = 0.01
 _NO_UNNAMED_FILES: Final = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL}
 _NO_LINKS: Final = {errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS}
 
@@ -190,19 +192,42 @@ def make_folders(path: Path, mode: int = 0o700) -> None:
 
 
 @contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """Let one process at a time work in the folder `path`; others wait. The kernel lets go when a process dies."""
+def exclusive(path: Path, seconds: float | None = None) -> Iterator[None]:
+    """Let one process at a time work in the folder `path`; others wait. The kernel lets go when a process dies.
+
+    Raises StorageError where it took longer than so many `seconds`.
+    """
     with reporting(path):
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            _lock(fd, path, seconds)
         except OSError as error:
             hint = "Keep it on a local disk: some network file systems do not lock folders."
             raise StorageError(Reason.STORAGE, f"{path} cannot be locked: {error.strerror}.", hint) from error
-        yield
+        try:
+            yield
+        finally:
+            fcntl.flock(fd, fcntl.LOCK_UN)  # also for the copy that a child forked meanwhile may hold
     finally:
         os.close(fd)
+
+
+def _lock(fd: int, path: Path, seconds: float | None) -> None:
+    if seconds is None:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        return
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                what = f"{path} has been locked by another process for {seconds:g} s."
+                raise StorageError(Reason.STORAGE, what, "See which process works there (`lsof`).") from None
+            time.sleep(_POLL)
+        else:
+            return
 
 
 def remove(path: Path) -> None:

@@ -49,7 +49,7 @@ class _Root(click.Group):
 def root() -> None:
     """Bind machine-learning models to the hardware that they were sold for.
 
-    A vendor packs a model and issues a license for one device; the device opens the package only with its own TPM.
+    A vendor packs a model and issues a license for one device; the device opens the package only with its own hardware.
 
     \b
     Exit status: 0 done, 1 refused by the license or the vendor's policy, 2 wrong usage,

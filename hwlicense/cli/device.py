@@ -23,7 +23,7 @@ from hwlicense.device.reading import PackageFile
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from hwlicense.core.errors import AbsentError
+    from hwlicense.core.errors import HwlicenseError
     from hwlicense.core.hardware import AnyHardware
     from hwlicense.device.model import Model
 
@@ -111,6 +111,9 @@ def enroll(
     if new_key and len(tokens) != 1:
         raise UsageError(Reason.USAGE, "--new-key makes a key on one token.", "Give exactly one --token with it.")
     uris = selecting.token_uris(tokens, place) if tokens else []
+    if len(uris) > 1 and pin_file:
+        what = "A file holds the PIN of one token, and several are to be enrolled."
+        raise UsageError(Reason.USAGE, what, "Enroll them one at a time; `vendor issue` takes several requests.")
     with_tpm = bool(tpm or pcrs or not (tokens or dongles))
     # Begun first: a wrong path costs nothing, and changes nothing
     with storage.new_file(target, force=force) as file, ExitStack() as stack:
@@ -126,7 +129,10 @@ def enroll(
         before = place.enrolled()
         kept = tpm if with_tpm else before.tpm if before else None
         place.keep_enrolled(kept, str(selection), [str(uri) for uri in uris], dongles)
-    output.note(f"Wrote the request {target} ({str(selection) or 'no PCRs'}). Send it to the vendor.")
+    kinds = (
+        [f"the TPM ({str(selection) or 'no PCRs'})"] * with_tpm + ["a token"] * len(uris) + ["a dongle"] * len(dongles)
+    )
+    output.note(f"Wrote the request {target} for {', '.join(kinds)}. Send it to the vendor.")
 
 
 @device.command()
@@ -171,9 +177,10 @@ def install(home: Path | None, state: Path | None, tpm: str | None, tokens: tupl
     "--open",
     "fully",
     is_flag=True,
-    help="Open the package and read all of it. Costs nothing with the terms of this release.",
+    help="Open the package and read all of it. Costs nothing but, with presence terms, recorded answers of a dongle.",
 )
 @secrets.pin_options
+@secrets.token_pin_option
 @json_option
 @click.argument("package", type=FILE, metavar="PACKAGE.hwpkg")
 def check(
@@ -183,6 +190,7 @@ def check(
     tokens: tuple[str, ...],
     fully: bool,
     pin_file: Path | None,
+    token_pin_file: Path | None,
     last_try: bool,
     as_json: bool,
     package: Path,
@@ -200,7 +208,7 @@ def check(
         ).license.grant
     if fully:
         connect = selecting.hardware(place, tpm, tokens, output.note)
-        pin = secrets.pin_source(pin_file, last_try=last_try)
+        pin = secrets.pin_source(pin_file, token_pin_file, last_try=last_try)
         model = opening.open_package(package, vendor, place, connect, pin)
         with model, output.progress("Reading", sum(model.size(name) for name in model.names)) as advance:
             _read_all(model, advance)
@@ -318,8 +326,9 @@ def doctor(home: Path | None, state: Path | None, tpm: str | None, tokens: tuple
         raise click.exceptions.Exit(3)
 
 
-def _not_checked(error: AbsentError) -> None:
-    output.note(f"warning: not all of the license's hardware is here, so that part was not checked. {error.what}")
+def _not_checked(error: HwlicenseError) -> None:
+    later = "install the license again when it is here" if error.reason.startswith("TPM") else "it was not checked"
+    output.note(f"warning: not all of the license's hardware is here: {later}. {error.what}")
 
 
 def _read_all(model: Model, advance: Callable[[int], None]) -> None:

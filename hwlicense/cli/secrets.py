@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
+from hwlicense.cli import output
 from hwlicense.core.errors import Reason, RefusedError, UsageError
-from hwlicense.core.hardware import last_try_refused
+from hwlicense.core.hardware import PinPrompt, last_try_refused
 from hwlicense.core.secret import Secret
 from hwlicense.storage import reporting
 
@@ -40,6 +41,13 @@ last_try_option = click.option(
     "--last-try",
     is_flag=True,
     help="With --pin-file: try the PIN even if a wrong one would lock the token.",
+)
+
+
+token_pin_option = click.option(
+    "--token-pin-file",
+    type=click.Path(path_type=Path, readable=False),
+    help="Read the token's PIN from this file, where the license's TPM asks for another.",
 )
 
 
@@ -97,33 +105,43 @@ def unlock(folder: Folder, path: Path | None) -> Keys:
             found.wipe()
 
 
-def pin_source(path: Path | None, *, last_try: bool = False) -> PinSource | None:
-    """Where a PIN comes from; None where there is neither a file nor a terminal.
+def pin_source(path: Path | None, token_path: Path | None = None, *, last_try: bool = False) -> PinSource | None:
+    """Where PINs come from; None where there is neither a file nor a terminal.
 
-    At a terminal the last try takes a second yes there; a file takes `last_try`.
+    A file holds the PIN of one piece of hardware: `token_path` that of the token where `path` is for the TPM. At a
+    terminal the last try takes a second yes there; a file takes `last_try`.
     """
     agreed = last_try
-    if path:
+    if not path and not token_path:
+        return _asked if _at_terminal() else None
 
-        def read(_prompt: str, *, last_try: bool = False) -> Secret:
-            if last_try and not agreed:
-                raise last_try_refused()
-            return from_file(path)
+    def read(prompt: str, /, *, last_try: bool = False) -> Secret:
+        if last_try and not agreed:
+            raise last_try_refused(prompt)
+        chosen = path
+        if isinstance(prompt, PinPrompt):
+            if prompt.alike > 1 or (prompt.pieces > 1 and not (path and token_path)):
+                what = f"{prompt.pieces} pieces of the license's hardware ask for PINs, and a file holds one piece's."
+                hint = "Give the token's with --token-pin-file beside --pin-file for the TPM's; else use a terminal."
+                raise RefusedError(Reason.PIN_NEEDED, what, hint)
+            if prompt.kind == "pkcs11" and token_path:
+                chosen = token_path
+        return from_file(chosen) if chosen else _asked(prompt, last_try=last_try)
 
-        return read
-    if _at_terminal():
-        return _asked
-    return None
+    return read
 
 
 def _at_terminal() -> bool:
     return sys.stdin is not None and sys.stdin.isatty()  # services may start with it closed
 
 
-def _asked(prompt: str, *, last_try: bool = False) -> Secret:
-    if last_try and not click.confirm("One more wrong PIN locks the hardware. Try?", default=False, err=True):
-        raise last_try_refused()
-    found = from_prompt(prompt)
+def _asked(prompt: str, /, *, last_try: bool = False) -> Secret:
+    if last_try:
+        output.note(prompt)
+        question = "One try is left: a wrong PIN locks it. Go on, and be asked for the PIN?"
+        if not click.confirm(question, default=False, err=True):
+            raise last_try_refused(prompt)
+    found = from_prompt("PIN" if last_try else prompt)
     if found is None:
         raise RefusedError(Reason.PIN_NEEDED, "The license asks for a PIN.", "Give --pin-file, or use a terminal.")
     return found

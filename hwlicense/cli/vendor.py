@@ -231,7 +231,7 @@ def issue(
             output.note(f"The device's PCRs are the first approved state of {agreed.product!r}.")
         place.keep_license(issued.license, issued.raw)
     trust = "; ".join(_believed(binding) for binding in issued.license.bindings)
-    output.note(f"Issued license {issued.license.grant.license} for {agreed.licensee!r}; {trust}.")
+    output.note(f"Issued license {issued.license.grant.license} for {agreed.licensee!r} in {target}; {trust}.")
 
 
 @vendor.command()

@@ -21,7 +21,7 @@ from hwlicense.vendor import dongles, evidence
 from hwlicense.vendor.folder import Folder, TokenRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from typing import Any
 
     from hwlicense.binders.usb import Dongle
@@ -43,7 +43,7 @@ usb_option = click.option(
 request_option = click.option(
     "-o", "--output", "target", type=FILE, metavar="OUT.hwreq", help="Write a request for it, to issue a license with."
 )
-force_option = click.option("--force", is_flag=True, help="Replace what is there: a slot in use, the output file.")
+force_option = click.option("--force", is_flag=True, help="Replace the output file if it exists.")
 
 
 @click.group()
@@ -62,6 +62,7 @@ def dongle() -> None:
     show_default=True,
     help="How the dongle reads challenges; other programs may want the one or the other.",
 )
+@click.option("--replace-slot", is_flag=True, help="Write over a slot in use: licenses for what is in it end.")
 @request_option
 @force_option
 @secrets.passphrase_option
@@ -70,6 +71,7 @@ def program(
     selector: str,
     touch: bool,
     mode: Mode,
+    replace_slot: bool,
     target: Path | None,
     force: bool,
     passphrase_file: Path | None,
@@ -81,10 +83,10 @@ def program(
     """
     place = Folder(folder)
     keys = secrets.unlock(place, passphrase_file)
-    with storage.exclusive(place.path), _one(selector) as (device, slot):
-        made = dongles.program(place, keys, device, slot, touch=touch, mode=mode, overwrite=force)
-    _finish(made.evidence, target, force=force)
-    output.note(f"Programmed the dongle {made.record.dongle} (slot {slot}, serial {made.record.serial or 'not told'}).")
+    with _request(target, force=force) as keep, storage.exclusive(place.path), _one(selector) as (device, slot):
+        made = dongles.program(place, keys, device, slot, touch=touch, mode=mode, overwrite=replace_slot)
+        keep(made.evidence)
+    _say(f"Programmed the dongle {made.record.dongle} (slot {slot}, serial {made.record.serial or 'not told'})", target)
 
 
 @dongle.command("enroll")
@@ -103,10 +105,13 @@ def program(
 def enroll_dongle(
     folder: Path, selector: str, answers: int, target: Path | None, force: bool, passphrase_file: Path | None
 ) -> None:
-    """Record answers of a dongle that was programmed elsewhere, so that licenses can be issued for it."""
+    """Record answers of a dongle that was programmed elsewhere, so that licenses can be issued for it.
+
+    For one that was programmed here nothing is recorded: its answers are known. With -o it gets a further request.
+    """
     place = Folder(folder)
     keys = secrets.unlock(place, passphrase_file)
-    with storage.exclusive(place.path), _one(selector) as (device, slot):
+    with _request(target, force=force) as keep, storage.exclusive(place.path), _one(selector) as (device, slot):
         if answers > 1 and device.touch_wanted(slot):
             what = f"Slot {slot} of this dongle wants a touch for each of {answers:,} answers."
             raise UsageError(Reason.USAGE, what, "Give --answers with as many touches as you are ready for.")
@@ -117,8 +122,36 @@ def enroll_dongle(
                 return device.ask(slot, challenge, output.note)
 
             made = dongles.enroll(place, keys, device, slot, answers, ask)
-    _finish(made.evidence, target, force=force)
-    output.note(f"Enrolled the dongle {made.record.dongle} (slot {slot}) with {answers:,} answers.")
+        keep(made.evidence)
+    if made.record.mode:
+        _say(f"The dongle {made.record.dongle} was programmed here: all its answers are known", target)
+    else:
+        _say(f"Enrolled the dongle {made.record.dongle} (slot {slot}) with {answers:,} answers", target)
+
+
+@dongle.command("list")
+@vendor_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_dongles(folder: Path, as_json: bool) -> None:
+    """Show the dongles that were programmed or enrolled here, and how many recorded answers are left."""
+    rows = [
+        {
+            "dongle": record.dongle,
+            "product": record.product,
+            "serial": record.serial,
+            "slot": record.slot,
+            "touch": record.touch,
+            "answers_left": None if record.mode else record.answers - record.used,
+        }
+        for record in Folder(folder).dongles()
+    ]
+    if as_json:
+        output.emit(rows)
+        return
+    for row in rows:
+        left = "programmed here" if row["answers_left"] is None else f"{row['answers_left']:,} answers left"
+        touch = ", touch" if row["touch"] else ""
+        output.say(f"{row['dongle']}  {row['product']}:{row['serial'] or '-'},slot={row['slot']}{touch}  {left}")
 
 
 @click.group()
@@ -150,14 +183,21 @@ def enroll_token(
     if parsed.module is None:
         what = "The URI does not say which module the token needs."
         raise UsageError(Reason.USAGE, what, "Add the module of the token's maker: ?module-path=/usr/lib/MODULE.so")
-    with enrolled_token(parsed, secrets.pin_source(pin_file, last_try=last_try), new_key) as hardware:
-        found = hardware.describe(Selection())
-    assert isinstance(found, TokenEvidence)  # noqa: S101  # what a token gives
-    fingerprint = evidence.fingerprint(found.key)
-    with storage.exclusive(place.path):
-        place.keep_token(fingerprint, TokenRecord(SCHEMA, found.uri, found.key))
-    _finish(found, target, force=force)
-    output.note(f"Recorded the token's key {fingerprint.hex()} ({found.mechanism}).")
+    with _request(target, force=force) as keep:
+        with enrolled_token(parsed, secrets.pin_source(pin_file, last_try=last_try), new_key) as hardware:
+            found = hardware.describe(Selection())
+        assert isinstance(found, TokenEvidence)  # noqa: S101  # what a token gives
+        fingerprint = evidence.fingerprint(found.key)
+        with storage.exclusive(place.path):
+            place.keep_token(fingerprint, TokenRecord(SCHEMA, found.uri, found.key))
+        keep(found)
+    if new_key is None:
+        output.note("warning: this key was on the token before: one that was made outside may be in other places, too.")
+    _say(f"Recorded the token's key {fingerprint.hex()} ({found.mechanism})", target)
+
+
+def _say(what: str, target: Path | None) -> None:
+    output.note(f"{what}{f'; the request is {target}' if target else ''}.")
 
 
 @contextmanager
@@ -170,10 +210,21 @@ def _one(selector: str) -> Iterator[tuple[Dongle, int]]:
         yield device, parsed.slot
 
 
-def _finish(found: Evidence, target: Path | None, *, force: bool) -> None:
+@contextmanager
+def _request(target: Path | None, *, force: bool) -> Iterator[Callable[[Evidence], None]]:
+    """Takes what a request is about, and writes it. The file is begun first: a wrong path costs nothing, and changes
+    nothing.
+    """
     if target is None:
+        yield lambda _found: None
         return
-    today = datetime.datetime.now(datetime.UTC).date()
-    request = Request(SCHEMA, today, "prepared by the vendor", [found])
-    check(request)
-    storage.atomic_write(target, assemble(request, []), 0o644, force=force)
+    with storage.new_file(target, force=force) as file:
+
+        def write(found: Evidence) -> None:
+            today = datetime.datetime.now(datetime.UTC).date()
+            request = Request(SCHEMA, today, "prepared by the vendor", [found])
+            check(request)
+            file.write(assemble(request, []))
+            file.flush()
+
+        yield write

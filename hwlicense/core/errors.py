@@ -7,7 +7,7 @@ and translations, and carries the exit status of the command line. Nothing else 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class Reason(StrEnum):
@@ -46,6 +46,7 @@ class Reason(StrEnum):
     MEMBER_ABSENT = "MEMBER_ABSENT"
     FILE_ABSENT = "FILE_ABSENT"
     FILE_EXISTS = "FILE_EXISTS"
+    SLOT_IN_USE = "SLOT_IN_USE"
     EXTRA_MISSING = "EXTRA_MISSING"
     TOKEN_UNCONFIGURED = "TOKEN_UNCONFIGURED"  # noqa: S105  # a code, no secret
     # hardware missing or failing (3)
@@ -101,6 +102,10 @@ class HwlicenseError(Exception):
         self.reason = reason
         self.what = what
         self.hint = hint
+
+    def again(self) -> Self:
+        """The same error once more: one that was raised holds a traceback, and with it all that was in reach."""
+        return type(self)(self.reason, self.what, self.hint)
 
     def __reduce__(self) -> tuple[type[HwlicenseError], tuple[Reason, str, str]]:
         return type(self), (self.reason, self.what, self.hint)  # an error crosses process pools with its hint

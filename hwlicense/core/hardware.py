@@ -15,6 +15,23 @@ if TYPE_CHECKING:
     from hwlicense.core.tpm.pcrs import Selection
 
 
+class PinPrompt(str):  # noqa: SLOT000  # they would take typing stubs to be seen by a type checker
+    """A sentence that asks a person for a PIN, and for programs: which kind of hardware wants it (tpm, pkcs11).
+
+    `pieces` of the license's hardware take a PIN, `alike` of them of this kind: one PIN is for one piece alone.
+    """
+
+    kind: str
+    pieces: int
+    alike: int
+
+    def __new__(cls, text: str, kind: str, pieces: int, alike: int) -> Self:
+        """`text` with what it is about."""
+        made = super().__new__(cls, text)
+        made.kind, made.pieces, made.alike = kind, pieces, alike
+        return made
+
+
 class PinSource(Protocol):
     """Gives the PIN that `prompt` asks for. Called once for each license, or token, that is tried."""
 
@@ -25,9 +42,9 @@ class PinSource(Protocol):
         """
 
 
-def last_try_refused() -> RefusedError:
-    """What is said where the PIN's last try was not agreed to."""
-    what = "One more wrong PIN locks the hardware, so this last try needs a second yes."
+def last_try_refused(prompt: str) -> RefusedError:
+    """What is said where the last try of the PIN that `prompt` asks for was not agreed to."""
+    what = f"One more wrong PIN locks the hardware, so this last try needs a second yes. {prompt}."
     hint = "Be sure of the PIN; then answer yes at the prompt, or give --last-try (last_try=True in Python)."
     return RefusedError(Reason.PIN_LAST_TRY, what, hint)
 

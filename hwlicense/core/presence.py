@@ -14,14 +14,14 @@ PROOFS_PER_INTERVAL: Final = 2
 """One in reserve: a proof that takes its time does not lock a license whose hardware is here."""
 
 
-class Standing:
-    """What an open license may do now: hardware here, away within the grace, or lost."""
+class Proofs:
+    """What was proved of an open license's hardware, and what absence is paid for."""
 
     def __init__(self, interval: float, now: float) -> None:
         """`interval` in seconds; opening was the first proof."""
         self.interval = interval
         self.proven_at = now
-        self._bridged_until = now
+        self.bridged_until = now
         self._problem: tuple[float, HwlicenseError] | None = None
 
     @property
@@ -40,34 +40,25 @@ class Standing:
 
     def bridged(self, until: float) -> None:
         """Absence is paid for from the grace, until then."""
-        self._bridged_until = max(self._bridged_until, until)
+        self.bridged_until = max(self.bridged_until, until)
 
     def here(self, now: float) -> bool:
         """Whether the last proof still holds."""
         return self._problem is None and now <= self.proven_at + self.interval
 
-    def holds_until(self, now: float) -> float:
-        """When the state at `now` ends by itself, if nothing comes; `now` where it has ended."""
-        if self.here(now):
-            return self.proven_at + self.interval
-        return max(now, self._bridged_until)
-
-    def away_for(self, now: float) -> float:
-        """Seconds since the last proof ended to hold; 0 while it holds."""
-        if self.here(now):
-            return 0.0
-        return now - min(self.proven_at + self.interval, self._problem[0] if self._problem else now)
+    def away_since(self, now: float) -> float:
+        """When the last proof ended to hold; `now` while it holds."""
+        lapsed = self.proven_at + self.interval
+        return min(now, lapsed, self._problem[0] if self._problem else now)
 
     def refusal(self, now: float) -> HwlicenseError | None:
         """Why nothing may start; None if it may."""
-        if self.here(now) or now < self._bridged_until:
+        if self.here(now) or now < self.bridged_until:
             return None
-        return (
-            self._problem[1]
-            if self._problem
-            else AbsentError(
-                Reason.PRESENCE_UNPROVEN,
-                f"The license's hardware has not proved within {self.interval:g} s that it is here.",
-                "Check that it is plugged in and that nothing else keeps it busy.",
-            )
+        if self._problem:
+            return self._problem[1].again()
+        return AbsentError(
+            Reason.PRESENCE_UNPROVEN,
+            f"The license's hardware has not proved within {self.interval:g} s that it is here.",
+            "Check that it is plugged in and that nothing else keeps it busy.",
         )

@@ -6,7 +6,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, Self
 
 from hwlicense.core.documents import UsbBinding
-from hwlicense.core.errors import AbsentError, HwlicenseError, Reason, RefusedError
+from hwlicense.core.errors import AbsentError, HardwareError, HwlicenseError, Reason, RefusedError, UsageError
+from hwlicense.core.hardware import PinPrompt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,6 +26,9 @@ _KEPT: Final = {"pkcs11"}
 
 FINAL: Final = {Reason.PIN_WRONG, Reason.PIN_LAST_TRY}
 """Where no other hardware, and no other license, is tried: a PIN offered to a second one would be a wrong try there."""
+
+_UNUSABLE: Final = {Reason.TOKEN_UNCONFIGURED, Reason.EXTRA_MISSING}
+"""Wrong usage where all hardware is needed; where the rest suffices, hardware that is not for this device."""
 
 
 def kind_of(binding: Binding) -> str:
@@ -62,7 +66,8 @@ class Bound:
         def unwrap(place: int, hardware: AnyHardware) -> None:
             binding = self._licensed.bindings[place]
             held = self._home.held(self._licensed, binding)
-            found[place] = hardware.unwrap(binding, held, self._approvals, pin).secret
+            asked = self._asking(pin, binding) if pin else None
+            found[place] = hardware.unwrap(binding, held, self._approvals, asked).secret
 
         try:
             self._enough(unwrap)
@@ -72,15 +77,28 @@ class Bound:
             raise
         return found
 
-    def prove(self, number: int) -> None:
-        """That as much hardware as the license takes is here, by proofs of this number.
+    def _asking(self, pin: PinSource, binding: Binding) -> PinSource:
+        """`pin`, told what it is for."""
+        grant, kind = self._licensed.grant, kind_of(binding)
+        kinds = [kind_of(other) for other in self._licensed.bindings if other.pin]
 
-        Raises AbsentError and HardwareError; RefusedError PIN_NEEDED where a token was logged out.
+        def ask(prompt: str, /, *, last_try: bool = False) -> Secret:
+            text = f"License {grant.license[:8]} ({grant.product}, {grant.licensee}): {prompt}"
+            return pin(PinPrompt(text, kind, len(kinds), kinds.count(kind)), last_try=last_try)
+
+        return ask
+
+    def present(self, number: int | None) -> None:
+        """That as much hardware as the license takes is here, by proofs of this number; None: no dongle has any left.
+
+        Raises AbsentError and HardwareError; RefusedError PIN_NEEDED where a token was logged out, ANSWERS_EXHAUSTED.
         """
 
         def present(place: int, hardware: AnyHardware) -> None:
             binding = self._licensed.bindings[place]
-            hardware.present(binding, self._home.held(self._licensed, binding), number)
+            if isinstance(binding, UsbBinding) and number is None:
+                raise exhausted()
+            hardware.present(binding, self._home.held(self._licensed, binding), number or 0)
 
         self._enough(present)
 
@@ -117,25 +135,34 @@ class Bound:
                 act(hardware)
 
 
+def exhausted() -> RefusedError:
+    """What is said where no recorded answer of a dongle is left and none may serve twice."""
+    what = "The recorded answers of the license's dongle are used up, and none may serve twice."
+    return RefusedError(Reason.ANSWERS_EXHAUSTED, what, "Ask the vendor for a new license.")
+
+
 def install(
     connect: Connect, licensed: License, approvals: Sequence[Approval]
-) -> tuple[list[bytes | None], list[AbsentError]]:
-    """What hardware gives for each binding, None for what is not here; and what was said of that.
+) -> tuple[list[bytes | None], list[HwlicenseError]]:
+    """What hardware gives for each binding, None for what is not here or cannot be used; and what was said of that.
 
     Raises an error unless as much as the license takes is here and right.
     """
     held: list[bytes | None] = []
-    absent: list[AbsentError] = []
+    problems: list[HwlicenseError] = []
     for binding in licensed.bindings:
         try:
             with connect(kind_of(binding)) as hardware:
                 held.append(hardware.install(binding, approvals))
-        except AbsentError as error:
+        except (HardwareError, UsageError) as error:
+            if isinstance(error, UsageError) and error.reason not in _UNUSABLE:
+                raise
             held.append(None)
-            absent.append(error)
-            if len(licensed.bindings) - len(absent) < licensed.need:
-                raise _lacking(list(absent), len(held) - len(absent), licensed.need, len(licensed.bindings)) from error
-    return held, absent
+            problems.append(error)
+            if len(licensed.bindings) - len(problems) < licensed.need:
+                done = len(held) - len(problems)
+                raise _lacking(problems, done, licensed.need, len(licensed.bindings)) from error
+    return held, problems
 
 
 def _lacking(problems: list[HwlicenseError], done: int, need: int, count: int) -> HwlicenseError:

@@ -9,22 +9,28 @@ older copy, or deletes it, has its grace back.
 from __future__ import annotations
 
 import hmac
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
 
 from hwlicense import storage
-from hwlicense.core.documents import SCHEMA, Count, decode, encode
-from hwlicense.core.errors import DamagedError, HwlicenseError
+from hwlicense.core.documents import ANSWER_LIMIT, SCHEMA, Count, decode, encode
+from hwlicense.core.errors import DamagedError, HwlicenseError, Reason, StorageError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from hwlicense.core.documents import Presence
     from hwlicense.core.secret import Secret
 
 LIMIT: Final = 4096
-BLOCK: Final = 64
-"""Proofs that are reserved by one writing."""
+BLOCK: Final = 8
+"""Proofs that are reserved by one writing, and lost by a process that is killed."""
+
+PATIENCE: Final = 5.0
+"""Seconds to wait for another process that writes in the account."""
 
 _BOOT: Final = Path("/proc/sys/kernel/random/boot_id")
 Millis = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
@@ -54,14 +60,14 @@ class Account:
     """One license's account. Times are seconds of the system's monotonic clock, which all processes share."""
 
     def __init__(self, folder: Path, terms: Presence, key: Secret) -> None:
-        """Nothing is written yet. `key` is kept, and wiped by whoever made it."""
+        """Nothing is written yet. `key` is taken over, and wiped by `close`."""
         self._folder, self._path = folder, folder / "presence"
         self._terms, self._key = terms, key
 
     def prepare(self) -> None:
         """See that the account can be written. Raises StorageError."""
         storage.make_folders(self._folder, 0o700)
-        with storage.exclusive(self._folder):
+        with self._alone():
             self._write(self._read())
 
     @property
@@ -76,17 +82,26 @@ class Account:
 
     def reserve_proofs(self) -> range:
         """Numbers for the next proofs, which no other process gets. Raises StorageError."""
-        with storage.exclusive(self._folder):
+        with self._alone():
             entries = self._read()
             self._write(msgspec.structs.replace(entries, proofs=entries.proofs + BLOCK))
         return range(entries.proofs, entries.proofs + BLOCK)
+
+    def close(self, unused: range) -> None:
+        """Give reserved numbers back that nobody used, where no other process has taken later ones; wipe the key."""
+        if unused:
+            with suppress(StorageError), self._alone():  # they are lost then, no more
+                entries = self._read()
+                if entries.proofs == unused.stop:
+                    self._write(msgspec.structs.replace(entries, proofs=unused.start))
+        self._key.wipe()
 
     def bridge(self, now: float, seconds: float) -> float:
         """Pay for absence from `now` on for so many seconds, or as far as the grace goes. Returns until when.
 
         Raises StorageError: what cannot be written down is not granted.
         """
-        with storage.exclusive(self._folder):
+        with self._alone():
             entries = self._read()
             start = max(_millis(now), entries.bridged_until)  # another process has paid until then
             left = max(0, self._terms.grace * 1000 - entries.used)
@@ -101,18 +116,28 @@ class Account:
         regain = self._terms.regain
         if not regain:
             return
-        with storage.exclusive(self._folder):
+        with self._alone():
             entries = self._read()
             earned = (_millis(end) - max(_millis(start), entries.credited_until)) * self._terms.grace // regain
             if entries.used and earned > 0:
                 used = max(0, entries.used - earned)
                 self._write(msgspec.structs.replace(entries, used=used, credited_until=_millis(end)))
 
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let no other process work in the account. Raises StorageError, also where the folder is gone."""
+        try:
+            with storage.exclusive(self._folder, PATIENCE):
+                yield
+        except UsageError as error:  # nobody's slip in arguments, once the license is open
+            raise StorageError(Reason.STORAGE, error.what, "Give the state folder back, or open anew.") from error
+
     def _read(self) -> Entries:
-        """The entries; with all of the grace used where the file was damaged or forged."""
+        """The entries; with all of the grace and all recorded answers used where the file was damaged or forged."""
         boot = _boot()
-        if not self._path.exists():
-            return Entries(SCHEMA, 0, 0, boot, 0, 0)
+        with storage.reporting(self._path):
+            if not self._path.exists():
+                return Entries(SCHEMA, 0, 0, boot, 0, 0)
         try:
             sealed = msgspec.json.decode(storage.read_limited(self._path, LIMIT), type=Sealed)
             if not hmac.compare_digest(self._mac(sealed.entries), sealed.mac):
@@ -125,7 +150,7 @@ class Account:
         return entries
 
     def _spent(self, boot: str) -> Entries:
-        return Entries(SCHEMA, self._terms.grace * 1000, 0, boot, 0, 0)
+        return Entries(SCHEMA, self._terms.grace * 1000, ANSWER_LIMIT, boot, 0, 0)
 
     def _write(self, entries: Entries) -> None:
         raw = encode(entries)
@@ -135,19 +160,13 @@ class Account:
         return hmac.digest(self._key.buffer, raw, "sha256")
 
 
-def entries(folder: Path) -> Entries | None:
+def recorded(folder: Path) -> Entries | None:
     """What the account says, unchecked, as only an open license can check it: for reports. None where there is none."""
     try:
         sealed = msgspec.json.decode(storage.read_limited(folder / "presence", LIMIT), type=Sealed)
         return decode(sealed.entries, Entries)
     except (HwlicenseError, msgspec.MsgspecError, UnicodeDecodeError):
         return None
-
-
-def grace_used(folder: Path) -> float | None:
-    """Seconds of grace that the account says are used; None where there is no account."""
-    found = entries(folder)
-    return found.used / 1000 if found else None
 
 
 def _boot() -> str:

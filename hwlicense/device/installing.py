@@ -15,13 +15,13 @@ from hwlicense.device.memory import forbid_dumps
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from hwlicense.core.errors import AbsentError
+    from hwlicense.core.errors import HwlicenseError
     from hwlicense.device.bound import Connect
     from hwlicense.device.home import Home
 
 
 def install(
-    home: Home, raw: bytes, connect: Connect, absent: Callable[[AbsentError], None] = lambda _error: None
+    home: Home, raw: bytes, connect: Connect, absent: Callable[[HwlicenseError], None] = lambda _error: None
 ) -> License | Approval:
     """Install a license or an approval by a trusted vendor, and return it. Doing it again is harmless.
 
@@ -42,7 +42,7 @@ def install(
     raise UsageError(Reason.USAGE, what, "Give a .hwlic or .hwapp file.")
 
 
-def _install_license(home: Home, raw: bytes, connect: Connect, absent: Callable[[AbsentError], None]) -> License:
+def _install_license(home: Home, raw: bytes, connect: Connect, absent: Callable[[HwlicenseError], None]) -> License:
     licensed, vendor = verified_by_any(raw, License, home.trusted())
     check_license(licensed, vendor)
     for other, _ in home.licenses([vendor])[0]:

@@ -75,7 +75,7 @@ class Model:
         file: PackageFile,
         content_key: Secret,
         grant: Grant | None = None,
-        presence: tuple[Presence, Callable[[Bound], Secret]] | None = None,
+        presence: tuple[Presence, Callable[[Bound, bool], Secret]] | None = None,
     ) -> None:
         """Takes `file` and `presence` over if this succeeds; the content key is not kept.
 
@@ -87,7 +87,7 @@ class Model:
         self._layout = file.layout
         self._keys = self._table(content_key)
         self._presence: Presence | None = None
-        self._content_key: Callable[[Bound], Secret] | None = None
+        self._content_key: Callable[[Bound, bool], Secret] | None = None
         if presence:
             self._presence, self._content_key = presence
         self._refusal: HwlicenseError | None = None
@@ -100,7 +100,6 @@ class Model:
         _models.add(self)
         if self._presence:
             self._presence.guard(self)
-            self._presence.ensure()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -183,7 +182,7 @@ class Model:
         self._check_open()
         refusal = self._presence.refusal(wait=True) if self._presence else None
         if refusal := refusal or self._refusal:
-            raise _fresh(refusal)
+            raise refusal.again()
         yield Session(self.grant.continuity if self.grant else None)
 
     def standing(self, horizon: float = 0.0) -> Standing:
@@ -200,7 +199,7 @@ class Model:
                 Reason.CONTINUITY_TOO_SHORT, what, "Start a shorter one, or ask for another license."
             )
         here = self._presence.here if self._presence else True
-        return Standing(refusal, here, self._presence.grace_left if self._presence else 0.0)
+        return Standing(refusal, here, self._presence.bridged_left if self._presence else 0.0)
 
     def close(self) -> None:
         """Wipe the keys and close the package; lent buffers stay. Doing it again changes nothing."""
@@ -212,18 +211,21 @@ class Model:
 
     # ---- what presence does with a model
 
+    @property
+    def locked(self) -> bool:
+        """Whether the keys are gone, as the hardware is."""
+        return self._refusal is not None
+
     def lose_keys(self, refusal: HwlicenseError) -> None:
         """Wipe the keys and what readers keep of plaintext. Buffers in use stay as they are."""
-        self._refusal = refusal
-        self._keys.view[:] = bytes(len(self._keys.view))
-        for reader in list(self._readers):
-            reader.forget_soon()
+        self._refusal = refusal.again()
+        self._forget_keys()
 
-    def reopen(self, bound: Bound) -> Memory:
-        """The keys anew. Raises HwlicenseError."""
+    def reopen(self, bound: Bound, *, ask: bool) -> Memory:
+        """The keys anew; `ask` for a PIN where the hardware takes one. Raises HwlicenseError."""
         if self._content_key is None:
             raise self._closed_error()
-        with self._content_key(bound) as key:
+        with self._content_key(bound, ask) as key:
             return self._table(key)
 
     def regain_keys(self, keys: Memory) -> None:
@@ -254,9 +256,15 @@ class Model:
     def __repr__(self) -> str:
         return f"<Model {self.name!r} {self.version!r}{', closed' if self._closed else ''}>"
 
+    def _forget_keys(self) -> None:
+        self._keys.view[:] = bytes(len(self._keys.view))
+        for reader in list(self._readers):
+            reader.forget_soon()
+
     def _member(self, name: str) -> Member:
-        if self._presence:
-            self._presence.ensure()  # in a forked child, and before any lock of this object is taken
+        self._check_open()
+        if self._presence and (refusal := self._presence.refusal(wait=True)):  # before any lock of this object is taken
+            raise refusal
         self._check()
         member = self._layout.members.get(name)
         if member is None:
@@ -267,7 +275,7 @@ class Model:
     def _check(self) -> None:
         self._check_open()
         if refusal := self._refusal:
-            raise _fresh(refusal)
+            raise refusal.again()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -351,6 +359,8 @@ class Model:
         self._turns: dict[str, threading.RLock] = {}
         for thread in self._users.keys() - {threading.get_ident()}:  # the one that forked may be within a call
             del self._users[thread]
+        if self._refusal:
+            self._forget_keys()  # the parent may have been about to
         if self._presence:
             self._presence.renew()
         for reader in list(self._readers):
@@ -358,11 +368,6 @@ class Model:
 
 
 _models: weakref.WeakSet[Model] = weakref.WeakSet()
-
-
-def _fresh(refusal: HwlicenseError) -> HwlicenseError:
-    """The same once more: an error that is raised collects a traceback, which keeps what it passed alive."""
-    return type(refusal)(refusal.reason, refusal.what, refusal.hint)
 
 
 def _after_fork() -> None:

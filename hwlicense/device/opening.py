@@ -19,7 +19,7 @@ from hwlicense.core.errors import (
 from hwlicense.core.keys import unwrap_content_key, unwrap_license_secret
 from hwlicense.core.secret import Secret, derive
 from hwlicense.core.terms import check_validity
-from hwlicense.device.bound import FINAL, Bound
+from hwlicense.device.bound import FINAL, Bound, exhausted
 from hwlicense.device.home import Home, Installed, check_license
 from hwlicense.device.memory import forbid_dumps
 from hwlicense.device.model import Model
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from hwlicense.core.documents import Grant, License, Manifest, VendorPublic
+    from hwlicense.core.documents import License, Manifest, VendorPublic
     from hwlicense.core.hardware import PinSource
     from hwlicense.device.bound import Connect
 
@@ -143,7 +143,7 @@ def _first(licenses: Sequence[Installed], attempt: Callable[[Installed], R]) -> 
         try:
             return attempt(installed)
         except (RefusedError, DamagedError, StorageError, UsageError, AbsentError) as error:
-            if error.reason in FINAL | {Reason.EXTRA_MISSING, Reason.USAGE}:
+            if error.reason in FINAL | {Reason.USAGE}:
                 raise
             refusals.append(error)  # the next license may still say yes
     raise refusals[0]
@@ -151,7 +151,7 @@ def _first(licenses: Sequence[Installed], attempt: Callable[[Installed], R]) -> 
 
 def _unwrapped(bound: Bound, licensed: License, identifier: str, pin: PinSource | None) -> tuple[Secret, Secret]:
     """The content key, and the key of the license's account."""
-    members = bound.members(_asking(pin, licensed.grant))
+    members = bound.members(pin)
     try:
         with unwrap_license_secret(licensed.wraps, members) as secret:
             content_key = unwrap_content_key(secret, licensed, identifier)
@@ -159,18 +159,6 @@ def _unwrapped(bound: Bound, licensed: License, identifier: str, pin: PinSource 
     finally:
         for member in members.values():
             member.wipe()
-
-
-def _asking(pin: PinSource | None, grant: Grant) -> PinSource | None:
-    """`pin`, told which license it is for."""
-    if pin is None:
-        return None
-    source, whose = pin, f"for the license {grant.license[:8]} ({grant.product}, {grant.licensee})"
-
-    def ask(prompt: str, *, last_try: bool = False) -> Secret:
-        return source(f"{prompt} {whose}", last_try=last_try)
-
-    return ask
 
 
 def _model(package: PackageFile, key: Secret, unlocked: Unlocked, home: Home, pin: PinSource | None) -> Model:
@@ -182,7 +170,7 @@ def _model(package: PackageFile, key: Secret, unlocked: Unlocked, home: Home, pi
         bound.close()
         return Model(package, key, licensed.grant)
     from hwlicense.device.grace import Account  # noqa: PLC0415  # most licenses ask for no presence
-    from hwlicense.device.presence import Presence, exhausted  # noqa: PLC0415
+    from hwlicense.device.presence import Presence  # noqa: PLC0415
 
     account, answers = None, None
     if terms.grace or bound.spends_proofs:
@@ -190,11 +178,11 @@ def _model(package: PackageFile, key: Secret, unlocked: Unlocked, home: Home, pi
         account.prepare()
         if not terms.repeat and bound.spends_proofs:
             answers = min(dongle.answer_count(b) for b in licensed.bindings if isinstance(b, UsbBinding))
-            if account.proofs >= answers:
-                raise exhausted(answers)
+            if account.proofs >= answers and len(licensed.bindings) == licensed.need:
+                raise exhausted()
 
-    def again(bound: Bound) -> Secret:
-        once_more, spare = _unwrapped(bound, licensed, identifier, pin)
+    def again(bound: Bound, ask: bool) -> Secret:  # noqa: FBT001  # called by the open model alone
+        once_more, spare = _unwrapped(bound, licensed, identifier, pin if ask else None)
         spare.wipe()
         return once_more
 

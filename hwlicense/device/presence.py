@@ -1,8 +1,7 @@
 """Presence of an open model's hardware: proofs at an interval, on threads of their own.
 
-Nothing that the application calls waits for hardware. One thread asks for proofs; another watches the clock, so that
-hardware that hangs is noticed in time, pays for absence from the grace, and has the keys wiped the moment that nothing
-covers it any more. Both end with the model, and start anew in a forked child when it first uses the model.
+Nothing that the application calls waits for hardware, but for the first session of a forked process. The threads end
+with the model, and start anew in a forked process.
 """
 
 from __future__ import annotations
@@ -13,102 +12,134 @@ import weakref
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Protocol
 
-from hwlicense.core.errors import HwlicenseError, Reason, RefusedError
-from hwlicense.core.presence import Standing
+from hwlicense.core import documents
+from hwlicense.core.errors import HardwareError, HwlicenseError, Reason, RefusedError, StorageError
+from hwlicense.core.presence import Proofs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
 
-    from hwlicense.core import documents
     from hwlicense.device.bound import Bound
     from hwlicense.device.grace import Account
     from hwlicense.device.memory import Memory
 
 QUANTUM: Final = 10.0
-"""Seconds of grace that are paid for at a time: what a kill during an absence can lose."""
+"""Seconds of grace that are paid for at a time, or a twentieth where that is less: what a short absence costs."""
+
+_LEAST: Final = 0.5
 
 _EARLY: Final = 0.5
+"""Seconds before the paid ones end at which the next are paid for."""
+
+_PAYING: Final = 1.0
+"""Seconds within which the grace is written down, or not granted."""
+
 _RETURN: Final = 2.0
 """Seconds between proofs while the hardware is away."""
 
 _CREDITED: Final = 60.0
 """Seconds of presence that are credited at a time, for few writings."""
 
-_PAYING: Final = 1.0
-"""Seconds within which the grace is written down, or not granted."""
-
 _FIRST: Final = 5.0
+"""Seconds that a forked process waits for its first proof, at the most."""
+
 _GOODBYE: Final = 2.0
 """Seconds that closing waits for a proof under way, so that a token is logged out when it returns."""
-
-_BLOCKING: Final = {Reason.PIN_WRONG, Reason.PIN_LAST_TRY, Reason.PIN_NEEDED, Reason.ANSWERS_EXHAUSTED}
-"""Answers that asking again would not better, and might worsen: they stand until the model is opened anew."""
 
 
 class Guarded(Protocol):
     """What presence guards: an open model."""
 
+    @property
+    def locked(self) -> bool:
+        """Whether its keys are gone."""
+
     def lose_keys(self, refusal: HwlicenseError) -> None:
         """Wipe the keys at once: nothing may start any more. Must not wait for anything."""
 
-    def reopen(self, bound: Bound) -> Memory:
-        """The keys anew, from the hardware. Raises HwlicenseError."""
+    def reopen(self, bound: Bound, *, ask: bool) -> Memory:
+        """The keys anew, from the hardware; `ask` for a PIN where it takes one. Raises HwlicenseError."""
 
     def regain_keys(self, keys: Memory) -> None:
         """Take them into use. Must not wait for anything."""
 
 
 class Presence:
-    """Watches the hardware of one open model. `proofs` counts those that held, `grace_left` is in seconds."""
+    """Watches the hardware of one open model. `proofs` counts those that held; `grace_left`, in seconds, is not paid.
+
+    Three threads: one asks the hardware, which may hang; one pays for absence, which takes a disk; and one has neither
+    to wait for, so that the keys go when the time has come, whatever the others meet.
+    """
 
     def __init__(self, terms: documents.Presence, bound: Bound, account: Account | None, answers: int | None) -> None:
-        """Opening was the first proof. `bound` is taken over; `guard` says what depends on it.
+        """Opening was the first proof. `bound` and `account` are taken over; `guard` says what depends on them.
 
         `account` is None where nothing is to be written down. `answers` is how many proofs there are, where each serves
         once and none again.
         """
         self._terms, self._bound, self._account, self._answers = terms, bound, account, answers
         self._guarded: weakref.ref[Guarded] | None = None
-        self._standing = Standing(terms.interval, time.monotonic())
-        self._credit_from = self._standing.proven_at
-        self._lost = False
-        self._blocked: HwlicenseError | None = None
+        self._recorded = Proofs(terms.interval, time.monotonic())
+        self._credit_from = self._recorded.proven_at
+        self._pin_refusal: HwlicenseError | None = None
+        self._ended = False
         self.proofs = 0
         self.grace_left = account.grace_left if account else 0.0
-        self.renew()
+        self._new_threads()
 
     def guard(self, guarded: Guarded) -> None:
-        """Say what loses its keys. It is not kept alive by this."""
+        """Say what loses its keys, and start. It is not kept alive by this. Raises StorageError."""
         self._guarded = weakref.ref(guarded)
+        self.ensure()
 
     def renew(self) -> None:
-        """In a forked child: the threads are the parent's, and the locks may be held by no one."""
+        """In a forked child, whose threads are the parent's: only the clock is watched before the model is used.
+
+        A process that forks and does nothing with the model must not keep the keys for longer than the parent.
+        """
+        self._new_threads()
+        self._forked = True
+        if not self._ended and self._guarded is not None:
+            self._start(self._watch)
+
+    def _new_threads(self) -> None:
         self._changed = threading.Condition(threading.RLock())
         self._threads: list[threading.Thread] = []
-        self._ended = False
+        self._proving = self._paying = self._forked = False
         self._first = threading.Event()
-        self._numbers: Iterator[int] = iter(())  # those that the parent reserved are the parent's
+        self._numbers = range(0)  # those that a parent reserved are the parent's
 
     def ensure(self) -> None:
-        """Start the threads, if this process has none yet."""
-        if self._threads or self._ended:
-            return
+        """Start the threads, if this process has none yet. Raises StorageError where the system gives none."""
         with self._changed:
-            if self._threads or self._ended:
+            if self._proving or self._ended:
                 return
-            for target in (self._prove_on, self._watch):
-                thread = threading.Thread(target=target, name="hwlicense presence", daemon=True)
-                thread.start()
-                self._threads.append(thread)
+            if not self._threads:
+                self._start(self._watch)  # first: who is watched by nobody must not go on
+            self._proving = True
+            try:
+                self._start(self._prove_on)
+            except BaseException:
+                self._proving = False
+                raise
+
+    def _start(self, target: Callable[[], None]) -> None:
+        thread = threading.Thread(target=target, name="hwlicense presence", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            what = "The system gives the process no further thread, and the license asks for presence."
+            raise StorageError(Reason.STORAGE, what, "Raise the limit of threads (`ulimit -u`).") from error
+        self._threads.append(thread)
 
     def refusal(self, *, wait: bool = False) -> HwlicenseError | None:
         """Why nothing may start now; None if it may. Touches no hardware.
 
-        With `wait`, a process that was just forked waits for its first proof: an interval, or 5 s, at the most.
+        With `wait`, a process that was forked waits for its first proof: an interval, or 5 s, at the most.
         """
         self.ensure()
         refusal = self._refusal()
-        if refusal and wait and not self._first.is_set() and self._first.wait(max(_FIRST, self._terms.interval)):
+        if refusal and wait and self._forked and self._first.wait(min(_FIRST, self._terms.interval)):
             return self._refusal()
         return refusal
 
@@ -116,27 +147,42 @@ class Presence:
     def here(self) -> bool:
         """Whether the last proof still holds; not so while a grace bridges an absence."""
         with self._changed:
-            return self._standing.here(time.monotonic())
+            return self._recorded.here(time.monotonic())
+
+    @property
+    def bridged_left(self) -> float:
+        """Seconds of absence that are still covered: what is left of the grace, and what of it is paid for already."""
+        with self._changed:
+            return self.grace_left + max(0.0, self._recorded.bridged_until - time.monotonic())
 
     def close(self) -> None:
         """End the threads and let go of the hardware, at the latest when a proof under way is over."""
         with self._changed:
             self._ended = True
             self._changed.notify_all()
-        if not self._threads:
+        if not self._proving:
             self._bound.close()
-        for thread in self._threads:
+        for thread in list(self._threads):
             if thread is not threading.current_thread():
                 thread.join(_GOODBYE)
+        if self._account and not any(thread.is_alive() for thread in self._threads):
+            self._account.close(self._numbers)
 
     def _refusal(self) -> HwlicenseError | None:
         with self._changed:
             now = time.monotonic()
-            refusal = self._blocked or self._standing.refusal(now)
-            paying = self.grace_left and not self._lost and not self._blocked
-            if paying and self._standing.away_for(now) < _PAYING:
-                return None  # the grace that covers this moment is just being written down
-            return refusal
+            return None if now < self._covered_until(now) else self._recorded.refusal(now)
+
+    def _covered_until(self, now: float) -> float:
+        """Until when absence is paid for, or being paid for: what covers this moment is just being written down."""
+        if self.grace_left and self._proving and not self._locked:
+            return max(self._recorded.bridged_until, self._recorded.away_since(now) + _PAYING)
+        return self._recorded.bridged_until
+
+    @property
+    def _locked(self) -> bool:
+        guarded = self._guarded() if self._guarded else None
+        return guarded is None or guarded.locked
 
     # ---- asking for proofs
 
@@ -144,7 +190,10 @@ class Presence:
         try:
             while True:
                 began = time.monotonic()
-                self._prove(began)
+                try:
+                    self._prove(began)
+                except Exception as error:  # noqa: BLE001  # whatever it is, it is no proof, and must not end the asking
+                    self._failed(_unforeseen(error))
                 self._first.set()
                 with self._changed:
                     self._changed.notify_all()
@@ -153,44 +202,56 @@ class Presence:
                     if self._ended:
                         return
         finally:
+            self._first.set()
             self._bound.close()
 
     def _period(self) -> float:
         """Seconds between proofs; fewer while the hardware is away, as its return is waited for."""
-        away = self._lost or not self._standing.here(time.monotonic())
-        return min(self._standing.period, _RETURN) if away else self._standing.period
+        here = self._recorded.here(time.monotonic()) and not self._locked
+        return self._recorded.period if here else min(self._recorded.period, _RETURN)
 
     def _prove(self, began: float) -> None:
         guarded = self._guarded() if self._guarded else None
-        if self._blocked or guarded is None:
+        if guarded is None:
             return
         keys = None
         try:
             try:
-                self._bound.prove(self._next_number())
+                self._bound.present(self._next_number())
                 logged_out = False
             except RefusedError as error:
                 if error.reason != Reason.PIN_NEEDED:
                     raise
-                logged_out = True  # the token is here, and was away since: its login is gone, not the license
-            if self._lost or logged_out:
-                keys = guarded.reopen(self._bound)
+                logged_out = True  # a token is here, and was away since: its login is gone, not the license
+            if guarded.locked or logged_out:
+                keys = self._reopened(guarded)
         except HwlicenseError as error:
-            with self._changed:
-                self._blocked = error if error.reason in _BLOCKING else None
-                self._standing.failed(error, time.monotonic())
+            self._failed(error.again())
             return
         with self._changed:
-            if self._lost and keys is None:
+            if guarded.locked and keys is None:
                 return  # lost within this proof: the next one opens anew
             if keys is not None:
                 guarded.regain_keys(keys)
-            if not self._standing.here(began):
+            if not self._recorded.here(began):
                 self._credit_from = began
-            self._standing.proven(began)
-            self._lost = False
+            self._recorded.proven(began)
             self.proofs += 1
         self._credit(began)
+
+    def _failed(self, error: HwlicenseError) -> None:
+        with self._changed:
+            self._recorded.failed(error, time.monotonic())
+
+    def _reopened(self, guarded: Guarded) -> Memory:
+        """The keys anew. After a PIN was refused, or none given, nobody is asked again before the model is opened."""
+        try:
+            return guarded.reopen(self._bound, ask=self._pin_refusal is None)
+        except RefusedError as error:
+            if error.reason not in _PINS:
+                raise
+            self._pin_refusal = self._pin_refusal or error.again()
+            raise self._pin_refusal.again() from error
 
     def _credit(self, now: float) -> None:
         if self._account is None or self._terms.regain is None:
@@ -201,51 +262,95 @@ class Presence:
                 self.grace_left = self._account.grace_left
             self._credit_from = now
 
-    def _next_number(self) -> int:
+    def _next_number(self) -> int | None:
+        """The number of the next proof; None where a dongle has none left for it."""
         if self._account is None or not self._bound.spends_proofs:
             return 0
-        number = next(self._numbers, None)
-        if number is None:
-            self._numbers = iter(self._account.reserve_proofs())
-            number = next(self._numbers)
-        if self._answers is not None and number >= self._answers:
-            raise exhausted(self._answers)
-        return number
+        if not self._numbers:
+            try:
+                self._numbers = self._account.reserve_proofs()
+            except StorageError:
+                if self._answers is not None:
+                    raise
+                return documents.ANSWER_LIMIT  # as if all were used: no full disk locks a machine whose dongle is in
+        number, self._numbers = self._numbers[0], self._numbers[1:]
+        return None if self._answers is not None and number >= self._answers else number
 
     # ---- watching the clock
 
     def _watch(self) -> None:
-        while True:
-            with self._changed:
-                if self._ended or self._guarded is None or self._guarded() is None:
-                    return
-                now = time.monotonic()
-                if self._blocked is None and self._standing.here(now):
-                    self._changed.wait(max(0.0, self._standing.holds_until(now) - now) + 0.001)
-                    continue
-            self._cover(now)
+        try:
+            while self._watched():
+                pass
+        except BaseException as error:
+            self._lose(_unforeseen(error))
+            raise
 
-    def _cover(self, now: float) -> None:
-        """Pay for the next seconds of absence; where nothing is left to pay with, the keys go."""
-        until = now
-        if self._account and self._terms.grace and not self._blocked and not self._lost:
-            with suppress(HwlicenseError):  # what cannot be written down is not granted
-                until = self._account.bridge(now, QUANTUM)
-                self.grace_left = self._account.grace_left
+    def _watched(self) -> bool:
+        """Wait until the state may change, and see what has become of it. False at the end."""
         with self._changed:
-            self._standing.bridged(until)
-            refused = self._blocked or self._standing.refusal(time.monotonic())
-            guarded = self._guarded() if self._guarded else None
-            if refused and not self._lost and guarded:
-                self._lost = True
-                guarded.lose_keys(refused)
-            if not self._ended:
-                # A little early while the grace runs, so that the next seconds are paid for before these end
-                left = until - time.monotonic() - _EARLY
-                self._changed.wait(max(0.01, left) if until > now else self._standing.period)
+            if self._ended or self._guarded is None or self._guarded() is None:
+                return False
+            now = time.monotonic()
+            if self._recorded.here(now):
+                self._changed.wait(max(0.0, self._recorded.proven_at + self._terms.interval - now) + 0.001)
+                return True
+            # Not in a process that was forked and asks for no proofs: that is no absence
+            if self._account and self.grace_left and self._proving and not self._paying and not self._locked:
+                self._paying = True
+                self._start(self._pay)
+            covered = self._covered_until(now)
+            if now < covered:
+                self._changed.wait(covered - now + 0.001)
+                return True
+            if not self._locked and (refusal := self._recorded.refusal(now)):
+                self._lose(refusal)
+            self._changed.wait(self._recorded.period)
+            return True
+
+    def _lose(self, refusal: HwlicenseError) -> None:
+        guarded = self._guarded() if self._guarded else None
+        if guarded is not None:
+            guarded.lose_keys(refusal)
+
+    # ---- paying for absence
+
+    def _pay(self) -> None:
+        """Pay for absence in steps while it lasts and the grace does."""
+        assert self._account is not None  # noqa: S101  # the watch saw to it
+        try:
+            while True:
+                with self._changed:
+                    now = time.monotonic()
+                    if self._ended or self._recorded.here(now) or self._locked:
+                        return
+                    paid = self._recorded.bridged_until - _EARLY - now
+                    if paid > 0:  # by an absence just before, or by the parent of this process
+                        self._changed.wait(paid)
+                        continue
+                    start = max(self._recorded.away_since(now), self._recorded.bridged_until)
+                step = min(QUANTUM, max(_LEAST, self._terms.grace / 20))
+                until = self._account.bridge(start, step + _EARLY)
+                left = self._account.grace_left
+                with self._changed:
+                    self._recorded.bridged(until)
+                    self.grace_left = left
+                    self._changed.notify_all()
+                    if until <= start:
+                        return
+        except HwlicenseError:  # what cannot be written down is not granted
+            with self._changed:
+                self.grace_left = 0.0
+        finally:
+            with self._changed:
+                self._paying = False
+                self._threads.remove(threading.current_thread())
+                self._changed.notify_all()
 
 
-def exhausted(answers: int) -> RefusedError:
-    """What is said where no recorded answer is left and none may serve twice."""
-    what = f"The license's {answers:,} recorded answers of its dongle are used up, and none may serve twice."
-    return RefusedError(Reason.ANSWERS_EXHAUSTED, what, "Ask the vendor for a new license.")
+_PINS: Final = {Reason.PIN_WRONG, Reason.PIN_LAST_TRY, Reason.PIN_NEEDED}
+
+
+def _unforeseen(error: BaseException) -> HardwareError:
+    what = f"A proof of presence failed in a way that was not foreseen ({type(error).__name__})."
+    return HardwareError(Reason.PRESENCE_UNPROVEN, what, "Open the model again; if it comes back, report it.")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from hwlicense.core import dongle
 from hwlicense.core.documents import UsbBinding
-from hwlicense.core.errors import HwlicenseError, RefusedError
+from hwlicense.core.errors import DamagedError, HwlicenseError, RefusedError
 from hwlicense.core.terms import check_validity
 from hwlicense.device import grace
 from hwlicense.device.bound import kind_of
@@ -32,8 +32,7 @@ def _entry(home: Home, installed: Installed, today: datetime.date) -> dict[str, 
         check_validity(grant, today)
         check_license(licensed, vendor)
         approvals = home.approvals(licensed, vendor)
-        for binding in licensed.bindings:
-            home.held(licensed, binding)
+        _check_held(home, licensed)
     except RefusedError as error:
         state = f"refused: {error.reason}"
     except HwlicenseError as error:
@@ -58,6 +57,18 @@ def _entry(home: Home, installed: Installed, today: datetime.date) -> dict[str, 
     }
 
 
+def _check_held(home: Home, licensed: License) -> None:
+    """That the home has what as much hardware gave as the license takes. Raises DamagedError HOME_DAMAGED."""
+    problems = []
+    for binding in licensed.bindings:
+        try:
+            home.held(licensed, binding)
+        except DamagedError as error:
+            problems.append(error)
+    if len(licensed.bindings) - len(problems) < licensed.need:
+        raise problems[0]
+
+
 def _presence(home: Home, licensed: License) -> dict[str, Any]:
     """Terms of presence and what is used of them, in seconds; nothing where the license asks for none.
 
@@ -66,7 +77,10 @@ def _presence(home: Home, licensed: License) -> dict[str, Any]:
     terms, continuity = licensed.grant.presence, licensed.grant.continuity
     found: dict[str, Any] = {"continuity": continuity} if continuity else {}
     if terms:
-        entries = grace.entries(home.state / "licenses" / licensed.grant.license)
+        folder = home.state / "licenses" / licensed.grant.license
+        entries = grace.recorded(folder)
+        if entries is None and (folder / "presence").exists():
+            found["presence_account"] = "damaged: all of the grace and the recorded answers counts as used"
         used = entries.used / 1000 if entries else 0.0
         found |= {
             "presence_interval": terms.interval,

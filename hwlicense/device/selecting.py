@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from hwlicense.core.errors import Reason, RefusedError, UsageError
+from hwlicense.core.errors import HwlicenseError, Reason, RefusedError, UsageError
 from hwlicense.core.hardware import last_try_refused
 from hwlicense.core.secret import Secret
 from hwlicense.core.uri import TokenUri
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 HOME_VARIABLE: Final = "HWLICENSE_HOME"
 TPM_VARIABLE: Final = "HWLICENSE_TPM"
 TOKEN_VARIABLE: Final = "HWLICENSE_TOKEN"  # noqa: S105  # a variable's name
+_MEND: Final = "Mend it; the error that it raised is this one's cause."
 
 
 def default_home() -> Path:
@@ -87,6 +88,7 @@ def hardware(
 
     Any dongle that is plugged in may be a license's: none is chosen here.
     """
+    asking = _asking(touch) if touch else None
 
     def connect(kind: str) -> AnyHardware:
         match kind:  # each library is an extra, and slow to import
@@ -102,13 +104,28 @@ def hardware(
                     what = "It is not known which module (shared library) speaks to the token of this license."
                     hint = "Give --token, token= in Python or HWLICENSE_TOKEN: pkcs11:?module-path=/usr/lib/MODULE.so"
                     raise UsageError(Reason.TOKEN_UNCONFIGURED, what, hint)
-                return TokenHardware(list(modules), touch=touch)
+                return TokenHardware(list(modules), touch=asking)
             case _:
                 from hwlicense.binders.usb import UsbHardware  # noqa: PLC0415
 
-                return UsbHardware(touch=touch)
+                return UsbHardware(touch=asking)
 
     return connect
+
+
+def _asking(touch: TouchRequest) -> TouchRequest:
+    """`touch`, whose failures are errors of the tree."""
+
+    def ask(prompt: str, /) -> None:
+        try:
+            touch(prompt)
+        except HwlicenseError:
+            raise
+        except Exception as error:
+            what = f"The function given as touch= failed ({type(error).__name__})."
+            raise UsageError(Reason.USAGE, what, _MEND) from error
+
+    return ask
 
 
 def pin(
@@ -122,15 +139,24 @@ def pin(
         return None
     agreed = last_try
 
-    def ask(prompt: str, *, last_try: bool = False) -> Secret:
+    def ask(prompt: str, /, *, last_try: bool = False) -> Secret:
         if last_try and not agreed:
-            raise last_try_refused()
-        match source(prompt):
+            raise last_try_refused(prompt)
+        try:
+            found = source(prompt)
+        except HwlicenseError:
+            raise
+        except Exception as error:
+            what = f"The function given as pin= failed ({type(error).__name__})."
+            raise RefusedError(Reason.PIN_NEEDED, what, _MEND) from error
+        match found:
             case Secret() as secret:
                 return secret
             case str(text) if text:
                 return Secret(bytearray(text, "utf-8"))
-            case bytes() | bytearray() as given if given:
+            case bytearray() as given if given:
+                return Secret(given)  # which wipes the caller's
+            case bytes() as given if given:
                 return Secret(bytearray(given))
         what = "The function given as pin= returned no PIN."
         raise RefusedError(Reason.PIN_NEEDED, what, "Return it as hwlicense.Secret, bytearray, bytes or str.")

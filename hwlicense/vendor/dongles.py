@@ -44,11 +44,12 @@ def program(
 ) -> Programmed:
     """Write a fresh secret under a fresh access code into a slot. The record is kept before the dongle is written.
 
-    Raises UsageError FILE_EXISTS for a slot in use, unless `overwrite`; HardwareError, AbsentError.
+    Raises UsageError SLOT_IN_USE, unless `overwrite`; HardwareError, AbsentError.
     """
     if device.configured(slot) and not overwrite:
-        what = f"Slot {slot} of this dongle is in use."
-        raise UsageError(Reason.FILE_EXISTS, what, "Give the other slot, or --force to replace what is in it.")
+        what = f"Slot {slot} of this dongle is in use; licenses for what is in it would end with it."
+        hint = "For a further request of a dongle that is ready: `vendor dongle enroll -o`. Else give the other slot "
+        raise UsageError(Reason.SLOT_IN_USE, what, hint + "(,slot=1), or --replace-slot.")
     with Secret.random(dongle.SECRET_SIZE) as secret, Secret.random(ACCESS_CODE_SIZE) as access_code:
         with dongle.answer(secret, mode, dongle.identity_challenge()) as answer:
             identifier = dongle.identifier(answer)
@@ -78,13 +79,14 @@ def enroll(
 ) -> Programmed:
     """Record `count` answers of a dongle that someone else programmed. `ask` puts a challenge to it.
 
-    Raises UsageError FILE_EXISTS for one that this vendor programmed, HardwareError, AbsentError.
+    One that this vendor programmed stays as it is: its record knows all answers. Raises HardwareError, AbsentError.
     """
     with ask(dongle.identity_challenge()) as answer:
         identifier = dongle.identifier(answer)
     if folder.knows_dongle(identifier) and folder.dongle(identifier).mode:  # its record has the only access code
-        what = f"This vendor programmed the dongle {identifier}, and knows all its answers."
-        raise UsageError(Reason.FILE_EXISTS, what, "Issue licenses for it as it is.")
+        record = folder.dongle(identifier)
+        known = UsbEvidence(identifier, device.product, device.serial(), device.firmware, _slot(slot), record.touch)
+        return Programmed(known, record)
     seed = secrets.token_bytes(32)
     pool = Secret(bytearray(dongle.ANSWER_SIZE * count))
     with pool:

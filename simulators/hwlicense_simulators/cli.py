@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import signal
 import tomllib
 from pathlib import Path
@@ -151,7 +152,9 @@ def _token(stack: contextlib.ExitStack, state: Path | None, *, plugged: bool) ->
 
 def _dongle(stack: contextlib.ExitStack, state: Path | None, *, plugged: bool, programmed: bool) -> Dongle:
     folder = state / "dongle" if state else None
-    dongle = stack.enter_context(Dongle(folder, plugged=plugged, programmed=programmed))
+    dongle = stack.enter_context(
+        Dongle(folder, plugged=plugged, programmed=programmed, serial=1_000_000 + secrets.randbelow(9_000_000))
+    )
     click.echo(f"simulated dongle: {dongle.selector}", err=True)
     return dongle
 

@@ -14,8 +14,9 @@ import hwlicense
 from hwlicense.core.documents import License, encode
 from hwlicense.core.envelope import unverified
 from hwlicense.core.errors import HwlicenseError, Reason
+from hwlicense.device.reporting import status
 from tests.pieces import PIECES, Bench, DonglePiece, Kit, TokenPiece, TpmPiece
-from tests.world import MEMBERS, TERMS, everything
+from tests.world import MEMBERS, NOW, TERMS, everything
 
 COMBINATIONS: dict[str, tuple[Any, ...]] = {
     "TPM and token, both": ("TPM", "token, P-256", "all"),
@@ -160,37 +161,129 @@ def test_pulled_hardware_refuses_the_next_session_and_coming_back_unlocks(bench,
         with model.session():
             for piece in gone:
                 piece.pull()
-            pulled = time.monotonic()
-            while model.standing().may_start:
-                assert time.monotonic() - pulled < 2
-                time.sleep(0.01)
+            until(lambda: not model.standing())
             assert bytes(held) == MEMBERS["labels/names.txt"]  # the session goes on
         with pytest.raises(HwlicenseError) as caught, model.session():
             pass
         assert caught.value.reason in {piece.absent for piece in gone} | {Reason.TPM_GONE}
         with pytest.raises(HwlicenseError):
             model.read("weights.bin")
-        time.sleep(0.1)
-        assert not any(model._keys.view)
+        until(lambda: not any(model._keys.view))
         assert bytes(held) == MEMBERS["labels/names.txt"]
         for piece in gone:
             piece.plug()
-        deadline = time.monotonic() + 10
-        while not model.standing().may_start:
-            assert time.monotonic() < deadline, model.standing()
-            time.sleep(0.02)
+        until(model.standing)
         with model.session():
             assert everything(model) == MEMBERS
 
 
 @needed
-def test_edited_terms_open_nothing(shared, vendor, tmp_path, combination):
+def test_a_forked_process_that_does_nothing_keeps_no_keys_longer_than_its_parent(bench, vendor, tmp_path, combination):
+    device, need = kit(bench, tmp_path, combination)
+    device.license(vendor, terms(need, '[presence]\ninterval = "1s"\nanswers = 40\n'))
+    pieces = device.pieces
+    with device.open(vendor) as model:
+        gone = pieces[count(need, pieces) - 1 :]
+        reading, writing = os.pipe()
+        child = os.fork()
+        if not child:
+            status = 1
+            with suppress(BaseException):
+                os.read(reading, 1)
+                for piece in gone:
+                    if isinstance(piece, DonglePiece):  # the bus of this process is a copy
+                        piece.pull()
+                time.sleep(2.5)
+                assert not any(model._keys.view)
+                with pytest.raises(HwlicenseError):
+                    model.read("weights.bin")
+                status = 0
+            os._exit(status)
+        for piece in gone:
+            piece.pull()
+        os.write(writing, b"!")
+        assert os.waitpid(child, 0)[1] == 0
+        os.close(reading)
+        os.close(writing)
+
+
+def test_a_closed_model_stays_closed_in_a_forked_process(shared, vendor, tmp_path):
+    device, _ = kit(shared, tmp_path, "dongle, less than 64")
+    device.license(vendor, terms("all", '[presence]\ninterval = "1s"\nanswers = 40\n'))
+    with device.open(vendor) as model:
+        pass
+    child = os.fork()
+    if not child:
+        status = 1
+        with suppress(BaseException):
+            with pytest.raises(hwlicense.ClosedError):
+                model.size("weights.bin")
+            status = threading.active_count() != 1
+        os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_pin_function_that_fails_once_is_asked_again_at_the_next_opening_only(bench, vendor, tmp_path):
+    device, _ = kit(bench, tmp_path, "token, P-256")
+    device.license(vendor, terms("all", '[presence]\ninterval = "1s"\n'))
+    asked = []
+
+    def pin(prompt):
+        asked.append(prompt)
+        if len(asked) == 2:
+            raise ZeroDivisionError("of the application")
+        return bytearray(b"123456")
+
+    with device.open(vendor, pin=pin) as model:
+        device.pieces[0].pull()
+        until(lambda: not model.standing())
+        device.pieces[0].plug()
+        until(lambda: len(asked) == 2)
+        time.sleep(1.5)
+        assert len(asked) == 2
+        assert model.standing().reason == Reason.PIN_NEEDED
+    with device.open(vendor, pin=pin) as model:
+        assert model.standing()
+
+
+def test_a_bytearray_that_holds_a_pin_is_wiped(bench, vendor, tmp_path):
+    device, _ = kit(bench, tmp_path, "token, P-256")
+    device.license(vendor, terms("all"))
+    given = bytearray(b"123456")
+    device.open(vendor, pin=lambda _prompt: given).close()
+    assert given == bytes(6)
+
+
+def test_a_license_that_lacks_a_piece_it_can_do_without_is_not_damaged(bench, vendor, tmp_path):
+    device, need = kit(bench, tmp_path, "TPM or dongle")
+    raw = device.issue(vendor, terms(need))
+    device.pieces[0].pull()
+    told: list[HwlicenseError] = []
+    device.install(raw, vendor, absent=told.append)
+    assert [error.reason for error in told] == ["TPM_ABSENT"]
+    (entry,), _ = status(device.home, NOW.date())
+    assert entry["state"] == "installed"
+    device.open(vendor).close()
+    device.pieces[1].pull()
+    with pytest.raises(HwlicenseError):
+        device.open(vendor)
+
+
+def until(true, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.01)
+
+
+@needed
+def test_edited_terms_open_nothing(bench, vendor, tmp_path, combination):
     """By whoever holds the vendor's document keys, but not what the hardware holds."""
     from msgspec.structs import replace  # noqa: PLC0415
 
     from hwlicense.core.envelope import seal  # noqa: PLC0415
 
-    device, need = kit(shared, tmp_path, combination)
+    device, need = kit(bench, tmp_path, combination)
     licensed = unverified(device.license(vendor, terms(need)), License)[0]
     edited = replace(licensed, grant=replace(licensed.grant, licensee="Someone else"))
     device.install(seal(edited, vendor.keys.signers), vendor)
@@ -208,8 +301,8 @@ def opened(package, text, home, options, out):
 
 
 @pytest.mark.parametrize("name", ["TPM", "token, P-256", "token, RSA"])
-def test_a_spawned_process_opens_for_itself(shared, vendor, tmp_path, name):
-    device = Kit(shared, tmp_path / "home", [PIECES[name](shared)])
+def test_a_spawned_process_opens_for_itself(bench, vendor, tmp_path, name):
+    device = Kit(bench, tmp_path / "home", [PIECES[name](bench)])
     device.license(vendor, terms("all"))
     context = multiprocessing.get_context("spawn")
     out = context.Queue()

@@ -297,7 +297,7 @@ def test_a_wrong_pin_is_tried_once_and_leaves_nothing_open(reader, token, enroll
         assert children() == []
         asked = Asked()
         assert hardware.unwrap(binding, b"", [], asked).secret == member
-        assert asked.prompts[0][0].endswith(", of which one was entered wrongly before")
+        assert asked.prompts[0][0].endswith("; a wrong one was entered before")
     assert token.tries_left == 3
 
 

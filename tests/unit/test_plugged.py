@@ -23,7 +23,7 @@ from tests.pieces import Bench, DonglePiece, Kit, TokenPiece, TpmPiece
 from tests.world import TERMS
 
 NOWHERE = "swtpm:path=/nonexistent/tpm"
-PRESENCE = '[presence]\ninterval = "10s"\nanswers = 64\n'
+PRESENCE = f'[presence]\ninterval = "10s"\nanswers = {grace.BLOCK}\n'
 
 
 class Machine:
@@ -739,7 +739,7 @@ def test_recorded_answers_that_are_used_up(bench, vendor, tmp_path, repeat):
     kit = Kit(bench, tmp_path / "home", [DonglePiece(bench)])
     terms = unverified(kit.license(vendor, f"{TERMS}{PRESENCE}repeat = {repeat}\n"), License)[0].grant.presence
     assert len(presence(kit)) == 1
-    assert account(kit, terms).reserve_proofs() == range(64)
+    assert account(kit, terms).reserve_proofs() == range(grace.BLOCK)
     over = ("missing", "the recorded answers of its dongle are used up", "Ask the vendor for a new license.")
     assert presence(kit)[1:] == ([] if repeat == "true" else [over])
 

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -267,3 +268,23 @@ def test_folders_and_removal(tmp_path: Path) -> None:
     storage.remove(tmp_path / "a" / "file")
     storage.remove(tmp_path / "a" / "file")
     assert names(tmp_path / "a") == ["b"]
+
+
+def test_a_lock_ends_with_its_block_also_for_a_child_forked_meanwhile(tmp_path):
+    with storage.exclusive(tmp_path):
+        child = os.fork()
+        if not child:
+            time.sleep(30)
+            os._exit(0)
+    try:
+        with storage.exclusive(tmp_path, 1):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_lock_that_is_not_to_be_had_is_waited_for_so_long(tmp_path):
+    with storage.exclusive(tmp_path), pytest.raises(StorageError) as caught, storage.exclusive(tmp_path, 0.1):
+        pass
+    assert "0.1 s" in caught.value.what

@@ -17,7 +17,6 @@ from hypothesis import strategies
 from usb.backend import libusb1
 
 from hwlicense.binders.usb import Selector, UsbHardware, connection, dongle, find, find_one, frames
-from hwlicense.binders.usb.hardware import _TURN
 from hwlicense.core import dongle as challenges
 from hwlicense.core.documents import UsbBinding, check
 from hwlicense.core.errors import AbsentError, HardwareError, HwlicenseError, Reason, UsageError
@@ -836,17 +835,9 @@ def test_threads_take_turns(plugged):
     assert failures == []
 
 
-def test_a_signal_handler_is_refused_and_a_forked_child_is_not(plugged):
+def test_a_signal_handler_in_the_middle_of_an_exchange_is_told_that_the_dongle_is_busy(plugged, monkeypatch):
+    monkeypatch.setattr(dongle, "PATIENCE", 0.1)
     hardware = UsbHardware(backend=plugged.backend)
-    with _TURN.taken():
-        with refused(Reason.DONGLE_BUSY):
-            hardware.describe(Selection())
-        child = os.fork()
-        if not child:
-            try:
-                hardware.describe(Selection())
-            except BaseException:  # noqa: BLE001  the parent sees the status
-                os._exit(1)
-            os._exit(0)
-        assert os.waitpid(child, 0)[1] == 0
+    with find_one("any", plugged.backend), refused(Reason.DONGLE_BUSY):  # by the very thread that waits
+        hardware.describe(Selection())
     hardware.describe(Selection())

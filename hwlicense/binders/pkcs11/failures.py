@@ -149,7 +149,7 @@ def pin_prompt(token: TokenState) -> str:
     if token.flags & protocol.PIN_FINAL_TRY:
         return f"{prompt}; this is the last try before it locks"
     if token.flags & protocol.PIN_COUNT_LOW:
-        return f"{prompt}, of which one was entered wrongly before"
+        return f"{prompt}; a wrong one was entered before"
     return prompt
 
 

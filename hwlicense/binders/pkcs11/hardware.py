@@ -177,6 +177,10 @@ def _check_modules(paths: Sequence[str]) -> None:
         what = "It is not said which PKCS#11 module to use."
         raise UsageError(Reason.USAGE, what, "Name it: pkcs11:token=NAME?module-path=/usr/lib/MODULE.so")
     for path in paths:
+        if path.startswith("/") and path.isprintable() and not Path(path).exists():
+            what = f"The PKCS#11 module {path} does not exist."
+            hint = "Install the token maker's module, or name another: --token, token= or HWLICENSE_TOKEN."
+            raise UsageError(Reason.TOKEN_UNCONFIGURED, what, hint)
         if not path.startswith("/") or not path.isprintable() or not Path(path).is_file():  # never searched for by name
             what = f"{failures.printable(path)} is not the absolute path of a file."
             raise UsageError(Reason.USAGE, what, "Give the path of the PKCS#11 module, such as /usr/lib/MODULE.so.")

@@ -144,7 +144,7 @@ def _authorization(binding: TpmBinding, pin: PinSource | None) -> Secret:
     if pin is None:
         what = "This license asks for a PIN."
         raise RefusedError(Reason.PIN_NEEDED, what, "Give it when asked, in a file (--pin-file), or by pin= in Python.")
-    with pin("PIN of the license") as given:
+    with pin("PIN that its TPM asks for") as given:
         return pin_value(given)
 
 

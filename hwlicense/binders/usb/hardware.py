@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import secrets
-import threading
 from collections import deque
 from typing import TYPE_CHECKING, Final, Self, TypeVar
 
@@ -16,7 +13,7 @@ from hwlicense.core.errors import AbsentError, HardwareError, Reason
 from hwlicense.core.hardware import Unwrapped
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
     from types import TracebackType
 
     from hwlicense.binders.usb.dongle import Dongle
@@ -31,7 +28,8 @@ T = TypeVar("T")
 class UsbHardware:
     """The dongles of this machine; `selector` says which one `describe` is about. Safe for use by several threads.
 
-    Nothing is held between calls, so processes share a dongle, and forked children need nothing special. `touch` is
+    Nothing is held between calls, so threads and processes share a dongle: the kernel lets one claim it, and the others
+    wait a little. Forked children need nothing special. `touch` is
     called when a dongle waits for a finger, `backend` is pyusb's. Raises UsageError for a selector that is none.
     """
 
@@ -54,14 +52,13 @@ class UsbHardware:
 
         Raises AbsentError where there is none, UsageError where there are several, and HardwareError.
         """
-        with _TURN.taken():
-            chosen = find_one(self._selector, self._backend)
-            slot = self._selector.slot
-            with chosen:
-                serial = chosen.serial()
-                with chosen.ask(slot, challenges.identity_challenge(), self._touch) as answer:
-                    name = challenges.identifier(answer)
-                return UsbEvidence(name, chosen.product, serial, chosen.firmware, slot, chosen.touch_wanted(slot))
+        chosen = find_one(self._selector, self._backend)
+        slot = self._selector.slot
+        with chosen:
+            serial = chosen.serial()
+            with chosen.ask(slot, challenges.identity_challenge(), self._touch) as answer:
+                name = challenges.identifier(answer)
+            return UsbEvidence(name, chosen.product, serial, chosen.firmware, slot, chosen.touch_wanted(slot))
 
     def prove(self, evidence: UsbEvidence, statement: bytes) -> bytes:  # noqa: ARG002  dongles do not sign
         """Nothing: what the vendor wraps for a dongle is opened by no other, whoever wrote the request."""
@@ -110,31 +107,30 @@ class UsbHardware:
         """
         failure: HardwareError | None = None
         others: list[str] = []
-        with _TURN.taken():
-            queue = deque((dongle, False) for dongle in self._candidates(binding))
-            while queue:
-                dongle, seen = queue.popleft()
-                own = False
-                try:
-                    with dongle:
-                        own = _is_named(dongle, binding)
-                        if not own and not seen:
-                            queue.append((dongle, True))  # after those that the license names
-                            continue
-                        given = self._asked(dongle, binding, asked)
-                except AbsentError:
-                    continue  # pulled out meanwhile
-                except HardwareError as error:
-                    if error.reason in _ANOTHERS and not own:
-                        others.append(str(dongle))
-                    elif failure is None or own:
-                        failure = error
-                    continue
-                try:
-                    with given:
-                        return judge(given)
-                except AbsentError:
+        queue = deque((dongle, False) for dongle in self._candidates(binding))
+        while queue:
+            dongle, seen = queue.popleft()
+            own = False
+            try:
+                with dongle:
+                    own = _is_named(dongle, binding)
+                    if not own and not seen:
+                        queue.append((dongle, True))  # after those that the license names
+                        continue
+                    given = self._asked(dongle, binding, asked)
+            except AbsentError:
+                continue  # pulled out meanwhile
+            except HardwareError as error:
+                if error.reason in _ANOTHERS and not own:
                     others.append(str(dongle))
+                elif failure is None or own:
+                    failure = error
+                continue
+            try:
+                with given:
+                    return judge(given)
+            except AbsentError:
+                others.append(str(dongle))
         raise failure or _absent(binding, others)
 
     def _candidates(self, binding: UsbBinding) -> list[Dongle]:
@@ -160,38 +156,12 @@ def _is_named(dongle: Dongle, binding: UsbBinding) -> bool:
 
 def _absent(binding: UsbBinding, others: list[str]) -> AbsentError:
     name = f"{binding.product}, serial number {binding.serial}" if binding.serial else binding.product
+    if binding.serial and any(other.split(",")[0].endswith(f":{binding.serial}") for other in others):
+        what = f"A dongle with the serial number of the license's ({name}) is here, but it answers by another secret."
+        hint = "If it was programmed again since, ask the vendor for a new license."
+        return AbsentError(Reason.DONGLE_ABSENT, what, hint)
     if others:
         what = f"Another dongle is plugged in, not the license's ({name}): {', '.join(others)}."
         return AbsentError(Reason.DONGLE_ABSENT, what, "Plug in the license's own dongle.")
     what = f"The license's dongle is not plugged in ({name})."
     return AbsentError(Reason.DONGLE_ABSENT, what, "Plug it in.")
-
-
-class _Turn:
-    """One user of dongles at a time in this process: libusb would let another one find them busy."""
-
-    def __init__(self) -> None:
-        self.renew()
-
-    def renew(self) -> None:
-        """In a forked child: whoever had the turn is not here."""
-        self._lock = threading.RLock()
-        self._busy = False
-
-    @contextlib.contextmanager
-    def taken(self) -> Iterator[None]:
-        """Other threads wait. A signal handler cannot, as it is what its own thread waits for: it is refused."""
-        with self._lock:
-            if self._busy:
-                what = "A dongle is in the middle of a command of this very thread: a signal handler interrupted it."
-                hint = "Let the handler set a flag, and use the dongle when it has returned."
-                raise HardwareError(Reason.DONGLE_BUSY, what, hint)
-            try:
-                self._busy = True
-                yield
-            finally:
-                self._busy = False
-
-
-_TURN: Final = _Turn()
-os.register_at_fork(after_in_child=_TURN.renew)
