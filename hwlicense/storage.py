@@ -323,7 +323,8 @@ def _publish(fd: int, folder: int, hidden: str, name: str, *, force: bool) -> st
     try:
         os.rename(hidden, name, src_dir_fd=folder, dst_dir_fd=folder)
     except BaseException:
-        os.unlink(hidden, dir_fd=folder)
+        with suppress(FileNotFoundError):  # where it was renamed, and then interrupted
+            os.unlink(hidden, dir_fd=folder)
         raise
     return ""
 

@@ -16,7 +16,7 @@ import sysconfig
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hwlicense
 from hwlicense.core import package
@@ -191,7 +191,7 @@ def story(a: Tpm, b: Tpm) -> None:
 
 def story_of_the_dongle(a: Tpm, bus: Bus, operators: Dongle, spare: Dongle) -> None:
     """Tell how a second license is bound to device A and to what its operator carries."""
-    plugged = {"HWLICENSE_TPM": a.tcti, **bus.environment}
+    plugged: dict[str, Any] = {"HWLICENSE_TPM": a.tcti, **bus.environment}
 
     tell("11. A second license is to run on device A only while the operator's dongle is in. The vendor programs one.")
     spare.pull()
@@ -226,8 +226,8 @@ def story_of_the_dongle(a: Tpm, bus: Bus, operators: Dongle, spare: Dongle) -> N
 def running_line(variables: dict[str, str]) -> Iterator[Iterator[str]]:
     """The product on a line, until the block ends; gives what it says."""
     stop = FOLDER / "stop"
-    command = [sys.executable, "application/line.py", "label-reader.hwpkg", "part.png", stop]
-    print("  $", shlex.join(map(short, command)), flush=True)
+    command = [sys.executable, "application/line.py", "label-reader.hwpkg", "part.png", str(stop)]
+    print("  $", shlex.join(short(part) for part in command), flush=True)
     environment = os.environ | {"HWLICENSE_HOME": "operated"} | variables
     with subprocess.Popen(command, cwd=FOLDER, env=environment, stdout=subprocess.PIPE, text=True) as line:
         assert line.stdout is not None

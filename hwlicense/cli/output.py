@@ -6,9 +6,10 @@ stderr is a terminal. Text from files is shown without control characters, which
 
 from __future__ import annotations
 
+import re
 import sys
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 import msgspec
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hwlicense.core.errors import Reason
+
+
+_CONTROLS: Final = re.compile("[\x7f-\x9f]")
 
 
 def printable(text: str) -> str:
@@ -49,7 +53,8 @@ def failure(reason: Reason, what: str, hint: str) -> None:
 
 def emit(value: Any) -> None:  # noqa: ANN401  # whatever JSON can hold
     """A JSON document, indented."""
-    _print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+    text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
+    _print(_CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text))  # which JSON lets through, and terminals obey
 
 
 def _print(text: str) -> None:

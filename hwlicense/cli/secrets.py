@@ -141,7 +141,7 @@ def _asked(prompt: str, /, *, last_try: bool = False) -> Secret:
         question = "One try is left: a wrong PIN locks it. Go on, and be asked for the PIN?"
         if not click.confirm(question, default=False, err=True):
             raise last_try_refused(prompt)
-    found = from_prompt("PIN" if last_try else prompt)
+    found = from_prompt("PIN" if last_try else output.printable(prompt))
     if found is None:
         raise RefusedError(Reason.PIN_NEEDED, "The license asks for a PIN.", "Give --pin-file, or use a terminal.")
     return found

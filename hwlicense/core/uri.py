@@ -32,7 +32,7 @@ class TokenUri(NamedTuple):
     def parse(cls, text: str) -> TokenUri:
         """A URI that a person wrote, or that was configured. Raises UsageError, also for one that holds a PIN."""
         if len(text) > LIMIT or not text.startswith("pkcs11:"):
-            raise UsageError(Reason.USAGE, f"{text[:80]!r} is not a PKCS#11 URI.", _SHAPE)
+            raise UsageError(Reason.USAGE, f"{_shown(text)} is not a PKCS#11 URI.", _SHAPE)
         path, _, query = text.removeprefix("pkcs11:").partition("?")
         attributes = _attributes(path, ";", text)
         asked = _attributes(query, "&", text)
@@ -82,7 +82,7 @@ def _attributes(text: str, separator: str, whole: str) -> dict[str, bytes]:
     for part in text.split(separator) if text else []:
         name, equals, value = part.partition("=")
         if not equals or name in found or not _VALUE.fullmatch(value):
-            raise UsageError(Reason.USAGE, f"{_shown(whole)!r} is not a PKCS#11 URI.", _SHAPE)
+            raise UsageError(Reason.USAGE, f"{_shown(whole)} is not a PKCS#11 URI.", _SHAPE)
         found[name] = _ESCAPE.sub(lambda match: bytes.fromhex(match[1].decode()), value.encode())
     return found
 
@@ -93,12 +93,13 @@ def _text(value: bytes, whole: str) -> str:
     except UnicodeDecodeError:
         text = "\0"
     if "\0" in text:
-        raise UsageError(Reason.USAGE, f"{_shown(whole)!r} is not a PKCS#11 URI in UTF-8.", _SHAPE)
+        raise UsageError(Reason.USAGE, f"{_shown(whole)} is not a PKCS#11 URI in UTF-8.", _SHAPE)
     return text
 
 
 def _shown(uri: str) -> str:
-    return uri.partition("?")[0][:200]  # never the query, where a PIN may be
+    """A text in an error, unless a PIN may be in it: what is shown may end in a log."""
+    return "That" if "?" in uri or "pin" in uri.lower() else repr(uri[:200])
 
 
 def _escaped(value: bytes, plain: frozenset[int] = frozenset()) -> str:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     Connect = Callable[[str], AnyHardware]
     """Gives the hardware for a kind of binding: tpm, pkcs11, usb."""
 
-_KEPT: Final = {"pkcs11"}
-"""Kinds that are kept open between proofs, for a token's login; others are left to other processes meanwhile."""
+_KEPT: Final = {"pkcs11", "usb"}
+"""Kinds whose objects are kept between proofs: for a token's login, and for where a dongle was last."""
 
 FINAL: Final = {Reason.PIN_WRONG, Reason.PIN_LAST_TRY}
 """Where no other hardware, and no other license, is tried: a PIN offered to a second one would be a wrong try there."""
@@ -42,6 +42,7 @@ class Bound:
     def __init__(self, connect: Connect, licensed: License, home: Home, approvals: Sequence[Approval]) -> None:
         self._connect, self._licensed, self._home, self._approvals = connect, licensed, home, approvals
         self._kept: dict[str, AnyHardware] = {}
+        self._answered: set[int] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -109,8 +110,9 @@ class Bound:
 
     def _enough(self, act: Callable[[int, AnyHardware], None]) -> None:
         bindings, need = self._licensed.bindings, self._licensed.need
-        places = sorted(range(len(bindings)), key=lambda place: bindings[place].pin)
-        done, problems = 0, list[HwlicenseError]()
+        # Those that answered last go first: none that is away or busy is waited for while they suffice
+        places = sorted(range(len(bindings)), key=lambda place: (place not in self._answered, bindings[place].pin))
+        done, problems = list[int](), list[HwlicenseError]()
         for place in places:
             try:
                 self._with(kind_of(bindings[place]), partial(act, place))
@@ -119,10 +121,11 @@ class Bound:
                 if error.reason in FINAL or len(bindings) - len(problems) < need:
                     break
             else:
-                done += 1
-                if done == need:
+                done.append(place)
+                if len(done) == need:
+                    self._answered = set(done)
                     return
-        raise _lacking(problems, done, need, len(bindings))
+        raise _lacking(problems, len(done), need, len(bindings))
 
     def _with(self, kind: str, act: Callable[[AnyHardware], None]) -> None:
         if kind in self._kept:

@@ -9,6 +9,7 @@ older copy, or deletes it, has its grace back.
 from __future__ import annotations
 
 import hmac
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
@@ -31,6 +32,9 @@ BLOCK: Final = 8
 
 PATIENCE: Final = 5.0
 """Seconds to wait for another process that writes in the account."""
+
+_AHEAD: Final = 60_000
+"""Milliseconds that no absence is paid for beforehand."""
 
 _BOOT: Final = Path("/proc/sys/kernel/random/boot_id")
 Millis = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
@@ -63,6 +67,7 @@ class Account:
         """Nothing is written yet. `key` is taken over, and wiped by `close`."""
         self._folder, self._path = folder, folder / "presence"
         self._terms, self._key = terms, key
+        self._floor = 0, 0
 
     def prepare(self) -> None:
         """See that the account can be written. Raises StorageError."""
@@ -134,10 +139,17 @@ class Account:
 
     def _read(self) -> Entries:
         """The entries; with all of the grace and all recorded answers used where the file was damaged or forged."""
-        boot = _boot()
+        found = self._on_disk()
+        # What this process has seen used stays used, whatever becomes of the file
+        self._floor = max(self._floor[0], found.used), max(self._floor[1], found.proofs)
+        used, proofs = self._floor
+        return msgspec.structs.replace(found, used=used, proofs=proofs)
+
+    def _on_disk(self) -> Entries:
+        boot, now = _boot(), _millis(time.monotonic())
         with storage.reporting(self._path):
             if not self._path.exists():
-                return Entries(SCHEMA, 0, 0, boot, 0, 0)
+                return Entries(SCHEMA, 0, 0, boot, 0, now)
         try:
             sealed = msgspec.json.decode(storage.read_limited(self._path, LIMIT), type=Sealed)
             if not hmac.compare_digest(self._mac(sealed.entries), sealed.mac):
@@ -145,15 +157,17 @@ class Account:
             entries = decode(sealed.entries, Entries)
         except (DamagedError, msgspec.MsgspecError, UnicodeDecodeError):
             return self._spent(boot)
-        if entries.boot != boot:  # the clock began anew
-            return msgspec.structs.replace(entries, boot=boot, bridged_until=0, credited_until=0)
+        if entries.boot != boot or entries.bridged_until > now + _AHEAD or entries.credited_until > now:
+            # Another clock: of another boot, or of a time namespace, whose times mean nothing by this one
+            return msgspec.structs.replace(entries, boot=boot, bridged_until=0, credited_until=now)
         return entries
 
     def _spent(self, boot: str) -> Entries:
-        return Entries(SCHEMA, self._terms.grace * 1000, ANSWER_LIMIT, boot, 0, 0)
+        return Entries(SCHEMA, self._terms.grace * 1000, ANSWER_LIMIT, boot, 0, _millis(time.monotonic()))
 
     def _write(self, entries: Entries) -> None:
         raw = encode(entries)
+        self._floor = entries.used, entries.proofs
         storage.atomic_write(self._path, encode(Sealed(raw, self._mac(raw))), 0o600)
 
     def _mac(self, raw: bytes) -> bytes:

@@ -18,7 +18,18 @@ from typing import TYPE_CHECKING, Annotated, Final, NamedTuple, TypeVar
 import msgspec
 
 from hwlicense import storage
-from hwlicense.core.documents import FILE_LIMIT, SCHEMA, Approval, License, TpmBinding, VendorPublic, decode, encode
+from hwlicense.core.documents import (
+    FILE_LIMIT,
+    SCHEMA,
+    Approval,
+    License,
+    TpmBinding,
+    UsbBinding,
+    VendorPublic,
+    decode,
+    encode,
+)
+from hwlicense.core.dongle import answer_count
 from hwlicense.core.envelope import classical_verifier, ml_dsa_verifier, unverified, verified
 from hwlicense.core.errors import DamagedError, HwlicenseError, Reason, RefusedError
 
@@ -130,6 +141,16 @@ class Home:
         if self.state != self.path:  # whose copy would be read in place of the new one
             for name in current:
                 storage.remove(self.state / "licenses" / licensed.grant.license / "held" / name)
+
+    def holder(self, identifier: str) -> str | None:
+        """The fingerprint of the vendor whose license has this identifier here; None where none has."""
+        path = self.path / "licenses" / identifier / "license.hwlic"
+        if not _exists(path):
+            return None
+        try:
+            return unverified(storage.read_limited(path, FILE_LIMIT), License)[0].grant.vendor
+        except DamagedError:  # it may be replaced
+            return None
 
     def held(self, licensed: License, binding: Binding) -> bytes:
         """What the binder kept at installation: nothing, for tokens and dongles.
@@ -256,7 +277,12 @@ def check_license(licensed: License, vendor: VendorPublic) -> None:
     if licensed.grant.vendor != vendor.fingerprint:
         what = f"The license {licensed.grant.license} was granted by another vendor than the one that signed it."
         raise RefusedError(Reason.WRONG_VENDOR, what, "Ask the vendor for a license that its own keys sign.")
-    if any(len(set(wrap.members)) != licensed.need for wrap in licensed.wraps):
+    count = len(licensed.bindings)
+    fitting = licensed.need <= count and all(place < count for wrap in licensed.wraps for place in wrap.members)
+    for binding in licensed.bindings:
+        if isinstance(binding, UsbBinding):
+            answer_count(binding)
+    if not fitting or any(len(set(wrap.members)) != licensed.need for wrap in licensed.wraps):
         what = f"The license {licensed.grant.license} says that it needs {licensed.need} bindings, and then others."
         raise DamagedError(Reason.LICENSE_DAMAGED, what, "Ask the vendor for the license again.")
 

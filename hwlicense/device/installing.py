@@ -52,6 +52,9 @@ def _install_license(home: Home, raw: bytes, connect: Connect, absent: Callable[
             raise RefusedError(
                 Reason.LICENSE_SUPERSEDED, what, "Nothing is to be done: the newer revision stays in force."
             )
+    if home.holder(licensed.grant.license) not in (None, vendor.fingerprint):
+        what = f"Another vendor's license {licensed.grant.license} is installed here, which this one would replace."
+        raise RefusedError(Reason.WRONG_VENDOR, what, "Ask the vendor for a license with an identifier of its own.")
     held, missing = bound.install(connect, licensed, licensed.approvals)
     home.keep_license(licensed, raw, held)
     for error in missing:

@@ -274,7 +274,7 @@ class Model:
 
     def _check(self) -> None:
         self._check_open()
-        if refusal := self._refusal:
+        if refusal := self._refusal or (self._presence.peek() if self._presence else None):
             raise refusal.again()
 
     def _check_open(self) -> None:

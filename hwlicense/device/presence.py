@@ -6,6 +6,7 @@ with the model, and start anew in a forked process.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import weakref
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from hwlicense.core import documents
 from hwlicense.core.errors import HardwareError, HwlicenseError, Reason, RefusedError, StorageError
 from hwlicense.core.presence import Proofs
+from hwlicense.storage import above_standard
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,6 +84,7 @@ class Presence:
         self._recorded = Proofs(terms.interval, time.monotonic())
         self._credit_from = self._recorded.proven_at
         self._pin_refusal: HwlicenseError | None = None
+        self._turn = PinTurn()
         self._ended = False
         self.proofs = 0
         self.grace_left = account.grace_left if account else 0.0
@@ -100,7 +103,10 @@ class Presence:
         self._new_threads()
         self._forked = True
         if not self._ended and self._guarded is not None:
-            self._start(self._watch)
+            try:
+                self._start(self._watch)
+            except StorageError as error:  # nobody would notice when the time has come
+                self._lose(error)
 
     def _new_threads(self) -> None:
         self._changed = threading.Condition(threading.RLock())
@@ -143,6 +149,11 @@ class Presence:
             return self._refusal()
         return refusal
 
+    def peek(self) -> HwlicenseError | None:
+        """As `refusal`, without a lock: for whoever may hold one that this object's threads want."""
+        now = time.monotonic()
+        return None if now < self._covered_until(now) else self._recorded.refusal(now)
+
     @property
     def here(self) -> bool:
         """Whether the last proof still holds; not so while a grace bridges an absence."""
@@ -170,8 +181,7 @@ class Presence:
 
     def _refusal(self) -> HwlicenseError | None:
         with self._changed:
-            now = time.monotonic()
-            return None if now < self._covered_until(now) else self._recorded.refusal(now)
+            return self.peek()
 
     def _covered_until(self, now: float) -> float:
         """Until when absence is paid for, or being paid for: what covers this moment is just being written down."""
@@ -244,14 +254,23 @@ class Presence:
             self._recorded.failed(error, time.monotonic())
 
     def _reopened(self, guarded: Guarded) -> Memory:
-        """The keys anew. After a PIN was refused, or none given, nobody is asked again before the model is opened."""
+        """The keys anew. After a PIN was refused, or none given, nobody is asked again before the model is opened.
+
+        Nor by any other process that was forked since: what a stale PIN spends is the token's, not a process's.
+        """
+        ask = self._turn.take()
+        refused = False
         try:
-            return guarded.reopen(self._bound, ask=self._pin_refusal is None)
+            return guarded.reopen(self._bound, ask=ask)
         except RefusedError as error:
             if error.reason not in _PINS:
                 raise
-            self._pin_refusal = self._pin_refusal or error.again()
-            raise self._pin_refusal.again() from error
+            refused = ask
+            self._pin_refusal = self._pin_refusal or (error.again() if ask else None)
+            raise (self._pin_refusal or error).again() from error
+        finally:
+            if ask and not refused:
+                self._turn.give_back()
 
     def _credit(self, now: float) -> None:
         if self._account is None or self._terms.regain is None:
@@ -346,6 +365,34 @@ class Presence:
                 self._paying = False
                 self._threads.remove(threading.current_thread())
                 self._changed.notify_all()
+
+
+class PinTurn:
+    """The one turn at asking for a PIN that a model has among all processes that were forked with it.
+
+    A byte in a pipe: taken by reading, and gone with a process that dies or is refused meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._ends = [above_standard(end) for end in os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)]
+        self.give_back()
+        weakref.finalize(self, _close, self._ends)
+
+    def take(self) -> bool:
+        """Whether this is the one to ask."""
+        try:
+            return bool(os.read(self._ends[0], 1))
+        except BlockingIOError:
+            return False
+
+    def give_back(self) -> None:
+        """Let the next one ask."""
+        os.write(self._ends[1], b"!")
+
+
+def _close(ends: list[int]) -> None:
+    for end in ends:
+        os.close(end)
 
 
 _PINS: Final = {Reason.PIN_WRONG, Reason.PIN_LAST_TRY, Reason.PIN_NEEDED}

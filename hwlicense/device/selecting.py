@@ -150,7 +150,7 @@ def pin(
             what = f"The function given as pin= failed ({type(error).__name__})."
             raise RefusedError(Reason.PIN_NEEDED, what, _MEND) from error
         match found:
-            case Secret() as secret:
+            case Secret() as secret if len(secret):
                 return secret
             case str(text) if text:
                 return Secret(bytearray(text, "utf-8"))

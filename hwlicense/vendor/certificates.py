@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 EK_CERTIFICATE_USAGE: Final = x509.ObjectIdentifier("2.23.133.8.1")
 """tcg-kp-EKCertificate (TCG EK Credential Profile, 3.2.16)."""
 
+_YUBIHSM: Final = "1.3.6.1.4.1.41482.4."
+
 # All that reading a certificate raises: whoever made the request chose its bytes
 BAD_CERTIFICATE: Final = (
     VerificationError,
@@ -70,6 +72,13 @@ def root_of(
         .build_client_verifier()
     )
     return verifier.verify(certificate, list(between)).chain[-1]
+
+
+def check_attests_generation(certificate: x509.Certificate) -> None:
+    """Raises ValueError for attestations that a maker gives imported keys as well, such as those of a YubiHSM 2."""
+    if any(extension.oid.dotted_string.startswith(_YUBIHSM) for extension in certificate.extensions):
+        msg = "a YubiHSM attests keys that were imported, too, so its word does not say that a key was made in it"
+        raise ValueError(msg)
 
 
 def _is_ca(_policy: Policy, _certificate: x509.Certificate, extension: x509.BasicConstraints) -> None:

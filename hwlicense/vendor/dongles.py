@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from hwlicense.vendor.signing import Keys
 
 ACCESS_CODE_SIZE: Final = 6
-POOL_LIMIT: Final = 50_000
+POOL_LIMIT: Final = 35_000
+"""Answers that a record can hold."""
+
 _PURPOSE: Final = b"dongle"
 
 

@@ -234,6 +234,7 @@ def _attesting_root(
         if certificates.public_key_of(certificate) == evidence.key:
             between = [other for other in found if other != certificate]
             try:
+                certificates.check_attests_generation(certificate)
                 return certificates.root_of(certificate, between, roots, now, certificates.ATTESTED_POLICY)
             except certificates.BAD_CERTIFICATE as error:
                 problem = str(error)

@@ -29,6 +29,7 @@ from hwlicense.core.tpm import duplicate
 from hwlicense.core.tpm.pcrs import Selection
 from hwlicense.core.tpm.policy import digest, platform_reference, sealed_steps
 from hwlicense.core.tpm.signatures import policy_key_public
+from hwlicense.core.uri import TokenUri
 from hwlicense.vendor import approving
 from hwlicense.vendor.evidence import DonglePart, TokenPart, TpmPart, identity
 
@@ -49,6 +50,10 @@ APPROVAL_LIMIT: Final = 100
 
 BindDongle = Callable[[UsbEvidence, int], tuple[UsbBinding, Secret]]
 """Binds to a dongle with so many recorded answers: the folder's part, as the answers are kept there."""
+
+
+ANSWERS_LIMIT: Final = 64_000
+"""Recorded answers that a license can carry: it is seen beforehand, as answers that were reserved are spent."""
 
 
 class Issued(NamedTuple):
@@ -135,6 +140,7 @@ def _needed(parts: Sequence[Part], terms: Terms, pin: Secret | None) -> int:
     if len({identity(part.evidence) for part in parts}) != len(parts):
         what = "Two of the requests name the same piece of hardware."
         raise UsageError(Reason.USAGE, what, "Give each request once.")
+    _check_apart(parts)
     need = terms.require.need(len(parts))
     if pin and not any(isinstance(part, TpmPart) for part in parts):
         what = "A license's PIN is checked by the TPM, and no request names one; a token has a PIN of its own."
@@ -142,12 +148,30 @@ def _needed(parts: Sequence[Part], terms: Terms, pin: Secret | None) -> int:
     if terms.require.pcrs and (need < len(parts) or not _pcrs(parts)):
         what = "The terms require PCRs, to which only a TPM holds a license: it must be among the bindings, and needed."
         raise UsageError(Reason.TERM_INVALID, what, 'Enroll the TPM with --pcrs, and require.bindings = "all".')
+    dongles = sum(isinstance(part, DonglePart) for part in parts)
+    if terms.presence and dongles * terms.presence.answers > ANSWERS_LIMIT:
+        what = f"The license would carry {dongles * terms.presence.answers:,} recorded answers."
+        raise UsageError(Reason.TERM_INVALID, what, f"Ask for at most {ANSWERS_LIMIT:,} of all its dongles together.")
     for part in parts:
         if terms.presence and isinstance(part, DonglePart) and part.evidence.touch:
             what = "The terms ask for proofs of presence, and a dongle of the request answers only when it is touched."
             hint = "Program the dongle without touch, or leave [presence] out."
             raise UsageError(Reason.TERM_INVALID, what, hint)
     return need
+
+
+def _check_apart(parts: Sequence[Part]) -> None:
+    """That no piece of hardware counts twice, by two of its keys or slots. Raises UsageError. Requests may lie here."""
+    places = [
+        f"{part.evidence.product}:{part.evidence.serial}"
+        if isinstance(part, DonglePart)
+        else str(TokenUri.parse_hint(part.evidence.uri)._replace(object=None, id=None))
+        for part in parts
+        if isinstance(part, TokenPart) or (isinstance(part, DonglePart) and part.evidence.serial)
+    ]
+    if len(set(places)) != len(places):
+        what = "Two of the requests name one piece of hardware by two of its keys or slots: it would count twice."
+        raise UsageError(Reason.USAGE, what, "Give one request for each piece.")
 
 
 def _pcrs(parts: Sequence[Part]) -> list[Pcr]:

@@ -290,23 +290,29 @@ def test_a_dongle_part_made_for_the_attackers_own_dongle_opens_nothing(vendor, b
 
 
 @pytest.mark.parametrize(
-    ("change", "kind", "reason"),
+    "change",
     [
-        (lambda b: flipped(b.answers, 0), AbsentError, "DONGLE_ABSENT"),
-        (lambda b: bytes(len(b.answers)), AbsentError, "DONGLE_ABSENT"),
-        (lambda b: b.answers[8:] + b.answers[:8], AbsentError, "DONGLE_ABSENT"),
-        (lambda b: b.answers[:-1], DamagedError, "LICENSE_DAMAGED"),
+        lambda b: flipped(b.answers, 0),
+        lambda b: bytes(len(b.answers)),
+        lambda b: b.answers[8:] + b.answers[:8],
     ],
-    ids=["a bit", "zeros", "another order", "cut"],
+    ids=["a bit", "zeros", "another order"],
 )
-def test_recorded_answers_that_were_edited_prove_nothing(vendor, kit, change, kind, reason):
+def test_recorded_answers_that_were_edited_prove_nothing(vendor, kit, change):
     good = sent(kit.license(vendor, WATCHED))
     forged = replace(good, bindings=[replace(good.bindings[0], answers=change(good.bindings[0]))])
     lay(kit, forged, vendor)
     with kit.open(vendor) as model:
         until(lambda: not model.standing(), 2)
-        with refusal(kind, reason), model.session():
+        with refusal(AbsentError, "DONGLE_ABSENT"), model.session():
             pass
+
+
+def test_recorded_answers_that_were_cut_open_nothing(vendor, kit):
+    good = sent(kit.license(vendor, WATCHED))
+    lay(kit, replace(good, bindings=[replace(good.bindings[0], answers=good.bindings[0].answers[:-1])]), vendor)
+    with refusal(DamagedError, "LICENSE_DAMAGED"):
+        kit.open(vendor)
 
 
 # ---- touch --------------------------------------------------------------------------------------------------

@@ -877,9 +877,10 @@ def test_claims_of_success_and_unknown_codes_are_errors_in_the_end(reader, enrol
     exercise(reader, binding)
 
 
-@pytest.mark.parametrize("path", ["relative.so", "/nowhere/module.so", "/usr", "", "/x\0.so", "/x\udcff.so"])
+@pytest.mark.parametrize("path", ["relative.so", "/usr", "", "/x\0.so", "/x\udcff.so"])
 def test_a_module_is_an_absolute_path_of_a_file(path):
     assert refusal(UsageError, TokenHardware, [path]).reason == Reason.USAGE
+    assert refusal(UsageError, TokenHardware, ["/nowhere/module.so"]).reason == Reason.TOKEN_UNCONFIGURED
     assert refusal(UsageError, TokenHardware, [])
 
 

@@ -20,7 +20,7 @@ from hwlicense.core.presence import Proofs
 from hwlicense.core.secret import Secret
 from hwlicense.device import grace
 from hwlicense.device.grace import Account
-from hwlicense.device.presence import Presence
+from hwlicense.device.presence import PinTurn, Presence
 
 if TYPE_CHECKING:
     from hwlicense.device.bound import Bound
@@ -145,6 +145,30 @@ def test_grace_comes_back_by_proven_presence_alone_and_to_all_processes_together
     without.bridge(now, 30)
     without.credit(now, now + 10_000)
     assert without.grace_left == pytest.approx(30, abs=0.01)
+
+
+def test_times_of_another_clock_pay_for_nothing_and_are_not_credited(tmp_path, monkeypatch):
+    """A time namespace, which any user can make, moves the clock and leaves the boot's name as it is."""
+    now = time.monotonic()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(time, "monotonic", lambda: now + 1e8)
+        account(tmp_path, 60, 600).bridge(now + 1e8, 20)
+    mine = account(tmp_path, 60, 600)
+    assert mine.bridge(now, 10) == pytest.approx(now + 10, abs=0.01)
+    assert mine.grace_left == pytest.approx(30, abs=0.01)
+    for boot in ("a", "b", "c"):
+        monkeypatch.setattr(grace, "_boot", lambda boot=boot: boot)
+        account(tmp_path, 60, 600).credit(now - 100, now)
+    assert account(tmp_path, 60, 600).grace_left == pytest.approx(30, abs=0.01)
+
+
+def test_what_a_process_has_seen_used_stays_used_though_the_file_goes(tmp_path):
+    mine = account(tmp_path)
+    mine.bridge(time.monotonic(), 45)
+    mine.reserve_proofs()
+    (tmp_path / "presence").unlink()
+    assert mine.grace_left == pytest.approx(15, abs=0.01)
+    assert mine.reserve_proofs().start == grace.BLOCK
 
 
 def reserve(folder, out):
@@ -431,3 +455,18 @@ def test_unused_proofs_are_given_back(watched, tmp_path):
     presence.close()
     used = len(set(hardware.numbers))
     assert account(tmp_path, 0).proofs in (used, used + 1)  # one may be asked for at the moment
+
+
+def test_one_process_at_a_time_asks_for_a_pin_and_none_after_a_refusal():
+    turn = PinTurn()
+    assert turn.take()
+    child = os.fork()
+    if not child:
+        os._exit(turn.take())
+    assert os.waitpid(child, 0)[1] == 0
+    turn.give_back()
+    child = os.fork()
+    if not child:
+        os._exit(not turn.take())
+    assert os.waitpid(child, 0)[1] == 0
+    assert not turn.take()  # it went with that process

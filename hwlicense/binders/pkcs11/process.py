@@ -42,6 +42,7 @@ SLOW: Final = 1.5
 """Seconds after which a token that works may be waiting for a finger."""
 
 PROGRAM: Final = (
+    "import ctypes; ctypes.CDLL(None).prctl(4, 0, 0, 0, 0); "  # PR_SET_DUMPABLE, before anything is to be seen
     "import sys; sys.path += sys.argv[2:]; from hwlicense.binders.pkcs11.child import main; main(int(sys.argv[1]))"
 )
 _LIBRARIES: Final = ("hwlicense", "pkcs11", "asn1crypto", "msgspec", "cryptography", "typing_extensions")
@@ -179,6 +180,7 @@ class ModuleProcess:
             answer, content = protocol.receive(channel, protocol.ANSWERS, wait)
             done = True
         except TimeoutError:
+            self._end(0)
             if process.poll() is not None:  # a program that it started still holds the connection
                 raise failures.crashed(self.path, process.returncode) from None
             raise failures.hung(self.path, request.seconds) from None
@@ -191,10 +193,12 @@ class ModuleProcess:
                 raise failures.not_started(self.path, why) from None
             raise failures.crashed(self.path, status) from None
         except ValueError:
+            self._end(0)
             raise failures.nonsense(self.path) from None
         finally:
             if not done and self._running == (process, channel):
-                self._end(0)  # whatever is still to come would be taken for the next answer
+                # Whatever is still to come would be taken for the next answer. Not killed at once: it may be writing.
+                self._end(ENDING)
         return answer, Secret(content)
 
     def _end(self, patience: float) -> None:

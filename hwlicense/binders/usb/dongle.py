@@ -49,6 +49,7 @@ class Dongle:
 
     def __init__(self, device: Any, used: Any, backend: object | None = None) -> None:  # noqa: ANN401
         self.product = f"{device.idVendor:04x}:{device.idProduct:04x}"
+        self.place = f"{device.bus}:{device.address}"
         self.patience = PATIENCE
         self._connection = Connection(device, used, backend, self.product)
         self._state: frames.Status | None = None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections import deque
 from typing import TYPE_CHECKING, Final, Self, TypeVar
 
+from hwlicense.binders.usb.dongle import PATIENCE
 from hwlicense.binders.usb.finding import ANY, Selector, find, find_one
 from hwlicense.core import dongle as challenges
 from hwlicense.core.documents import UsbEvidence
@@ -38,6 +38,7 @@ class UsbHardware:
     ) -> None:
         self._selector = Selector.parse(selector) if selector is not None else ANY
         self._touch, self._backend = touch, backend
+        self._last: str | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -107,16 +108,11 @@ class UsbHardware:
         """
         failure: HardwareError | None = None
         others: list[str] = []
-        queue = deque((dongle, False) for dongle in self._candidates(binding))
-        while queue:
-            dongle, seen = queue.popleft()
+        for dongle in self._candidates(binding):
             own = False
             try:
                 with dongle:
                     own = _is_named(dongle, binding)
-                    if not own and not seen:
-                        queue.append((dongle, True))  # after those that the license names
-                        continue
                     given = self._asked(dongle, binding, asked)
             except AbsentError:
                 continue  # pulled out meanwhile
@@ -128,13 +124,20 @@ class UsbHardware:
                 continue
             try:
                 with given:
-                    return judge(given)
+                    found = judge(given)
             except AbsentError:
                 others.append(str(dongle))
+            else:
+                self._last = dongle.place
+                return found
         raise failure or _absent(binding, others)
 
     def _candidates(self, binding: UsbBinding) -> list[Dongle]:
-        return sorted(find(ANY, self._backend), key=lambda dongle: dongle.product != binding.product)
+        """All dongles, those first that the license names, unless it is known where the right one was last."""
+        found = sorted(find(ANY, self._backend), key=lambda d: (d.place != self._last, d.product != binding.product))
+        if len(found) < _SEVERAL or found[0].place == self._last:
+            return found
+        return sorted(found, key=lambda dongle: not _glanced(dongle, binding))
 
     def _asked(self, dongle: Dongle, binding: UsbBinding, asked: bytes) -> Secret:
         """A dongle's answer. Nobody is asked to touch one that is known to be another, nor one that is not to wait."""
@@ -145,6 +148,10 @@ class UsbHardware:
         return dongle.ask(binding.slot, asked, self._touch, wait=wait)
 
 
+_SEVERAL: Final = 2
+_GLANCE: Final = 0.2
+"""Seconds to wait for a dongle that others are at, where it may be any."""
+
 _ANOTHERS: Final = (Reason.DONGLE_UNPROGRAMMED, Reason.DONGLE_UNTOUCHED)
 
 
@@ -152,6 +159,17 @@ def _is_named(dongle: Dongle, binding: UsbBinding) -> bool:
     """Whether the license names this dongle, as far as it can: one without a serial number it names by its product."""
     serial = dongle.serial()
     return serial == binding.serial and (serial is not None or dongle.product == binding.product)
+
+
+def _glanced(dongle: Dongle, binding: UsbBinding) -> bool:
+    dongle.patience = _GLANCE
+    try:
+        with dongle:
+            return _is_named(dongle, binding)
+    except HardwareError:  # it is asked later, if none of the others is right
+        return False
+    finally:
+        dongle.patience = PATIENCE
 
 
 def _absent(binding: UsbBinding, others: list[str]) -> AbsentError:
