@@ -67,7 +67,7 @@ class Account:
         """Nothing is written yet. `key` is taken over, and wiped by `close`."""
         self._folder, self._path = folder, folder / "presence"
         self._terms, self._key = terms, key
-        self._floor = 0, 0
+        self._floor = 0, 0, 0
 
     def prepare(self) -> None:
         """See that the account can be written. Raises StorageError."""
@@ -139,35 +139,40 @@ class Account:
 
     def _read(self) -> Entries:
         """The entries; with all of the grace and all recorded answers used where the file was damaged or forged."""
-        found = self._on_disk()
-        # What this process has seen used stays used, whatever becomes of the file
-        self._floor = max(self._floor[0], found.used), max(self._floor[1], found.proofs)
-        used, proofs = self._floor
-        return msgspec.structs.replace(found, used=used, proofs=proofs)
+        found, genuine = self._on_disk()
+        # What this process has seen used stays used, whatever becomes of the file; less can only be after a credit
+        used, proofs, credited = self._floor
+        if not genuine or found.credited_until <= credited:
+            used = max(used, found.used)
+        else:
+            used, credited = found.used, found.credited_until
+        self._floor = used, max(proofs, found.proofs), credited
+        return msgspec.structs.replace(found, used=used, proofs=self._floor[1])
 
-    def _on_disk(self) -> Entries:
+    def _on_disk(self) -> tuple[Entries, bool]:
+        """What the file says, and whether it says that of this clock."""
         boot, now = _boot(), _millis(time.monotonic())
         with storage.reporting(self._path):
             if not self._path.exists():
-                return Entries(SCHEMA, 0, 0, boot, 0, now)
+                return Entries(SCHEMA, 0, 0, boot, 0, now), False
         try:
             sealed = msgspec.json.decode(storage.read_limited(self._path, LIMIT), type=Sealed)
             if not hmac.compare_digest(self._mac(sealed.entries), sealed.mac):
-                return self._spent(boot)
+                return self._spent(boot), False
             entries = decode(sealed.entries, Entries)
         except (DamagedError, msgspec.MsgspecError, UnicodeDecodeError):
-            return self._spent(boot)
+            return self._spent(boot), False
         if entries.boot != boot or entries.bridged_until > now + _AHEAD or entries.credited_until > now:
             # Another clock: of another boot, or of a time namespace, whose times mean nothing by this one
-            return msgspec.structs.replace(entries, boot=boot, bridged_until=0, credited_until=now)
-        return entries
+            return msgspec.structs.replace(entries, boot=boot, bridged_until=0, credited_until=now), False
+        return entries, True
 
     def _spent(self, boot: str) -> Entries:
         return Entries(SCHEMA, self._terms.grace * 1000, ANSWER_LIMIT, boot, 0, _millis(time.monotonic()))
 
     def _write(self, entries: Entries) -> None:
         raw = encode(entries)
-        self._floor = entries.used, entries.proofs
+        self._floor = entries.used, entries.proofs, entries.credited_until
         storage.atomic_write(self._path, encode(Sealed(raw, self._mac(raw))), 0o600)
 
     def _mac(self, raw: bytes) -> bytes:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -124,10 +125,17 @@ def test_looking_costs_nothing_and_standing_shows_what_is_left(vendor, kit):
 # ---- accounts that were edited ------------------------------------------------------------------------------
 
 
+def account(folder, regain=None):
+    """As a process that starts now has it."""
+    made = grace.Account(folder, Presence(1, 60, regain, repeat=True), Secret(bytearray(b"k" * 32)))
+    folder.mkdir(exist_ok=True)
+    return made
+
+
 def test_no_byte_of_an_account_may_differ(tmp_path):
-    account = grace.Account(tmp_path, Presence(1, 60, None, repeat=True), Secret(bytearray(b"k" * 32)))
-    account.prepare()
-    account.bridge(time.monotonic(), 20)
+    first = account(tmp_path)
+    first.prepare()
+    first.bridge(time.monotonic(), 20)
     path = tmp_path / "presence"
     good = path.read_bytes()
     honest = msgspec.json.decode(good, type=grace.Sealed)
@@ -137,11 +145,29 @@ def test_no_byte_of_an_account_may_differ(tmp_path):
             with suppress(msgspec.MsgspecError, UnicodeDecodeError):
                 if msgspec.json.decode(path.read_bytes(), type=grace.Sealed) == honest:
                     continue  # bits at the end of base64 that say nothing
-            assert account.grace_left == 0, (place, bit)
-            assert account.proofs >= ANSWER_LIMIT
+            assert account(tmp_path).grace_left == 0, (place, bit)
+            assert account(tmp_path).proofs >= ANSWER_LIMIT
     path.write_bytes(good)
-    assert account.grace_left == pytest.approx(40, abs=0.1)
-    assert account.proofs == 0
+    assert account(tmp_path).grace_left == pytest.approx(40, abs=0.1)
+    assert account(tmp_path).proofs == 0
+
+
+def test_presence_gives_the_grace_back_to_all_processes(tmp_path, monkeypatch):
+    """Each credits the same seconds, and none takes back what another was given."""
+    clock = SimpleNamespace(now=time.monotonic())
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr(grace, "time", clock)
+    one, two = account(tmp_path, 60), account(tmp_path, 60)
+    began = clock.now
+    one.prepare()
+    one.bridge(began, 30)
+    assert one.grace_left == two.grace_left == pytest.approx(30, abs=0.1)
+    for _ in range(3):
+        clock.now += 20
+        one.credit(clock.now - 10, clock.now)
+        two.credit(clock.now - 10, clock.now)
+    for each in (one, two, account(tmp_path, 60)):
+        assert each.grace_left == pytest.approx(60, abs=0.5)
 
 
 @pytest.mark.parametrize(

@@ -293,11 +293,11 @@ def test_a_module_that_fails_in_a_proof(vendor, token, fault):
 
 
 def test_a_child_forked_from_an_open_model_logs_in_for_itself(vendor, token):
-    """The parent's login is not the child's: without a PIN it is refused, with one it starts."""
+    """The parent's login is not the child's: with a PIN it starts; without one it is refused, and no other is asked."""
     typist = Typist(PIN)
     with token.open(vendor, pin=typist) as model:
         until(lambda: model._presence.proofs >= 1)
-        for texts, status in (([], 7), ([PIN], 0)):
+        for texts, status in (([PIN], 0), ([], 7), ([PIN], 7)):
             child = os.fork()
             if not child:
                 code = 1

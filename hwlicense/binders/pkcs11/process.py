@@ -180,9 +180,9 @@ class ModuleProcess:
             answer, content = protocol.receive(channel, protocol.ANSWERS, wait)
             done = True
         except TimeoutError:
-            self._end(0)
             if process.poll() is not None:  # a program that it started still holds the connection
                 raise failures.crashed(self.path, process.returncode) from None
+            self._end(0)
             raise failures.hung(self.path, request.seconds) from None
         except (EOFError, OSError):
             with suppress(subprocess.TimeoutExpired):
