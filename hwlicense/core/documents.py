@@ -397,6 +397,18 @@ class _Schema(msgspec.Struct):
     schema: int = SCHEMA
 
 
+def prepare(*kinds: type[msgspec.Struct]) -> None:
+    """Have msgspec learn these types now. Modules call it as they are imported, which one thread at a time does.
+
+    Left to the first decoding, two threads that come at once crash the process (msgspec 0.22).
+    """
+    for kind in kinds:
+        msgspec.json.Decoder(kind)
+
+
+prepare(Request, License, Approval, Manifest, VendorPublic, _Schema)
+
+
 def _title(kind: type[msgspec.Struct]) -> str:
     return "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in kind.__name__).strip()
 

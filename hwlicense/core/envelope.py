@@ -24,6 +24,7 @@ from hwlicense.core.documents import (
     Document,
     decode,
     encode,
+    prepare,
 )
 from hwlicense.core.errors import DamagedError, Reason, RefusedError
 
@@ -48,6 +49,9 @@ class Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     payload: bytes
     payloadType: Annotated[str, msgspec.Meta(max_length=200)]  # noqa: N815  # the name that DSSE gives
     signatures: Annotated[list[Signature], msgspec.Meta(max_length=SIGNATURE_LIMIT)]
+
+
+prepare(Envelope)
 
 
 class Signer(Protocol):

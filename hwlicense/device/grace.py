@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import msgspec
 
 from hwlicense import storage
-from hwlicense.core.documents import ANSWER_LIMIT, SCHEMA, Count, decode, encode
+from hwlicense.core.documents import ANSWER_LIMIT, SCHEMA, Count, decode, encode, prepare
 from hwlicense.core.errors import DamagedError, HwlicenseError, Reason, StorageError, UsageError
 
 if TYPE_CHECKING:
@@ -58,6 +58,9 @@ class Sealed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     entries: bytes
     mac: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+
+
+prepare(Sealed, Entries)
 
 
 class Account:

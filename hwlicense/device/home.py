@@ -28,6 +28,7 @@ from hwlicense.core.documents import (
     VendorPublic,
     decode,
     encode,
+    prepare,
 )
 from hwlicense.core.dongle import answer_count
 from hwlicense.core.envelope import classical_verifier, ml_dsa_verifier, unverified, verified
@@ -62,6 +63,7 @@ class Trust(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vendors: Annotated[list[VendorPublic], msgspec.Meta(max_length=100)]
 
 
+prepare(Enrolled, Trust)
 T = TypeVar("T", bound=msgspec.Struct)
 
 

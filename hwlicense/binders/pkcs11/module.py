@@ -6,6 +6,7 @@ token answered once it was out or in again is never taken for what it is now.
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar, get_args
 
@@ -52,6 +53,7 @@ _HASHES: Final[dict[Named, tuple[Mechanism, MGF]]] = {
     "rsa-oaep-sha1": (Mechanism.SHA_1, MGF.SHA1),
 }
 _SECRET_BITS: Final = 256
+_ATTEMPTS, _MOMENT = 10, 0.01  # seconds between them
 _PIN_REFUSED: Final = (
     pkcs11.PinExpired,
     pkcs11.PinIncorrect,
@@ -204,7 +206,7 @@ class Module:
         found: list[Plugged] = []
         for slot in self._slots()[: protocol.TOKEN_LIMIT]:
             with suppress(PKCS11Error):  # gone since, or of no use: an empty slot of SoftHSM holds a blank token
-                token = slot.get_token()
+                token = _token(slot)
                 if token.flags & protocol.TOKEN_INITIALIZED or token.label:
                     found.append(Plugged(_place(slot, token), token))
         for place in self._sessions.keys() - {one.place for one in found}:
@@ -365,6 +367,16 @@ def _derive(private: Any, point: bytes, access: dict[Attribute, bool]) -> bytear
     finally:
         with suppress(PKCS11Error):
             derived.destroy()
+
+
+def _token(slot: Slot) -> Token:
+    """The token in a slot. Where another process writes to it, some modules fail for a moment, as SoftHSM does."""
+    for _ in range(_ATTEMPTS):
+        try:
+            return slot.get_token()
+        except (pkcs11.GeneralError, pkcs11.FunctionFailed, pkcs11.DeviceError):
+            time.sleep(_MOMENT)
+    return slot.get_token()
 
 
 def _place(slot: Slot, token: Token) -> Place:
