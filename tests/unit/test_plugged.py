@@ -584,7 +584,7 @@ def test_one_piece_of_hardware(bench, vendor, tmp_path, make):
     piece.pull()
     ((state, text, mend),) = of_license(kit, kit.token)
     assert state == "missing"
-    expected = {"usb": "dongle is not plugged in", "pkcs11": "The token is not here", "tpm": "TPM"}
+    expected = {"usb": "dongle is not plugged in", "pkcs11": "The license's token", "tpm": "TPM"}
     assert expected[piece.kind] in text
     assert mend
     piece.plug()

@@ -143,7 +143,7 @@ class Modules:
                 return answer.labels
             raise self.unexpected(path, answer)
 
-        self._first(look_in)
+        self._first(look_in, hint)
 
     def answer(self, challenge: Challenge, pins: Pins, patience: float = 0) -> Secret:
         """What `core.token.unwrap` makes of the token's answer, for whoever asked to wipe.
@@ -160,7 +160,7 @@ class Modules:
             found.append(outcome)
             return None
 
-        self._first(ask)
+        self._first(ask, challenge.hint)
         return found[0]
 
     def inspect(self, path: str, place: Place) -> Inspected:
@@ -210,7 +210,7 @@ class Modules:
         process.borrow(path, self).restart()
         return failures.nonsense(path)
 
-    def _first(self, act: Callable[[str], Sequence[str] | None]) -> None:
+    def _first(self, act: Callable[[str], Sequence[str] | None], hint: TokenUri) -> None:
         """Until a module has the token. Raises what the first said that did not work, else AbsentError."""
         problems, labels = list[HardwareError](), list[str]()
         for path in self._paths:
@@ -222,7 +222,7 @@ class Modules:
                 if here is None:
                     return
                 labels += here
-        raise problems[0] if problems else failures.absent(labels)
+        raise problems[0] if problems else failures.absent(hint, labels)
 
 
 class _Asking:

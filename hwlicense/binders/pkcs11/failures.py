@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from hwlicense.binders.pkcs11.protocol import Failed, KeyFound, TokenState
+    from hwlicense.core.uri import TokenUri
 
 WRONG_PIN: Final = ("PIN_INCORRECT", "PIN_INVALID", "PIN_LEN_RANGE")
 
@@ -171,10 +172,14 @@ def asks_again(token: TokenState) -> HardwareError:
     return HardwareError(Reason.TOKEN_UNSUPPORTED, what, _FROM_ELSEWHERE)
 
 
-def absent(labels: Iterable[str]) -> AbsentError:
+def absent(hint: TokenUri, labels: Iterable[str]) -> AbsentError:
     """None of the tokens that are here has the key."""
     here = ", ".join(f'"{printable(label)}"' for label in labels)
-    what = f"The token is not here; {f'plugged in: {here}' if here else 'none is plugged in'}."
+    known = [f'"{printable(hint.token)}"'] if hint.token else []
+    known += [f"serial {printable(hint.serial)}"] if hint.serial else []
+    name = f" ({', '.join(known)})" if known else ""
+    wanted = f"The license's token{name} is not here"
+    what = f"{wanted}; {f'plugged in: {here}' if here else 'none is plugged in'}."
     return AbsentError(Reason.TOKEN_ABSENT, what, "Plug in the token that this license was issued for.")
 
 

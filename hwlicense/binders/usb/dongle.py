@@ -203,7 +203,7 @@ class Dongle:
             if started is not None and (not flags or now >= give_up):
                 raise self._untouched()
             if not flags:
-                what = f"The dongle {self} has no secret for challenges there."
+                what = f"The dongle {self} has no secret for challenges in the slot that is asked."
                 hint = "Name the other slot (slot=1 or slot=2), or have the dongle programmed; unlock an OnlyKey."
                 raise HardwareError(Reason.DONGLE_UNPROGRAMMED, what, hint)
             if now >= give_up:
