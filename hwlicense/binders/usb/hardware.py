@@ -145,7 +145,14 @@ class UsbHardware:
         wait = _is_named(dongle, binding) or not foreign
         if not wait and dongle.touch_wanted(binding.slot):
             raise HardwareError(Reason.DONGLE_UNTOUCHED, f"The dongle {dongle} is another one, and not to be touched.")
-        return dongle.ask(binding.slot, asked, self._touch, wait=wait)
+        try:
+            return dongle.ask(binding.slot, asked, self._touch, wait=wait)
+        except HardwareError as error:
+            if error.reason != Reason.DONGLE_UNPROGRAMMED or not (binding.touch and dongle.configured(binding.slot)):
+                raise
+            # Some give up without ever saying that they wait; the license says that this one does
+            what = f"Nobody touched the dongle {dongle} in time."
+            raise HardwareError(Reason.DONGLE_UNTOUCHED, what, "Try again, and touch it when it blinks.") from error
 
 
 _SEVERAL: Final = 2
