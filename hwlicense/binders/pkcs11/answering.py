@@ -50,6 +50,7 @@ DEADLINES: Final[dict[type[Request], float]] = {
 """Seconds, by request."""
 
 _MOST_STEPS: Final = 32
+_LOOKS, _PAUSE = 2, 0.05  # times that a token is looked for again, and seconds before
 _TOUCH: Final = "The token works, or waits to be touched."
 
 
@@ -231,6 +232,7 @@ class _Asking:
     def __init__(self, modules: Modules, path: str, challenge: Challenge, pins: Pins, patience: float) -> None:
         self._modules, self._path, self._challenge, self._pins = modules, path, challenge, pins
         self._before = time.monotonic() - patience
+        self._more = 0 if patience else _LOOKS
         self._skip: list[Place] = []
         self._pin: tuple[TokenState, Secret] | None = None
         self._taken: set[tuple[Place, bool]] = set()
@@ -256,7 +258,7 @@ class _Asking:
                     if self._unseen > 1:
                         raise failures.in_use_elsewhere(token)
                 case Absent(labels, logins):
-                    if not logins and asked.restart(self._before):
+                    if not logins and self._looked_again(asked):
                         continue
                     if self._lie is not None:
                         raise self._lie
@@ -280,6 +282,15 @@ class _Asking:
             last_try=token is not None and bool(token.flags & protocol.PIN_FINAL_TRY),
         )
         return self._modules.request(self._path, request, pin, patient=True)
+
+    def _looked_again(self, asked: ModuleProcess) -> bool:
+        """Start the module anew, which loses nobody a login: it may have loaded just as the token was written to."""
+        if self._more:
+            self._more -= 1
+            if asked.restart():
+                time.sleep(_PAUSE)
+            return True
+        return asked.restart(self._before)
 
     def _checked(self, content: Secret, place: Place) -> Secret | None:
         asked = self._challenge
