@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from hwlicense.core.documents import Document
+    from hwlicense.core.schema import Document
     from tests.world import Vendor
 
 replace = msgspec.structs.replace

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from hwlicense.core.documents import SCHEMA, Approval, Credential, Endorsement, TpmBinding
+from hwlicense.core.documents import Approval, Credential, Endorsement, TpmBinding
+from hwlicense.core.schema import SCHEMA
 from hwlicense.core.secret import Secret
 from hwlicense.core.tpm import duplicate, policy, signatures
 from hwlicense.core.tpm.structures import Public

@@ -12,8 +12,9 @@ import click
 from hwlicense import storage
 from hwlicense.cli import output, secrets
 from hwlicense.cli.hardware import NEW_KEYS, NewKey, enrolled_token, found_dongle, plugged_dongles, plugged_tokens
-from hwlicense.core.documents import FILE_LIMIT, Approval
+from hwlicense.core.documents import Approval
 from hwlicense.core.errors import Reason, UsageError
+from hwlicense.core.schema import FILE_LIMIT
 from hwlicense.core.tpm.pcrs import Selection
 from hwlicense.device import diagnosing, installing, opening, reporting, selecting
 from hwlicense.device.enrolling import enroll as make_request

@@ -14,11 +14,9 @@ from hwlicense import storage
 from hwlicense.cli import output
 from hwlicense.core import dongle, package, token
 from hwlicense.core.documents import (
-    FILE_LIMIT,
     PAYLOAD_TYPES,
     Approval,
     Binding,
-    Document,
     Grant,
     License,
     Manifest,
@@ -30,10 +28,10 @@ from hwlicense.core.documents import (
     UsbBinding,
     UsbEvidence,
     VendorPublic,
-    decode,
 )
 from hwlicense.core.envelope import disassemble, unverified, verified
 from hwlicense.core.errors import DamagedError, Reason, UsageError
+from hwlicense.core.schema import FILE_LIMIT, Document, decode
 from hwlicense.core.tpm.structures import Public
 from hwlicense.device.reading import read_envelope
 

@@ -13,9 +13,10 @@ import click
 from hwlicense import storage
 from hwlicense.cli import output, secrets
 from hwlicense.cli.vendor_hardware import dongle, token
-from hwlicense.core.documents import FILE_LIMIT, TpmBinding, UsbBinding
+from hwlicense.core.documents import TpmBinding, UsbBinding
 from hwlicense.core.errors import Reason, UsageError
 from hwlicense.core.keys import wrap_for_vendor
+from hwlicense.core.schema import FILE_LIMIT
 from hwlicense.core.terms import parse_terms
 from hwlicense.vendor import approving, certificates, dongles, evidence, issuing, packing, signing
 from hwlicense.vendor.folder import Folder

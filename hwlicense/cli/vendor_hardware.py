@@ -12,9 +12,10 @@ import click
 from hwlicense import storage
 from hwlicense.cli import output, secrets
 from hwlicense.cli.hardware import NEW_KEYS, NewKey, enrolled_token
-from hwlicense.core.documents import SCHEMA, Request, TokenEvidence, check
+from hwlicense.core.documents import Request, TokenEvidence
 from hwlicense.core.envelope import assemble
 from hwlicense.core.errors import Reason, UsageError
+from hwlicense.core.schema import SCHEMA, check
 from hwlicense.core.tpm.pcrs import Selection
 from hwlicense.core.uri import TokenUri
 from hwlicense.vendor import dongles, evidence

@@ -1,36 +1,28 @@
-"""The schemas of every document, and their one strict decoder.
-
-A payload has exactly one encoding: compact JSON with the fields in the order below, bytes in padded base64
-(RFC 4648, section 4). Decoding refuses unknown fields, wrong types, absurd sizes and anything that does not encode
-back to the same bytes, duplicate keys and odd spacing among them.
-"""
+"""The schemas of the documents that vendor and device exchange."""
 
 from __future__ import annotations
 
 import datetime  # noqa: TC003  # msgspec reads the annotations at run time
 import hashlib
-from typing import Annotated, Final, Literal, TypeVar
+from typing import Annotated, Final, Literal
 
 import msgspec
 
-from hwlicense.core.errors import DamagedError, Reason, UsageError
-
-SCHEMA: Final = 1
-"""Version of every schema here. A device refuses versions that it does not know."""
-
-Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
-Digest = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
-Blob = Annotated[bytes, msgspec.Meta(max_length=4096)]
-Identifier = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
-Fingerprint = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
-Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
-Positive = Annotated[int, msgspec.Meta(ge=1, lt=2**53)]
-Generation = Annotated[int, msgspec.Meta(ge=1, lt=2**32)]
-
-
-class Document(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Base of every struct: immutable, and closed to fields that the schema does not name."""
-
+from hwlicense.core.limits import Use
+from hwlicense.core.schema import (
+    SIZE_LIMITS,
+    Blob,
+    Count,
+    Digest,
+    Document,
+    Fingerprint,
+    Generation,
+    Identifier,
+    Name,
+    Positive,
+    encode,
+    prepare,
+)
 
 # ---- hardware evidence and bindings ----------------------------------------------------------------------
 
@@ -53,8 +45,36 @@ class EndorsementKey(Document, frozen=True):
     certificate: Blob | None
 
 
-class TpmEvidence(Document, frozen=True, tag="tpm", tag_field="kind"):
-    """What a TPM says of itself. Public areas are TPMT_PUBLIC (TPM 2.0 Part 2, 12.2.4)."""
+NvHandle = Annotated[int, msgspec.Meta(ge=0x01800000, le=0x01BFFFFF)]
+"""An NV index of the owner (TCG Registry of Reserved TPM 2.0 Handles, 2.2.2)."""
+
+
+class TpmCounter(Document, frozen=True):
+    """The NV counter of a license, and a value of it: in a request the present one, which is odd; in a license the even
+    one at which it opens.
+    """
+
+    handle: NvHandle
+    value: Positive
+
+
+class TpmIndex(Document, frozen=True):
+    """An NV index of type PIN_PASS: counts opens, or steps of the ledger's anchor, up to `limit`.
+
+    `write` is the TPMT_SIGNATURE of the policy key that lets count 0 and limit be written once in this revision.
+    """
+
+    purpose: Literal["opens", "anchor"]
+    handle: NvHandle
+    limit: Annotated[int, msgspec.Meta(ge=1, lt=2**32)]
+    write: Blob
+
+
+class TpmEvidence(Document, frozen=True, tag="tpm", tag_field="kind", omit_defaults=True):
+    """What a TPM says of itself. Public areas are TPMT_PUBLIC (TPM 2.0 Part 2, 12.2.4).
+
+    `counter` was made for a license that is counted; the handles that follow its own are free for the indexes.
+    """
 
     manufacturer: Annotated[str, msgspec.Meta(max_length=64)]
     firmware: Annotated[str, msgspec.Meta(max_length=64)]
@@ -62,6 +82,7 @@ class TpmEvidence(Document, frozen=True, tag="tpm", tag_field="kind"):
     storage_root_key: Blob
     attestation_key: Blob
     pcrs: Pcrs
+    counter: TpmCounter | None = None
 
 
 class Credential(Document, frozen=True):
@@ -79,11 +100,12 @@ class Endorsement(Document, frozen=True):
     root_class: Literal["discrete", "firmware", "virtual", "unknown"]
 
 
-class TpmBinding(Document, frozen=True, tag="tpm", tag_field="kind"):
+class TpmBinding(Document, frozen=True, tag="tpm", tag_field="kind", omit_defaults=True):
     """A member secret sealed to one TPM. Keys are given by Name (algorithm identifier and digest).
 
-    `policy_key` is the TPMT_PUBLIC of the vendor's approval key and `platform` the 32-byte policy reference of
-    product and generation; both are null where the terms ask for no PCRs.
+    `policy_key` is the TPMT_PUBLIC of the vendor's approval key, null where nothing is asked of it; `platform` is the
+    32-byte policy reference of product and generation, null where the terms ask for no PCRs. `deadline` is the TPM's
+    clock, in milliseconds, from which on it opens nothing; `cap` the PCR (sha256) that ends a boot's write window.
     """
 
     storage_root_key: Blob
@@ -98,6 +120,10 @@ class TpmBinding(Document, frozen=True, tag="tpm", tag_field="kind"):
     policy_key: Blob | None
     platform: Digest | None
     pin: bool
+    counter: TpmCounter | None = None
+    indexes: Annotated[list[TpmIndex], msgspec.Meta(max_length=2)] = msgspec.field(default_factory=list)
+    deadline: Positive | None = None
+    cap: Annotated[int, msgspec.Meta(ge=0, le=23)] | None = None
 
 
 Uri = Annotated[str, msgspec.Meta(max_length=1000)]
@@ -241,6 +267,12 @@ class Grant(Document, frozen=True, omit_defaults=True):
     pcrs: Annotated[list[Name], msgspec.Meta(max_length=8)]
     presence: Presence | None = None
     continuity: Positive | None = None
+    use: Use | None = None
+
+    @property
+    def terms_of_use(self) -> Use:
+        """`use`, or none of its limits."""
+        return self.use or Use()
 
 
 class SecretWrap(Document, frozen=True):
@@ -270,6 +302,18 @@ class Approval(Document, frozen=True):
     pcrs: Annotated[list[Pcr], msgspec.Meta(min_length=1, max_length=48)]
     policy: Digest
     signature: Blob
+
+
+class ClockReset(Document, frozen=True):
+    """The vendor's word for what time it is, for one license whose device has remembered a time that was wrong.
+
+    `time` is in seconds since 1970, UTC. A device takes in one that is later than those that it has taken in.
+    """
+
+    schema: int
+    vendor: Fingerprint
+    license: Identifier
+    time: Positive
 
 
 class License(Document, frozen=True):
@@ -322,95 +366,13 @@ class VendorPublic(Document, frozen=True):
         return hashlib.sha256(encode(self)).hexdigest()
 
 
-# ---- encoding --------------------------------------------------------------------------------------------
-
-D = TypeVar("D", bound=msgspec.Struct)
-
 PAYLOAD_TYPES: Final[dict[type[Document], str]] = {
-    kind: f"application/vnd.hwlicense.{kind.__name__.lower()}+json" for kind in (Request, License, Approval, Manifest)
+    kind: f"application/vnd.hwlicense.{kind.__name__.lower()}+json"
+    for kind in (Request, License, Approval, Manifest, ClockReset)
 }
+SIZE_LIMITS[Manifest] = 64 << 20  # 64 MiB of manifest describe about a tebibyte of model
 
-SIZE_LIMITS: Final[dict[type[msgspec.Struct], int]] = {Manifest: 64 << 20}
-"""Bytes of a payload, where 1 MiB is not enough: 64 MiB of manifest describe about a tebibyte of model."""
-
-DEFAULT_SIZE_LIMIT: Final = 1 << 20
-
-FILE_LIMIT: Final = 4 << 20
-"""Bytes of any file of the project but a package: an envelope is a third longer than its payload."""
-
-COPY_AGAIN: Final = "Copy the file again from where it was made; it must not be edited."
-
-
-def encode(document: msgspec.Struct) -> bytes:
-    """The one encoding of a document."""
-    return msgspec.json.encode(document)
-
-
-def check(document: Document) -> None:
-    """Refuse to make what `decode` would refuse to read. Raises UsageError."""
-    try:
-        decode(encode(document), type(document))
-    except (DamagedError, UnicodeEncodeError) as error:
-        why = error.what if isinstance(error, DamagedError) else "A text is not in UTF-8."
-        what = f"The {_title(type(document))} cannot be made. {why}"
-        raise UsageError(Reason.USAGE, what, "Names have 1 to 200 characters; lists have the limits shown.") from None
-
-
-def decode(raw: bytes, kind: type[D], *, spaced: bool = False) -> D:
-    """Decode `raw` strictly. `spaced` lets through white space between tokens, for files that people edit.
-
-    Raises DamagedError: DOCUMENT_TOO_LARGE, SCHEMA_UNSUPPORTED, DOCUMENT_MALFORMED.
-    """
-    what = _title(kind)
-    limit = SIZE_LIMITS.get(kind, DEFAULT_SIZE_LIMIT)
-    if len(raw) > limit:
-        raise DamagedError(
-            Reason.DOCUMENT_TOO_LARGE, f"The {what} is larger than {limit:,} bytes.", "Check the file's name."
-        )
-    try:
-        if spaced:
-            raw = msgspec.json.format(raw.strip(), indent=-1)
-        version = msgspec.json.decode(raw, type=_Schema).schema
-        if version != SCHEMA:
-            raise DamagedError(
-                Reason.SCHEMA_UNSUPPORTED,
-                f"The {what} has schema {version}; this release reads schema {SCHEMA}.",
-                "Use a release of hwlicense that knows this schema.",
-            )
-        document = msgspec.json.decode(raw, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise DamagedError(
-            Reason.DOCUMENT_MALFORMED,
-            f"The {what} does not fit its schema: {error}.",
-            COPY_AGAIN,
-        ) from None
-    if encode(document) != raw:  # duplicate keys, other spacing and other spellings of one value
-        raise DamagedError(
-            Reason.DOCUMENT_MALFORMED,
-            f"The {what} is not in its one encoding (duplicate keys, odd spacing or base64).",
-            COPY_AGAIN,
-        )
-    return document
-
-
-class _Schema(msgspec.Struct):
-    schema: int = SCHEMA
-
-
-def prepare(*kinds: type[msgspec.Struct]) -> None:
-    """Have msgspec learn these types now. Modules call it as they are imported, which one thread at a time does.
-
-    Left to the first decoding, two threads that come at once crash the process (msgspec 0.22).
-    """
-    for kind in kinds:
-        msgspec.json.Decoder(kind)
-
-
-prepare(Request, License, Approval, Manifest, VendorPublic, _Schema)
-
-
-def _title(kind: type[msgspec.Struct]) -> str:
-    return "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in kind.__name__).strip()
+prepare(Request, License, Approval, Manifest, ClockReset, VendorPublic)
 
 
 def grant_digest(grant: Grant) -> bytes:

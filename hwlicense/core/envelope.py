@@ -16,17 +16,9 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, mldsa
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
-from hwlicense.core.documents import (
-    COPY_AGAIN,
-    DEFAULT_SIZE_LIMIT,
-    PAYLOAD_TYPES,
-    SIZE_LIMITS,
-    Document,
-    decode,
-    encode,
-    prepare,
-)
+from hwlicense.core.documents import PAYLOAD_TYPES
 from hwlicense.core.errors import DamagedError, Reason, RefusedError
+from hwlicense.core.schema import COPY_AGAIN, DEFAULT_SIZE_LIMIT, SIZE_LIMITS, Document, decode, encode, prepare
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

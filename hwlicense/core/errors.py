@@ -35,6 +35,19 @@ class Reason(StrEnum):
     DONGLE_UNKNOWN = "DONGLE_UNKNOWN"
     ANSWERS_EXHAUSTED = "ANSWERS_EXHAUSTED"
     CONTINUITY_TOO_SHORT = "CONTINUITY_TOO_SHORT"
+    OPENS_EXHAUSTED = "OPENS_EXHAUSTED"
+    HOURS_EXHAUSTED = "HOURS_EXHAUSTED"
+    INFERENCES_EXHAUSTED = "INFERENCES_EXHAUSTED"
+    RATE_EXCEEDED = "RATE_EXCEEDED"
+    INSTANCES_EXCEEDED = "INSTANCES_EXCEEDED"
+    LEASE_PENDING = "LEASE_PENDING"
+    CLOCK_SET_BACK = "CLOCK_SET_BACK"
+    NOT_ANCHORED = "NOT_ANCHORED"
+    FEATURE_ABSENT = "FEATURE_ABSENT"
+    ABNORMAL_USE = "ABNORMAL_USE"
+    COUNTER_LOST = "COUNTER_LOST"
+    INSTALL_UNFINISHED = "INSTALL_UNFINISHED"
+    REBOOT_NEEDED = "REBOOT_NEEDED"
     PASSPHRASE_NEEDED = "PASSPHRASE_NEEDED"  # noqa: S105  # a code, no secret
     PASSPHRASE_WRONG = "PASSPHRASE_WRONG"  # noqa: S105  # a code, no secret
     # used in the wrong way (2)
@@ -59,6 +72,7 @@ class Reason(StrEnum):
     TPM_GONE = "TPM_GONE"
     TPM_ANSWER_FORGED = "TPM_ANSWER_FORGED"
     TPM_UNSUPPORTED = "TPM_UNSUPPORTED"
+    TPM_NV_FULL = "TPM_NV_FULL"
     TOKEN_ABSENT = "TOKEN_ABSENT"  # noqa: S105  # codes, no secrets, here and below
     TOKEN_BUSY = "TOKEN_BUSY"  # noqa: S105
     TOKEN_CRASHED = "TOKEN_CRASHED"  # noqa: S105
@@ -115,6 +129,21 @@ class RefusedError(HwlicenseError):
     """The license, or the vendor's own policy, says no."""
 
     exit_status = 1
+
+
+class ExceededError(RefusedError):
+    """A limit is reached for now, or for good: `wait` is how many seconds to wait, None where waiting does not help."""
+
+    def __init__(self, reason: Reason, what: str, hint: str = "", wait: float | None = None) -> None:
+        super().__init__(reason, what, hint)
+        self.wait = wait
+
+    def again(self) -> Self:
+        """As the base, with `wait`."""
+        return type(self)(self.reason, self.what, self.hint, self.wait)
+
+    def __reduce__(self) -> tuple[type[HwlicenseError], tuple[Reason, str, str, float | None]]:  # type: ignore[override]
+        return type(self), (self.reason, self.what, self.hint, self.wait)
 
 
 class UsageError(HwlicenseError):

@@ -56,10 +56,36 @@ class TouchRequest(Protocol):
         """`prompt` is a sentence. Must not wait: the hardware goes on waiting meanwhile."""
 
 
+class Reading(NamedTuple):
+    """What an anchor says: its `count`, and milliseconds of powered-on time, ever (`clock`) and since power-up.
+
+    The clock may have lost up to `lapse` milliseconds at each power cut.
+    """
+
+    count: int
+    clock: int
+    uptime: int
+    lapse: int
+
+
+class Anchor(Protocol):
+    """A count in hardware that only goes up, by which an older ledger is told from the latest.
+
+    For use at any time while the license is open, by any thread, and in forked processes.
+    """
+
+    def read(self) -> Reading:
+        """The count as it is. Raises HardwareError, AbsentError, RefusedError LICENSE_SUPERSEDED."""
+
+    def step(self) -> Reading:
+        """Count one more, and read. Raises as `read`; the step may have been counted then."""
+
+
 class Unwrapped(NamedTuple):
-    """The member secret, 32 bytes, for whoever asked to wipe."""
+    """The member secret, 32 bytes, for whoever asked to wipe; and the ledger's anchor, where the license has one."""
 
     secret: Secret
+    anchor: Anchor | None = None
 
 
 E = TypeVar("E")

@@ -12,8 +12,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import msgspec
 
 from hwlicense.core import documents
-from hwlicense.core.documents import Name  # noqa: TC001  # msgspec reads the annotations at run time
 from hwlicense.core.errors import Reason, RefusedError, UsageError
+from hwlicense.core.limits import (
+    LONGEST_WINDOW,
+    RATE_LIMIT,
+    Action,
+    Distances,
+    Feature,
+    Limits,
+    Monitor,
+    Rate,
+    Regularity,
+    Use,
+)
+from hwlicense.core.schema import Name, Positive  # noqa: TC001  # msgspec reads the annotations at run time
 from hwlicense.core.tpm.pcrs import Selection
 
 if TYPE_CHECKING:
@@ -21,29 +33,32 @@ if TYPE_CHECKING:
 
 SIZE_LIMIT: Final = 64 << 10
 
-_PLANNED: Final = {
-    "validity": {"days_from_first_use"},
-    "limits": {"opens", "inferences", "rates", "powered_on_hours", "instances"},
-    "require": {"anchor"},
-    "features": None,
-    "monitor": None,
+_PLANNED: Final[dict[str, set[str] | None]] = {
     "guard": None,
 }
 """Terms that the format foresees and this release does not enforce; None stands for any key of the table."""
 
 
 class Validity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """First and last day, in UTC, both included."""
+    """First and last day, in UTC, both included; and days from the first opening on."""
 
     not_before: datetime.date | None = None
     not_after: datetime.date | None = None
+    days_from_first_use: Annotated[int, msgspec.Meta(ge=1, le=36500)] | None = None
 
 
 class Require(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`pcrs`: what of the platform's measured state must be approved; `bindings`: how many bindings it takes."""
+    """`pcrs`: what of the platform's measured state must be approved; `bindings`: how many bindings it takes.
+
+    `anchor`: the ledger must be anchored in a TPM; `revocable`: a new revision must end the old one in hardware;
+    `cap_pcr`: a free PCR, which lets sessions that were prepared in a write window not be used.
+    """
 
     pcrs: Annotated[list[str], msgspec.Meta(max_length=8)] = []
     bindings: int | str = "all"
+    anchor: bool = False
+    revocable: bool = False
+    cap_pcr: Annotated[int, msgspec.Meta(ge=0, le=15)] | None = None
 
     def need(self, count: int) -> int:
         """How many of `count` bindings open the license. Raises UsageError TERM_INVALID where there are too few."""
@@ -70,6 +85,43 @@ class Continuity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     session: str
 
 
+class Limited(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[limits]`: how much use, in all and in time frames such as "100/hour"; how many instances at once."""
+
+    opens: Annotated[int, msgspec.Meta(ge=1, lt=2**32)] | None = None
+    inferences: Positive | None = None
+    rates: Annotated[list[str], msgspec.Meta(max_length=RATE_LIMIT)] = []
+    powered_on_hours: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] | None = None
+    instances: Annotated[int, msgspec.Meta(ge=1, le=1024)] | None = None
+
+
+class Regular(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[monitor.regularity]`."""
+
+    action: Action = "flag"
+    calls: Annotated[int, msgspec.Meta(ge=16, le=4096)] = 500
+    variation: Annotated[float, msgspec.Meta(ge=0.001, le=1)] = 0.25
+    pause: str = "30s"
+
+
+class Distant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[monitor.distances]`."""
+
+    features: Annotated[int, msgspec.Meta(ge=1, le=256)]
+    action: Action = "flag"
+    queries: Annotated[int, msgspec.Meta(ge=20, le=4096)] = 100
+    normality: Annotated[float, msgspec.Meta(ge=0.001, le=1)] = 0.95
+
+
+class Monitored(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[monitor]`: detectors, what they do, and for how long."""
+
+    lasting: str = "1h"
+    throttled: str | None = None
+    regularity: Regular | None = None
+    distances: Distant | None = None
+
+
 class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a license allows."""
 
@@ -77,8 +129,32 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     product: Name
     validity: Validity = Validity()
     require: Require = Require()
+    limits: Limited = Limited()
     presence: Presence | None = None
     continuity: Continuity | None = None
+    features: Annotated[dict[Name, Feature], msgspec.Meta(max_length=100)] = {}
+    monitor: Monitored | None = None
+
+    @property
+    def granted_use(self) -> Use | None:
+        """All that limits use, as the grant has it; None where nothing does. Raises UsageError TERM_INVALID."""
+        asked = self.limits
+        use = Use(
+            limits=Limits(
+                opens=asked.opens,
+                inferences=asked.inferences,
+                rates=_rates(asked.rates),
+                hours=asked.powered_on_hours,
+                instances=asked.instances,
+            ),
+            days=self.validity.days_from_first_use,
+            features=self.features,
+            monitor=_monitor(self.monitor) if self.monitor else None,
+            anchor=self.require.anchor,
+            revocable=self.require.revocable,
+            cap=self.require.cap_pcr,
+        )
+        return None if use == Use() else use
 
     @property
     def granted_presence(self) -> documents.Presence | None:
@@ -165,10 +241,67 @@ def _check(terms: Terms) -> None:
         what = "presence.regain gives back a grace, and there is none."
         raise UsageError(Reason.TERM_INVALID, what, "Set presence.grace, or leave presence.regain out.")
     _ = terms.granted_continuity
+    use = terms.granted_use
+    if use and use.cap is not None and not use.limits.opens and not use.anchor:
+        what = "require.cap_pcr caps sessions that are prepared to write an index, and the terms ask for none."
+        raise UsageError(Reason.TERM_INVALID, what, "Set limits.opens or require.anchor, or leave it out.")
     Selection.parse(*terms.require.pcrs)
 
 
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+_RATE_UNITS: Final = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 7 * 86400}
+
+
+def _rate(term: str, text: str) -> Rate:
+    match = re.fullmatch(r"([0-9_]{1,20})/([a-z]+|[0-9]{1,9}[smhd])", text, re.ASCII)
+    digits = match[1].replace("_", "") if match else ""
+    if match and digits and 1 <= int(digits) < 2**53:
+        seconds = _RATE_UNITS.get(match[2])
+        if seconds or match[2][0].isdigit():
+            return Rate(int(digits), seconds or _seconds(term, match[2], 1, LONGEST_WINDOW))
+    what = f"{term} has {text!r}."
+    hint = f'Write a number and a time frame: "100/hour", "5/90s"; {", ".join(_RATE_UNITS)}, or a duration.'
+    raise UsageError(Reason.TERM_INVALID, what, hint)
+
+
+def _rates(texts: list[str]) -> list[Rate]:
+    """The rates, of which each must be able to say no."""
+    rates = [_rate("limits.rates", text) for text in texts]
+    for one, text in zip(rates, texts, strict=True):
+        for other, against in zip(rates, texts, strict=True):
+            # A longer frame with no more in it says no first, each time.
+            if one is not other and one.seconds <= other.seconds and one.count >= other.count:
+                what = f"limits.rates: {text!r} never limits anything beside {against!r}."
+                raise UsageError(Reason.TERM_INVALID, what, "Leave one of them out, or mend the numbers.")
+    return rates
+
+
+def _monitor(asked: Monitored) -> Monitor:
+    if not asked.regularity and not asked.distances:
+        what = "[monitor] names no detector."
+        raise UsageError(Reason.TERM_INVALID, what, "Add [monitor.regularity] or [monitor.distances].")
+    actions = {detector.action for detector in (asked.regularity, asked.distances) if detector}
+    if ("throttle" in actions) != (asked.throttled is not None):
+        what = 'monitor.throttled is the rate of the action "throttle": neither goes without the other.'
+        raise UsageError(Reason.TERM_INVALID, what, 'Set monitor.throttled = "10/minute", or choose another action.')
+    regular, distant = asked.regularity, asked.distances
+    return Monitor(
+        lasting=_seconds("monitor.lasting", asked.lasting, 1, LONGEST_WINDOW),
+        regularity=None
+        if regular is None
+        else Regularity(
+            regular.calls,
+            round(regular.variation * 1000),
+            _seconds("monitor.regularity.pause", regular.pause, 1, 86400),
+            regular.action,
+        ),
+        distances=None
+        if distant is None
+        else Distances(distant.queries, round(distant.normality * 1000), distant.features, distant.action),
+        throttled=_rate("monitor.throttled", asked.throttled) if asked.throttled else None,
+    )
 
 
 def _seconds(term: str, text: str, least: int, most: int) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hwlicense.core.documents import SCHEMA, Request, TpmEvidence, check
+from hwlicense.core.documents import Request, TpmEvidence
 from hwlicense.core.envelope import Signature, assemble, statement
+from hwlicense.core.schema import SCHEMA, check
 from hwlicense.core.tpm.structures import Public
 
 if TYPE_CHECKING:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Final
 import msgspec
 
 from hwlicense import storage
-from hwlicense.core.documents import ANSWER_LIMIT, SCHEMA, Count, decode, encode, prepare
+from hwlicense.core.documents import ANSWER_LIMIT
 from hwlicense.core.errors import DamagedError, HwlicenseError, Reason, StorageError, UsageError
+from hwlicense.core.schema import SCHEMA, Count, decode, encode, prepare
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -18,21 +18,11 @@ from typing import TYPE_CHECKING, Annotated, Final, NamedTuple, TypeVar
 import msgspec
 
 from hwlicense import storage
-from hwlicense.core.documents import (
-    FILE_LIMIT,
-    SCHEMA,
-    Approval,
-    License,
-    TpmBinding,
-    UsbBinding,
-    VendorPublic,
-    decode,
-    encode,
-    prepare,
-)
+from hwlicense.core.documents import Approval, License, TpmBinding, UsbBinding, VendorPublic
 from hwlicense.core.dongle import answer_count
 from hwlicense.core.envelope import classical_verifier, ml_dsa_verifier, unverified, verified
 from hwlicense.core.errors import DamagedError, HwlicenseError, Reason, RefusedError
+from hwlicense.core.schema import FILE_LIMIT, SCHEMA, decode, encode, prepare
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

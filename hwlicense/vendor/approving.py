@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from hwlicense.core.documents import SCHEMA, Approval, Pcr, check
+from hwlicense.core.documents import Approval, Pcr
 from hwlicense.core.envelope import seal
 from hwlicense.core.errors import Reason, RefusedError, UsageError
+from hwlicense.core.schema import SCHEMA, check
 from hwlicense.core.tpm.pcrs import BANKS, Selection, values_digest
 from hwlicense.core.tpm.policy import approved_digest, platform_reference
 from hwlicense.core.tpm.signatures import sign_approval

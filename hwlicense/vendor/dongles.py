@@ -14,9 +14,10 @@ import msgspec
 from cryptography.exceptions import InvalidTag
 
 from hwlicense.core import dongle
-from hwlicense.core.documents import SCHEMA, UsbBinding, UsbEvidence
+from hwlicense.core.documents import UsbBinding, UsbEvidence
 from hwlicense.core.errors import DamagedError, HardwareError, Reason, RefusedError, UsageError
 from hwlicense.core.keys import open_for_vendor, seal_for_vendor
+from hwlicense.core.schema import SCHEMA
 from hwlicense.core.secret import Secret, joined
 from hwlicense.vendor.folder import DongleRecord
 

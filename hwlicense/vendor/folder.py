@@ -17,23 +17,10 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal, Self, TypeVar
 import msgspec
 
 from hwlicense import storage
-from hwlicense.core.documents import (
-    FILE_LIMIT,
-    Approval,
-    Blob,
-    Count,
-    Digest,
-    Identifier,
-    Product,
-    Serial,
-    Uri,
-    VendorPublic,
-    check,
-    decode,
-    encode,
-)
+from hwlicense.core.documents import Approval, Product, Serial, Uri, VendorPublic
 from hwlicense.core.envelope import verified
 from hwlicense.core.errors import DamagedError, Reason, RefusedError, UsageError
+from hwlicense.core.schema import FILE_LIMIT, Blob, Count, Digest, Identifier, check, decode, encode
 from hwlicense.vendor import signing
 
 if TYPE_CHECKING:

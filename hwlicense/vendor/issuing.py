@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from hwlicense.core import token
 from hwlicense.core.documents import (
     BINDING_LIMIT,
-    SCHEMA,
     Binding,
     Credential,
     Grant,
@@ -19,11 +18,11 @@ from hwlicense.core.documents import (
     TpmBinding,
     UsbBinding,
     UsbEvidence,
-    check,
 )
 from hwlicense.core.envelope import seal
 from hwlicense.core.errors import Reason, RefusedError, UsageError
 from hwlicense.core.keys import unwrap_for_vendor, wrap_content_keys, wrap_license_secret
+from hwlicense.core.schema import SCHEMA, check
 from hwlicense.core.secret import Secret
 from hwlicense.core.tpm import duplicate
 from hwlicense.core.tpm.pcrs import Selection

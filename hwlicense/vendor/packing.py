@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from hwlicense.core import package
-from hwlicense.core.documents import SCHEMA, Manifest, Member
+from hwlicense.core.documents import Manifest, Member
 from hwlicense.core.envelope import seal, verified
 from hwlicense.core.errors import DamagedError, Reason, RefusedError, StorageError, UsageError
 from hwlicense.core.keys import TAG_SIZE
+from hwlicense.core.schema import SCHEMA
 from hwlicense.core.secret import SIZE, Secret
 from hwlicense.storage import OpenFile, new_file, reporting
 from hwlicense.vendor.folder import KEYS, PUBLIC

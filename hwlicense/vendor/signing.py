@@ -22,9 +22,10 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from hwlicense.core.documents import SCHEMA, VendorPublic
+from hwlicense.core.documents import VendorPublic
 from hwlicense.core.envelope import keyid, ml_dsa_message
 from hwlicense.core.errors import DamagedError, Reason, RefusedError
+from hwlicense.core.schema import SCHEMA
 from hwlicense.core.secret import Secret
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import pytest
 from hwlicense import storage
 from hwlicense.binders.usb import find_one
 from hwlicense.core import dongle as challenges
-from hwlicense.core.documents import SCHEMA, Request, UsbEvidence, encode
+from hwlicense.core.documents import Request, UsbEvidence
 from hwlicense.core.envelope import assemble
 from hwlicense.core.errors import (
     AbsentError,
@@ -19,6 +19,7 @@ from hwlicense.core.errors import (
     StorageError,
     UsageError,
 )
+from hwlicense.core.schema import SCHEMA, encode
 from hwlicense.core.secret import Secret
 from hwlicense.core.terms import parse_terms
 from hwlicense.vendor import dongles, evidence, issuing

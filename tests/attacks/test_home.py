@@ -9,10 +9,11 @@ import stat
 import msgspec
 import pytest
 
-from hwlicense.core.documents import License, encode
+from hwlicense.core.documents import License
 from hwlicense.core.envelope import unverified
 from hwlicense.core.errors import HwlicenseError
 from hwlicense.core.keys import unwrap_for_vendor, unwrap_license_secret
+from hwlicense.core.schema import encode
 from hwlicense.device import diagnosing
 from hwlicense.device.home import Home, verified_by_any
 from hwlicense.device.installing import install

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hwlicense.core import package
-from hwlicense.core.documents import encode
 from hwlicense.core.errors import Reason, StorageError
+from hwlicense.core.schema import encode
 from hwlicense.core.secret import Secret
 from tests.packages import decrypt, opened, pack
 
@@ -30,7 +30,8 @@ CONTENT = b"".join(MARKER + b"%09d" % i for i in range(20_000))
 PROTECTED = """
 import sys; sys.path.insert(0, {root!r})
 from pathlib import Path
-from hwlicense.core.documents import VendorPublic, decode
+from hwlicense.core.documents import VendorPublic
+from hwlicense.core.schema import decode
 from hwlicense.core.secret import Secret
 from hwlicense.device.model import Model
 from hwlicense.device.reading import PackageFile

@@ -14,9 +14,10 @@ import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from hwlicense.core import package
-from hwlicense.core.documents import Manifest, Member, encode
+from hwlicense.core.documents import Manifest, Member
 from hwlicense.core.envelope import seal
 from hwlicense.core.errors import DamagedError, HwlicenseError, Reason, RefusedError
+from hwlicense.core.schema import encode
 from hwlicense.core.secret import Secret
 from hwlicense.device.memory import protection
 from hwlicense.device.model import Model

@@ -9,9 +9,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed25519, rsa, x25519
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from hwlicense.core.documents import SCHEMA, Request, TokenEvidence
+from hwlicense.core.documents import Request, TokenEvidence
 from hwlicense.core.envelope import assemble, unverified
 from hwlicense.core.errors import DamagedError, HardwareError, RefusedError
+from hwlicense.core.schema import SCHEMA
 from hwlicense.core.secret import Secret
 from hwlicense.core.terms import parse_terms
 from hwlicense.core.token import public_key, unwrap

@@ -22,7 +22,7 @@ from hwlicense.binders.tpm import TpmHardware, connection, keys, opening, probin
 from hwlicense.binders.tpm.held import Held
 from hwlicense.binders.tpm.keys import tpm_public
 from hwlicense.binders.tpm.sealed import Sealed
-from hwlicense.core.documents import TpmEvidence, encode
+from hwlicense.core.documents import TpmEvidence
 from hwlicense.core.errors import (
     AbsentError,
     DamagedError,
@@ -32,6 +32,7 @@ from hwlicense.core.errors import (
     RefusedError,
     UsageError,
 )
+from hwlicense.core.schema import encode
 from hwlicense.core.tpm.pcrs import Selection
 from hwlicense.core.tpm.quote import check_quote
 from hwlicense.core.tpm.structures import ATTESTATION_TEMPLATE, STORAGE_ROOT_TEMPLATE, Public

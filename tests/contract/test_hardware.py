@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 import hwlicense
-from hwlicense.core.documents import License, encode
+from hwlicense.core.documents import License
 from hwlicense.core.envelope import unverified
 from hwlicense.core.errors import HwlicenseError, Reason
+from hwlicense.core.schema import encode
 from hwlicense.device.reporting import status
 from tests.pieces import PIECES, Bench, DonglePiece, Kit, TokenPiece, TpmPiece
 from tests.world import MEMBERS, NOW, TERMS, everything

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from hwlicense.binders.tpm.held import Held
 from hwlicense.cli import _run
 from hwlicense.cli.commands import root
-from hwlicense.core.documents import SCHEMA, Approval, License, TpmBinding, VendorPublic, encode
+from hwlicense.core.documents import Approval, License, TpmBinding, VendorPublic
 from hwlicense.core.envelope import disassemble
 from hwlicense.core.errors import HwlicenseError
+from hwlicense.core.schema import SCHEMA, encode
 from hwlicense.core.terms import parse_terms
 from hwlicense.device.home import Home, read_vendor, verified_by_any
 from hwlicense.device.reading import PackageFile

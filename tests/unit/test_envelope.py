@@ -10,9 +10,10 @@ from securesystemslib.dsse import Envelope as OracleEnvelope
 from securesystemslib.exceptions import VerificationError
 from securesystemslib.signer import CryptoSigner, SSlibKey
 
-from hwlicense.core.documents import SCHEMA, Approval, License, Pcr, VendorPublic
+from hwlicense.core.documents import Approval, License, Pcr, VendorPublic
 from hwlicense.core.envelope import disassemble, keyid, seal, unverified, verified
 from hwlicense.core.errors import DamagedError, Reason, RefusedError
+from hwlicense.core.schema import SCHEMA
 from hwlicense.vendor import signing
 
 APPROVAL = Approval(SCHEMA, "ab" * 32, "label-reader", 1, [Pcr("sha256", 7, b"\1" * 32)], b"\2" * 32, b"\3" * 72)

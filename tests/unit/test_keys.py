@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hwlicense.core.documents import SCHEMA, Grant, License, PackageReference, SecretWrap, encode
+from hwlicense.core.documents import Grant, License, PackageReference, SecretWrap
 from hwlicense.core.errors import DamagedError, Reason
 from hwlicense.core.keys import (
     unwrap_content_key,
@@ -28,6 +28,7 @@ from hwlicense.core.keys import (
     wrap_for_vendor,
     wrap_license_secret,
 )
+from hwlicense.core.schema import SCHEMA, encode
 from hwlicense.core.secret import Secret, derive
 from hwlicense.vendor import signing
 

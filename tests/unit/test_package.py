@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hwlicense.core import package
-from hwlicense.core.documents import SCHEMA, Manifest, Member, VendorPublic, decode
+from hwlicense.core.documents import Manifest, Member, VendorPublic
 from hwlicense.core.errors import DamagedError, Reason, UsageError
+from hwlicense.core.schema import SCHEMA, decode
 from hwlicense.core.secret import Secret
 from hwlicense.device.model import Model
 from hwlicense.device.reading import PackageFile

@@ -18,8 +18,9 @@ from usb.backend import libusb1
 
 from hwlicense.binders.usb import Selector, UsbHardware, connection, dongle, find, find_one, frames
 from hwlicense.core import dongle as challenges
-from hwlicense.core.documents import UsbBinding, check
+from hwlicense.core.documents import UsbBinding
 from hwlicense.core.errors import AbsentError, HardwareError, HwlicenseError, Reason, UsageError
+from hwlicense.core.schema import check
 from hwlicense.core.secret import Secret
 from hwlicense.core.tpm.pcrs import Selection
 from hwlicense_simulators import Bus, Dongle

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeVar
 
 import msgspec
 
-from hwlicense.core.documents import Blob, Mechanism  # noqa: TC001  # msgspec reads the annotations at run time
+from hwlicense.core.documents import Mechanism  # noqa: TC001  # as the next
+from hwlicense.core.schema import Blob  # noqa: TC001  # msgspec reads the annotations at run time
 from hwlicense.core.uri import TokenUri
 
 if TYPE_CHECKING:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Final, Self
+from typing import TYPE_CHECKING, Annotated, Final, Self
 
 import msgspec
 
-from hwlicense.core.documents import SCHEMA, Blob, Digest, Document, TpmBinding, decode, encode
 from hwlicense.core.errors import DamagedError, Reason
+from hwlicense.core.schema import SCHEMA, Blob, Digest, Document, decode, encode
 from hwlicense.core.secret import Secret
 from hwlicense.core.tpm.structures import Public
 from hwlicense.core.tpm.wire import number
+
+if TYPE_CHECKING:
+    from hwlicense.core.documents import TpmBinding
 
 _TAG: Final = b"\x80\x22"  # TPM_ST_VERIFIED; then the hierarchy, and a digest with its size
 _HINT: Final = "Install the license again: hwlicense device install."
