@@ -57,12 +57,12 @@ class TouchRequest(Protocol):
 
 
 class Reading(NamedTuple):
-    """What an anchor says: its `count`, and milliseconds of powered-on time, ever (`clock`) and since power-up.
+    """What an anchor says: its count of `steps`, and milliseconds of powered-on time, ever (`clock`) and since power-up.
 
     The clock may have lost up to `lapse` milliseconds at each power cut.
     """
 
-    count: int
+    steps: int
     clock: int
     uptime: int
     lapse: int
