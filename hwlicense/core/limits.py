@@ -41,22 +41,23 @@ class Limits(Document, frozen=True, omit_defaults=True):
 
 
 class Regularity(Document, frozen=True):
-    """Calls that come as a machine makes them: the last `calls` intervals vary by less than `variation` permille.
+    """Calls that come as a machine makes them: the intervals of the last `calls` inferences vary too little.
 
-    That is the coefficient of variation. Intervals longer than `pause` seconds are pauses, and begin a new run.
+    `variation`, in permille of their middle, is the least spread that intervals have in normal use (the range of their
+    middle half, scaled to a standard deviation). Intervals longer than `pause` milliseconds begin a new run.
     """
 
     calls: Annotated[int, msgspec.Meta(ge=16, le=4096)]
     variation: Permille
-    pause: Annotated[int, msgspec.Meta(ge=1, le=86400)]
+    pause: Annotated[int, msgspec.Meta(ge=1, le=86_400_000)]
     action: Action
 
 
 class Distances(Document, frozen=True):
     """Inputs whose distances to what came before are not distributed as natural ones are (PRADA, Juuti et al. 2019).
 
-    `normality` is the Shapiro-Wilk statistic, in permille, below which the last distances, at least `queries` of them,
-    count as made; `size` is the number of values of an input's features.
+    `normality` is the Shapiro-Wilk statistic, in permille, below which the last `queries` distances count as made;
+    `size` is the number of values of an input's features.
     """
 
     queries: Annotated[int, msgspec.Meta(ge=20, le=4096)]

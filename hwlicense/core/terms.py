@@ -96,7 +96,7 @@ class Limited(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Regular(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[monitor.regularity]`."""
+    """`[monitor.regularity]`. `pause` may be short, such as "500ms": see docs/monitor.md."""
 
     action: Action = "flag"
     calls: Annotated[int, msgspec.Meta(ge=16, le=4096)] = 500
@@ -105,12 +105,12 @@ class Regular(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Distant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`[monitor.distances]`."""
+    """`[monitor.distances]`. `features` is the number of values of an input's feature vector."""
 
     features: Annotated[int, msgspec.Meta(ge=1, le=256)]
     action: Action = "flag"
     queries: Annotated[int, msgspec.Meta(ge=20, le=4096)] = 100
-    normality: Annotated[float, msgspec.Meta(ge=0.001, le=1)] = 0.95
+    normality: Annotated[float, msgspec.Meta(ge=0.001, le=1)] = 0.9
 
 
 class Monitored(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -294,7 +294,7 @@ def _monitor(asked: Monitored) -> Monitor:
         else Regularity(
             regular.calls,
             round(regular.variation * 1000),
-            _seconds("monitor.regularity.pause", regular.pause, 1, 86400),
+            _milliseconds("monitor.regularity.pause", regular.pause),
             regular.action,
         ),
         distances=None
@@ -312,3 +312,10 @@ def _seconds(term: str, text: str, least: int, most: int) -> int:
         hint = f'Write a whole number and a unit (s, m, h, d), such as "10s": from {least} to {most:,} seconds.'
         raise UsageError(Reason.TERM_INVALID, what, hint)
     return seconds
+
+
+def _milliseconds(term: str, text: str) -> int:
+    """At most a day. The one duration that may be shorter than a second."""
+    if match := re.fullmatch(r"(?!0+ms)([0-9]{1,7})ms", text, re.ASCII):
+        return int(match[1])
+    return _seconds(term, text, 1, 86400) * 1000
