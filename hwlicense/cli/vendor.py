@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
 import resource
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -13,25 +11,34 @@ import click
 from hwlicense import storage
 from hwlicense.cli import output, secrets
 from hwlicense.cli.vendor_hardware import dongle, token
-from hwlicense.core.documents import TpmBinding, UsbBinding
+from hwlicense.cli.vendor_input import (
+    FILE,
+    agreed_terms,
+    examined,
+    force_option,
+    new_pin,
+    pin_options,
+    read_manifest,
+    refuse_existing,
+    terms_option,
+    text,
+    today,
+    trust_options,
+    trusted,
+    vendor_option,
+    why_believed,
+)
+from hwlicense.cli.vendor_revising import reset_clock
 from hwlicense.core.errors import Reason, UsageError
 from hwlicense.core.keys import wrap_for_vendor
-from hwlicense.core.schema import FILE_LIMIT
-from hwlicense.core.terms import parse_terms
-from hwlicense.vendor import approving, certificates, dongles, evidence, issuing, packing, signing
+from hwlicense.vendor import approving, dongles, issuing, packing, signing
 from hwlicense.vendor.folder import Folder
 
 if TYPE_CHECKING:
-    from hwlicense.core.documents import Binding, Manifest
+    from pathlib import Path
+
     from hwlicense.core.package import Algorithm
     from hwlicense.core.secret import Secret
-
-FILE = click.Path(path_type=Path, readable=False)
-
-vendor_option = click.option(
-    "--vendor", "folder", type=FILE, required=True, metavar="VENDOR_DIR", help="The vendor folder."
-)
-force_option = click.option("--force", is_flag=True, help="Replace the output file if it exists.")
 
 
 @click.group()
@@ -42,6 +49,7 @@ def vendor() -> None:
 
 vendor.add_command(dongle)
 vendor.add_command(token)
+vendor.add_command(reset_clock)
 
 
 @vendor.command()
@@ -141,35 +149,10 @@ def pack(
     metavar="PKG.hwpkg",
     help="A package that the license opens; may be given several times.",
 )
-@click.option("--terms", type=FILE, required=True, metavar="TERMS.toml", help="What the license allows.")
-@click.option(
-    "--ek-root",
-    "roots",
-    multiple=True,
-    metavar="[CLASS=]CA.pem",
-    help=f"Trust EK certificates under these CAs. CLASS: {', '.join(evidence.ROOT_CLASSES)}.",
-)
-@click.option(
-    "--ek", "recorded", multiple=True, metavar="NAME", help="Trust the EK with this Name (hex), recorded by hand."
-)
-@click.option(
-    "--token-root",
-    "token_roots",
-    multiple=True,
-    type=FILE,
-    metavar="CA.pem",
-    help="Trust tokens whose keys are attested under these CAs.",
-)
-@click.option(
-    "--token",
-    "tokens",
-    multiple=True,
-    metavar="FINGERPRINT",
-    help="Trust the token key with this fingerprint (SHA-256, hex). Those of `vendor token enroll` are known already.",
-)
+@terms_option
+@trust_options
 @click.option("-o", "--output", "target", type=FILE, required=True, metavar="OUT.hwlic")
-@click.option("--pin", "with_pin", is_flag=True, help="Ask for a PIN that the TPM will need at every opening.")
-@secrets.pin_option
+@pin_options
 @force_option
 @secrets.passphrase_option
 def issue(
@@ -193,23 +176,12 @@ def issue(
     are trusted on first use: approve golden values beforehand with `vendor approve --pcrs` where you have them.
     """
     place = Folder(folder)
-    with output.naming(terms):
-        agreed = parse_terms(_text(terms))
-    today = datetime.datetime.now(datetime.UTC).date()
-    if agreed.validity.not_after and agreed.validity.not_after < today:
-        output.note(f"warning: this license ends before it is issued ({agreed.validity.not_after}).")
-    trusted = _trusted(place, roots, recorded, token_roots, tokens)
-    parts = [part for request in requests for part in _examined(request, trusted).parts]
-    manifests = [_manifest(path, place) for path in packages]
-    if not force and target.exists():
-        raise UsageError(
-            Reason.FILE_EXISTS, f"{target} exists already.", "Give another name, or --force to replace it."
-        )
-    pin = (
-        secrets.from_file(pin_file) if pin_file else secrets.from_prompt("New PIN", confirm=True) if with_pin else None
-    )
-    if with_pin and pin is None:
-        raise UsageError(Reason.USAGE, "There is no terminal to ask for the PIN.", "Give --pin-file.")
+    agreed = agreed_terms(terms)
+    believed = trusted(place, roots, recorded, token_roots, tokens)
+    parts = [part for request in requests for part in examined(request, believed).parts]
+    manifests = [read_manifest(path, place) for path in packages]
+    refuse_existing(target, force=force)
+    pin = new_pin(pin_file, with_pin=with_pin)
     keys = secrets.unlock(place, passphrase_file)
     # One at a time, so that a product has one first approval. The file is begun first: the folder records nothing that
     # could not be written.
@@ -221,7 +193,7 @@ def issue(
             manifests,
             agreed,
             place.approvals(agreed.product),
-            today=today,
+            today=today(),
             pin=pin,
             bind_dongle=partial(dongles.bind, place, keys),
         )
@@ -231,7 +203,7 @@ def issue(
             place.keep_approval(*issued.approval)
             output.note(f"The device's PCRs are the first approved state of {agreed.product!r}.")
         place.keep_license(issued.license, issued.raw)
-    trust = "; ".join(_believed(binding) for binding in issued.license.bindings)
+    trust = "; ".join(why_believed(binding) for binding in issued.license.bindings)
     output.note(f"Issued license {issued.license.grant.license} for {agreed.licensee!r} in {target}; {trust}.")
 
 
@@ -275,10 +247,10 @@ def approve(
     place = Folder(folder)
     if pcrs:
         with output.naming(pcrs):
-            values = approving.parse_pcrs(_text(pcrs))
+            values = approving.parse_pcrs(text(pcrs))
     else:
         assert request is not None  # noqa: S101  # by the check above
-        values = _examined(request, _trusted(place, roots, recorded)).pcrs
+        values = examined(request, trusted(place, roots, recorded)).pcrs
     keys = secrets.unlock(place, passphrase_file)
     with storage.exclusive(place.path), storage.new_file(target, force=force) as file:
         known = place.approvals(product)
@@ -291,74 +263,5 @@ def approve(
     output.note(f"Approved a state of {product!r} ({which}), generation {approval.generation}, in {target}.")
 
 
-def _manifest(path: Path, place: Folder) -> Manifest:
-    with output.naming(path):
-        return packing.read_manifest(path, place.public)
-
-
-def _trusted(
-    place: Folder,
-    roots: tuple[str, ...],
-    recorded: tuple[str, ...],
-    token_roots: tuple[Path, ...] = (),
-    tokens: tuple[str, ...] = (),
-) -> evidence.Trusted:
-    return evidence.Trusted(
-        roots=[root for spec in roots for root in _roots(spec)],
-        recorded=[_hexadecimal(text, "the Name of an EK") for text in recorded],
-        token_roots=[
-            root
-            for path in token_roots
-            for root in certificates.read_pem(storage.read_limited(path, FILE_LIMIT), "token")
-        ],
-        tokens={
-            *(_hexadecimal(text, "the fingerprint of a token's key") for text in tokens),
-            *(evidence.fingerprint(record.key) for record in place.tokens()),
-        },
-    )
-
-
-def _examined(request: Path, trusted: evidence.Trusted) -> evidence.Examined:
-    with output.naming(request):
-        now = datetime.datetime.now(datetime.UTC)
-        return evidence.examine(storage.read_limited(request, FILE_LIMIT), trusted, now)
-
-
-def _believed(binding: Binding) -> str:
-    if isinstance(binding, UsbBinding):
-        return f"dongle {binding.dongle[:8]}: its answers are known here"
-    name = "EK" if isinstance(binding, TpmBinding) else "token's key"
-    root = binding.endorsement
-    under = f"certificate under {root.root} ({root.root_class})" if isinstance(binding, TpmBinding) else root.root
-    return f"{name}: {under if root.root else 'recorded by hand'}"
-
-
 def _wrapped(keys: signing.Keys, content_key: Secret, identifier: str) -> bytes:
     return wrap_for_vendor(content_key, identifier, keys.content.public_key())
-
-
-def _text(path: Path) -> str:
-    try:
-        return storage.read_limited(path, 64 << 10).decode()
-    except UnicodeDecodeError:
-        raise UsageError(Reason.USAGE, f"{path} is not a text file in UTF-8.", "Check the file's name.") from None
-
-
-def _roots(spec: str) -> list[evidence.Root]:
-    name, equals, path = spec.partition("=")
-    if equals and name in evidence.ROOT_CLASSES:
-        return evidence.read_roots(storage.read_limited(Path(path), FILE_LIMIT), evidence.ROOT_CLASSES[name])
-    if equals and not Path(spec).exists():
-        what = f"{name!r} is not a class of TPMs."
-        raise UsageError(Reason.USAGE, what, f"Write one of {', '.join(evidence.ROOT_CLASSES)} before the equals sign.")
-    return evidence.read_roots(storage.read_limited(Path(spec), FILE_LIMIT), "unknown")
-
-
-def _hexadecimal(text: str, name: str) -> bytes:
-    try:
-        return bytes.fromhex(text)
-    except ValueError:
-        what = f"{text!r} is not {name}."
-        raise UsageError(
-            Reason.USAGE, what, "Give it in hexadecimal, as `hwlicense inspect REQUEST` shows it."
-        ) from None
