@@ -169,9 +169,9 @@ def new_folder(path: Path) -> Iterator[Path]:
         try:
             yield building
             for folder in (*(entry for entry in building.rglob("*") if entry.is_dir()), building):
-                _sync_folder(folder)
+                sync_folder(folder)
             _rename_folder(building, target)
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
         except BaseException:
             from shutil import rmtree  # noqa: PLC0415  # slow to import, and for failures alone
 
@@ -186,7 +186,7 @@ def make_folders(path: Path, mode: int = 0o700) -> None:
     for folder in reversed(missing):
         with reporting(folder), suppress(FileExistsError):  # another process made it meanwhile
             folder.mkdir(mode)
-            _sync_folder(folder.parent)
+            sync_folder(folder.parent)
     if not path.is_dir():
         raise UsageError(Reason.USAGE, f"{path} is not a folder.", "Give the path of a folder.")
 
@@ -234,7 +234,7 @@ def remove(path: Path) -> None:
     """Remove a file, on the disk when this returns. One that is absent is no error."""
     with reporting(path), suppress(FileNotFoundError):
         path.unlink()
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 @contextmanager
@@ -333,7 +333,8 @@ def _hidden_name(name: str) -> str:
     return f".{name[:100]}.{secrets.token_hex(8)}"
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
+    """Have the names in a folder on the disk."""
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         _sync(folder)

@@ -1,0 +1,204 @@
+"""The account of a license's use: what is booked of its limits. A row of numbers that all processes of a device share.
+
+An *allowance* is one inference. `hwlicense.core.leases` says how many of them may be booked.
+"""
+
+from __future__ import annotations
+
+from array import array
+from enum import IntEnum, auto
+from typing import TYPE_CHECKING, Final, NamedTuple, Self
+
+from hwlicense.core.windows import WORDS, Window, windows
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from hwlicense.core.limits import Limits, Rate
+
+SESSIONS: Final = 32
+"""Sessions with reserved allowances that can be under way at once."""
+
+_LEAST: Final = 64
+_FREQUENT: Final = 60  # seconds of a rate's frame from which on a loss to it would be felt
+_LAYOUT: Final = 1
+
+
+class Field(IntEnum):
+    """Where each number of the account is. Times are as the names say."""
+
+    LAYOUT = 0
+    BOOT_HIGH = auto()
+    BOOT_LOW = auto()
+    USED = auto()  # allowances that were booked, ever, or lost
+    LOST = auto()  # of these, by crashes and the like
+    LEFT = auto()  # reserved and not booked
+    SERIAL = auto()  # of the present lease
+    SIZE = auto()
+    BASE = auto()  # allowances before the lease
+    RESERVED = auto()  # of the lease
+    STEP = auto()  # the most of one reservation
+    ANNOUNCED = auto()  # the most of the next lease
+    SETTLED = auto()  # 1: nothing more is reserved in this lease
+    CLOCK_MS = auto()  # of the anchor, at the last reservation
+    RAISED_NS = auto()  # running time, at the last reservation
+    PACE = auto()  # allowances in a thousand seconds
+    COUNTED = auto()  # `USED` at the last reservation
+    OFFSET_NS = auto()  # from this boot's time to the meter's
+    NEWEST_NS = auto()  # the latest time of the meter
+    MARK = auto()  # the latest time of the calendar, in seconds since 1970
+    MARK_NS = auto()  # this boot's time then
+    MARK_CLOCK_MS = auto()  # the anchor's clock then
+    FIRST = auto()  # when it was first opened, in seconds since 1970
+    RESET = auto()  # the last clock reset
+    UNSET = auto()  # 1: the wall clock was not set
+    MONITOR = auto()  # the number of the monitor's state, which goes up
+
+
+_SESSIONS_AT: Final = range(len(Field), len(Field) + 2 * SESSIONS, 2)  # when it ends at the latest, and how many
+_WINDOWS_AT: Final = len(Field) + 2 * SESSIONS
+
+
+class Short(NamedTuple):
+    """Why nothing was booked: `rate` says no for `wait` nanoseconds (None: always); or the total is used up; or else
+    more must be reserved first.
+    """
+
+    rate: Rate | None = None
+    wait: int | None = 0
+    exhausted: bool = False
+
+
+class Booked(NamedTuple):
+    """`taken` allowances that are good until `end`, in nanoseconds of the meter, in these slots of the windows."""
+
+    taken: int
+    end: int
+    slots: tuple[int, ...]
+
+
+class Account:
+    """One license's account. `words` are signed numbers of 64 bits."""
+
+    def __init__(self, limits: Limits, throttle: Rate | None = None, raw: bytes | None = None) -> None:
+        """`throttle` is a rate that a monitor may impose. `raw` is as `encode` gave it, of the right size."""
+        self._limits, self._throttle = limits, throttle
+        self.total = limits.inferences
+        self._rates = [*limits.rates, *([throttle] if throttle else [])]
+        self._windows = windows(self._rates, _WINDOWS_AT)
+        self.words = array("q", raw or bytes(8 * (_WINDOWS_AT + len(self._windows) * WORDS)))
+        small = [rate.count // 16 for rate in limits.rates if rate.seconds >= _FREQUENT]
+        if self.total:
+            small.append(self.total // 1024)
+        self.least = max(2, min([_LEAST, *small]))
+        if raw is None:
+            self.words[Field.LAYOUT] = _LAYOUT
+            self.words[Field.STEP] = self.least
+
+    def encode(self) -> bytes:
+        """The numbers as bytes of this machine's order: the account never leaves the device."""
+        return self.words.tobytes()
+
+    def copy(self, raw: bytes) -> Self:
+        """An account of the same license with these numbers."""
+        return type(self)(self._limits, self._throttle, raw)
+
+    @property
+    def known(self) -> bool:
+        """Whether the numbers are of this layout."""
+        return self.words[Field.LAYOUT] == _LAYOUT
+
+    def advance(self, now: int) -> int:
+        """Let time pass; the time to go on with, which never goes back."""
+        words = self.words
+        now = words[Field.NEWEST_NS] = max(now, words[Field.NEWEST_NS])
+        for window in self._windows:
+            window.advance(words, now)
+        for at in _SESSIONS_AT:
+            if words[at + 1] and words[at] <= now:
+                for window in self._windows:
+                    window.book(words, window.slot(words[at]), words[at + 1])
+                words[at] = words[at + 1] = 0
+        return now
+
+    def check(self, now: int, count: int, *, throttled: bool = False) -> Short | None:
+        """Why `count` allowances could not be booked now; None if they could."""
+        words, held = self.words, self._held
+        if self.total is not None and words[Field.USED] + count > self.total:
+            return Short(None, None, exhausted=True)
+        for rate, window in self._in_force(throttled=throttled):
+            if window.room(words) - held < count:
+                return Short(rate, window.wait(words, now, count + held))
+        return Short() if words[Field.LEFT] < count else None
+
+    def book(self, now: int, least: int, most: int, *, throttled: bool = False) -> Booked | Short:
+        """Book from `least` to `most` allowances, or none."""
+        if short := self.check(now, least, throttled=throttled):
+            return short
+        words, held = self.words, self._held
+        free, end = words[Field.LEFT], 1 << 62
+        for _, window in self._in_force(throttled=throttled):
+            free, end = min(free, window.room(words) - held), min(end, window.end(now))
+        taken = max(least, min(most, free // 4))  # near the limit, others get a share
+        slots = tuple(window.slot(now) for window in self._windows)
+        self._book(taken, slots)
+        return Booked(taken, end, slots)
+
+    def give_back(self, booked: Booked, count: int) -> None:
+        """`count` of what was booked was not spent."""
+        self._book(-count, booked.slots)
+
+    def hold(self, now: int, count: int, end: int) -> int | Short:
+        """Book for a session that ends by `end`, when all of it counts as spent. The session's place."""
+        if short := self.check(now, count):
+            return short
+        words = self.words
+        place = next((at for at in _SESSIONS_AT if not words[at + 1]), None)
+        if place is None:
+            return Short(None, max(1, min(words[at] for at in _SESSIONS_AT) - now))
+        words[place], words[place + 1] = end, count
+        words[Field.LEFT] -= count
+        words[Field.USED] += count
+        return place
+
+    def let_go(self, place: int, now: int, unspent: int) -> None:
+        """The session is over: what it spent counts from now on, the rest is free."""
+        words = self.words
+        held = words[place + 1]
+        if held:  # its time may have been over before
+            words[place] = words[place + 1] = 0
+            words[Field.LEFT] += unspent
+            words[Field.USED] -= unspent
+            for window in self._windows:
+                window.book(words, window.slot(now), held - unspent)
+
+    def charge(self, count: int) -> None:
+        """Count `count` allowances as lost, now: as far as the total goes, and at most a full window of each rate."""
+        words = self.words
+        if self.total is not None:
+            count = min(count, max(0, self.total - words[Field.USED]))
+        words[Field.USED] += count
+        words[Field.LOST] += count
+        for window in self._windows:
+            window.book(words, words[window.at], min(count, window.limit))
+
+    def rooms(self, now: int) -> Iterator[tuple[Rate, int, int]]:
+        """Each rate of the license, how much of it is left, and nanoseconds until there is more."""
+        words, held = self.words, self._held
+        for rate, window in self._in_force(throttled=False):
+            room = max(0, window.room(words) - held)
+            yield rate, room, window.wait(words, now, room + held + 1) or 0
+
+    def _book(self, count: int, slots: tuple[int, ...]) -> None:
+        self.words[Field.LEFT] -= count
+        self.words[Field.USED] += count
+        for window, slot in zip(self._windows, slots, strict=True):
+            window.book(self.words, slot, count)
+
+    @property
+    def _held(self) -> int:
+        return sum(self.words[at + 1] for at in _SESSIONS_AT)
+
+    def _in_force(self, *, throttled: bool) -> list[tuple[Rate, Window]]:
+        pairs = list(zip(self._rates, self._windows, strict=True))
+        return pairs if throttled or not self._throttle else pairs[:-1]

@@ -1,0 +1,34 @@
+"""This machine's clocks, and which boot it is."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from pathlib import Path
+from typing import Final
+
+from hwlicense.storage import reporting
+
+BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+
+
+def wall() -> int:
+    """Seconds since 1970, UTC, as far as anyone has set the clock."""
+    return int(time.time())
+
+
+def boot_time() -> int:
+    """Nanoseconds since the boot, suspension included."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
+def running_time() -> int:
+    """Nanoseconds since the boot, suspension left out: what a TPM counts at the least."""
+    return time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+
+
+def boot_identifier() -> tuple[int, int]:
+    """Two numbers of 63 bits that no other boot has. Raises StorageError."""
+    with reporting(BOOT_ID):
+        value = uuid.UUID(BOOT_ID.read_text("ascii").strip()).int
+    return value >> 65, value & (1 << 63) - 1

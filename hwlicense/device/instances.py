@@ -1,0 +1,88 @@
+"""How many instances of an application run at once: locks in the state folder, which the kernel drops.
+
+An instance is an opening with the processes that were forked from it: the lock lasts as long as one of them lives.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from typing import TYPE_CHECKING
+
+from hwlicense import storage
+from hwlicense.core.errors import DamagedError, ExceededError, Reason, StorageError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class Instance:
+    """A place among the instances, until `close`. Raises ExceededError INSTANCES_EXCEEDED, StorageError."""
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self._fd = -1
+        places = folder / "instances"
+        storage.make_folders(places, 0o700)
+        for _ in range(2):  # whoever counts the places holds one of them for a moment
+            for number in range(limit):
+                self._path = places / str(number)
+                fd = _open(self._path)
+                if _locked(fd, places):
+                    self._fd = fd
+                    return
+                os.close(fd)
+            time.sleep(0.02)
+        what = f"The license allows {limit} instance{'s' * (limit != 1)} at once, and so many are running."
+        raise ExceededError(Reason.INSTANCES_EXCEEDED, what, "End one of them, or ask for a license with more.")
+
+    def check(self) -> None:
+        """That the place is still where others look for it. Raises DamagedError HOME_DAMAGED."""
+        with storage.reporting(self._path):
+            mine = os.fstat(self._fd)
+            there = self._path.stat() if self._path.exists() else None
+        if there is None or (there.st_dev, there.st_ino) != (mine.st_dev, mine.st_ino):
+            what = f"{self._path} was removed while the license was open."
+            raise DamagedError(
+                Reason.HOME_DAMAGED, what, "Close every process that uses the license, and open it again."
+            )
+
+    def close(self) -> None:
+        """Give the place back; processes that were forked keep it."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def running(folder: Path, limit: int) -> int:
+    """How many of the places are taken now."""
+    taken = 0
+    for number in range(limit):
+        path = folder / "instances" / str(number)
+        with storage.reporting(path):
+            if not path.exists():
+                continue
+        fd = _open(path)
+        try:
+            taken += not _locked(fd, path)
+        finally:
+            os.close(fd)
+    return taken
+
+
+def _open(path: Path) -> int:
+    with storage.reporting(path):
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        return storage.above_standard(os.open(path, flags, 0o600))
+
+
+def _locked(fd: int, path: Path) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        os.close(fd)
+        what = f"{path} cannot be locked: {error.strerror}."
+        raise StorageError(Reason.STORAGE, what, "Keep the state folder on a local disk.") from error
+    return True

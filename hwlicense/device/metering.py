@@ -1,0 +1,274 @@
+"""Holding an open model to its license's limits of use, at a fraction of a microsecond a use.
+
+A process books allowances in batches, in an account that all processes of the device share, and spends them one by one.
+A thread of its own looks after the account: it writes down what may be spent before it is, renews the lease at the
+anchor, and gives back what nobody spends. Spending waits for no hardware: where the lease is not renewed in time, it
+refuses.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from contextlib import suppress
+from itertools import repeat
+from typing import TYPE_CHECKING, Final
+
+from hwlicense.core import leases
+from hwlicense.core.account import Short
+from hwlicense.core.errors import ClosedError, ExceededError, HwlicenseError, Reason, UsageError
+from hwlicense.device.tending import PATIENCE, PERIOD, RETRY, Tended, busy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from hwlicense.core.account import Account, Booked
+    from hwlicense.core.documents import Grant
+    from hwlicense.device.watching import Watch
+
+BATCH: Final = 1024
+"""Allowances that a process books at a time, at the most: what it loses if it is killed."""
+
+_TICKET: Final = True
+_SOON: Final = 0.5  # seconds after which a lease is expected to be renewed
+_MOST: Final = 1 << 31
+_LONGEST: Final = 86400  # seconds of a session that nothing else ends
+
+
+class Metering:
+    """The limits of one open model. Threads share it; forked processes have a copy of their own."""
+
+    def __init__(self, grant: Grant, tended: Tended, watch: Watch | None = None) -> None:
+        """`tended` is taken over, and `watch`, which looks for abnormal use."""
+        self._grant, self._tended, self._watch = grant, tended, watch
+        self._offset = tended.offset
+        self._sessions: dict[int, list[Session]] = {}
+        self._new_process()
+        tended.on_look = self._give_back_unused
+        _meterings.add(self)
+
+    def _new_process(self) -> None:
+        self._turn = threading.Lock()
+        self._tickets: tuple[Iterator[bool], int] = iter(()), 0
+        self._booked: Booked | None = None
+        self._batch, self._refilled = 1, 0.0
+
+    def after_fork(self) -> None:
+        """In a forked child: what the parent booked is the parent's."""
+        self._new_process()
+        self._sessions = {}
+        self._tended.after_fork()
+        if self._watch:
+            self._watch.after_fork()
+
+    # ---- spending
+
+    def spend(
+        self,
+        count: int = 1,
+        features: Sequence[float] | None = None,
+        label: int = 0,
+        *,
+        _now: Callable[[int], int] = time.clock_gettime_ns,
+        _boot: int = time.CLOCK_BOOTTIME,
+    ) -> None:
+        """Spend `count` allowances, or none. Raises as `hwlicense.device.model.Model.spend` does."""
+        if self._watch is None:
+            tickets, end = self._tickets
+            # next() is one step to the interpreter: no two threads get the same ticket.
+            if count == 1 and _now(_boot) < end and next(tickets, False):
+                return
+            self._refill(count)
+        else:
+            throttled = self._watch.admit(_now(_boot) + self._offset, count, features, label)
+            tickets, end = self._tickets
+            if not throttled and count == 1 and _now(_boot) < end and next(tickets, False):
+                return
+            self._refill(count, throttled=throttled)
+
+    def _refill(self, count: int, *, throttled: bool = False) -> None:
+        """The slow way: spend, and book the next batch."""
+        if type(count) is not int or not 1 <= count < _MOST:
+            raise UsageError(Reason.USAGE, f"{count!r} is no number of inferences.", "Spend one, or a whole number.")
+        self._tended.start()
+        if not self._turn.acquire(timeout=PATIENCE):
+            raise busy()
+        try:
+            for _ in range(3):
+                if self._tended.closed:
+                    raise ClosedError(Reason.MODEL_CLOSED, "The model was closed.", "Open it again.")
+                short = self._book(count, throttled=throttled)
+                if short is None:
+                    return
+                if self._spend_held(count):
+                    return
+                if short.rate or short.exhausted or short.wait:
+                    raise self._exceeded(short, count)
+                if not self._tended.raise_reservation():
+                    break
+            self._tended.wake()
+            raise self._pending()
+        finally:
+            self._turn.release()
+
+    def _book(self, count: int, *, throttled: bool) -> Short | None:
+        with self._tended.sharing() as (account, now):
+            self._take_back(account)
+            result = account.book(now, count, count if count > 1 or throttled else self._batch, throttled=throttled)
+            low = leases.low(account)
+        if isinstance(result, Short):
+            return result
+        if low:
+            self._tended.wake()
+        end = result.end - self._offset
+        if count == 1:
+            # This call's is one of them.
+            self._tickets, self._booked = (repeat(_TICKET, result.taken - 1), end), result
+        fresh = time.monotonic()
+        self._batch = 1 if fresh - self._refilled > PERIOD else min(2 * max(1, self._batch), BATCH)
+        self._refilled = fresh
+        return None
+
+    def _take_back(self, account: Account) -> None:
+        """Give back what is left of the last batch. Draining takes ticket by ticket: each is spent, or given back."""
+        tickets, _ = self._tickets
+        self._tickets = iter(()), 0
+        left = sum(tickets)
+        if left and self._booked:
+            account.give_back(self._booked, left)
+        self._booked = None
+
+    def _exceeded(self, short: Short, count: int) -> ExceededError:
+        if short.exhausted:
+            total = self._grant.terms_of_use.limits.inferences
+            what = f"The license's {total:,} inferences are used up."
+            return ExceededError(Reason.INFERENCES_EXHAUSTED, what, "Ask the vendor for a revision with more.")
+        wait = None if short.wait is None else short.wait / 1e9
+        if short.rate is None:
+            what = "Too many sessions with reserved inferences are under way."
+            return ExceededError(Reason.RATE_EXCEEDED, what, "Wait until one of them ends.", wait)
+        each = f"{short.rate.count:,} inferences in {short.rate.seconds:,} s"
+        if wait is None:
+            what = f"{count:,} inferences at once are more than the license ever allows ({each})."
+            return ExceededError(Reason.RATE_EXCEEDED, what, "Ask for fewer at a time.")
+        what = f"The license allows {each}; the next is allowed in {wait:,.1f} s."
+        return ExceededError(
+            Reason.RATE_EXCEEDED, what, "Wait that long, or ask for a license with a higher rate.", wait
+        )
+
+    def _pending(self) -> ExceededError:
+        if self._tended.problem:
+            what = f"The lease of inferences is used up and cannot be renewed now. {self._tended.problem.what}"
+            return ExceededError(Reason.LEASE_PENDING, what, self._tended.problem.hint, RETRY)
+        what = "Inferences are asked for faster than the hardware renews the lease of them."
+        return ExceededError(Reason.LEASE_PENDING, what, "Try again in a moment.", _SOON)
+
+    # ---- sessions
+
+    def hold(self, count: int, seconds: int | None) -> Session:
+        """Reserve `count` allowances for a session of at most so many seconds. Raises as `spend` does."""
+        self._tended.start()
+        for _ in range(3):
+            with self._turn, self._tended.sharing() as (account, now):
+                self._take_back(account)
+                held = account.hold(now, count, now + (seconds or _LONGEST) * 10**9)
+            if isinstance(held, int):
+                session, self._tended.demand = Session(self, held, count), 0
+                self._sessions.setdefault(threading.get_ident(), []).append(session)
+                return session
+            if held.rate or held.exhausted or held.wait:
+                raise self._exceeded(held, count)
+            self._tended.demand = max(self._tended.demand, count)
+            if not self._tended.raise_reservation():
+                break
+        self._tended.wake()
+        raise self._pending()
+
+    def let_go(self, session: Session) -> None:
+        """The session is over."""
+        for sessions in self._sessions.values():
+            if session in sessions:
+                sessions.remove(session)
+        with self._tended.sharing() as (account, now):
+            account.let_go(session.place, now, session.drain())
+
+    def _spend_held(self, count: int) -> bool:
+        """From what a session of this thread has reserved."""
+        return any(session.draw(count) for session in self._sessions.get(threading.get_ident(), ()))
+
+    def may_start(self, count: int) -> HwlicenseError | None:
+        """Why a session that spends so many could not start now; None if it may."""
+        if self._tended.refusal:
+            return self._tended.refusal
+        if not count:
+            return None
+        with self._turn, self._tended.sharing() as (account, now):
+            self._take_back(account)
+            short = account.check(now, count)
+        if short is None:
+            return None
+        if short.rate or short.exhausted or short.wait:
+            return self._exceeded(short, count)
+        self._tended.demand = max(self._tended.demand, count)
+        self._tended.wake()
+        return self._pending()
+
+    def _give_back_unused(self) -> None:
+        if self._booked is None or time.monotonic() - self._refilled < PERIOD or not self._turn.acquire(blocking=False):
+            return
+        try:
+            with self._tended.sharing() as (account, _):
+                self._take_back(account)
+        finally:
+            self._turn.release()
+
+    # ---- the end
+
+    def close(self) -> None:
+        """Give back what was not spent. Doing it again changes nothing."""
+        with self._turn:
+            if self._tended.closed:
+                return
+            self._tended.closed = True
+        with suppress(HwlicenseError):  # it counts as spent then, no more
+            self._tended.close(self._take_back)
+
+
+class Session:
+    """Allowances that were reserved for one procedure."""
+
+    def __init__(self, metering: Metering, place: int, count: int) -> None:
+        self._metering, self.place = metering, place
+        self._tickets: Iterator[bool] = repeat(_TICKET, count)
+        self._turn = threading.Lock()
+
+    def draw(self, count: int) -> bool:
+        """Spend `count` of them; False where so many are not left."""
+        with self._turn:
+            taken = sum(next(self._tickets, False) for _ in range(count))
+            if taken < count:
+                self._tickets = repeat(_TICKET, taken)
+            return taken == count
+
+    def drain(self) -> int:
+        """How many are left, for whoever gives them back."""
+        with self._turn:
+            tickets, self._tickets = self._tickets, iter(())
+            return sum(tickets)
+
+    def end(self) -> None:
+        """Give back what was not spent. Raises StorageError."""
+        self._metering.let_go(self)
+
+
+_meterings: weakref.WeakSet[Metering] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for metering in list(_meterings):
+        metering.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)

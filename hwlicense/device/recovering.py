@@ -1,0 +1,195 @@
+"""Opening a license's account: what may have been spent before is charged, the first lease is taken, the day is known."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from hwlicense.core import calendar, leases
+from hwlicense.core.account import Account, Field
+from hwlicense.core.errors import DamagedError, Reason, RefusedError, StorageError
+from hwlicense.core.terms import check_validity
+from hwlicense.device import clock
+from hwlicense.device.ledger import Ledger
+from hwlicense.device.tending import Tended, busy
+
+if TYPE_CHECKING:
+    import datetime
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from hwlicense.core.documents import ClockReset, Grant
+    from hwlicense.core.hardware import Anchor, Reading
+    from hwlicense.core.secret import Secret
+
+_MILLION: Final = 1_000_000
+
+
+def open_account(folder: Path, grant: Grant, key: Secret, anchor: Anchor | None, reset: ClockReset | None) -> Tended:
+    """The account of a license that has one, recovered. `key` is taken over, also where this fails.
+
+    Raises RefusedError (CLOCK_SET_BACK, LICENSE_EXPIRED, LICENSE_NOT_YET_VALID, NOT_ANCHORED), StorageError,
+    HardwareError, DamagedError.
+    """
+    use = grant.terms_of_use
+    if use.anchor and anchor is None:
+        key.wipe()
+        what = "The license asks for an account that a TPM anchors, and this device's is not anchored."
+        raise RefusedError(Reason.NOT_ANCHORED, what, "Ask the vendor for a license for a request with --counted.")
+    like = Account(use.limits, use.monitor.throttled if use.monitor else None)
+    try:
+        ledger = Ledger(folder, key, len(like.encode()))
+    except BaseException:
+        key.wipe()
+        raise
+    try:
+        opened = _Opening(grant, like, ledger, anchor, reset)
+        with ledger.writing() as write:
+            account = opened.first(write) if ledger.alone() else opened.joined()
+            ledger.enter()
+        tended = Tended(grant, account, ledger, anchor, opened.clock_ms)
+        if anchor is None and use.metered:
+            tended.raise_reservation()
+    except BaseException:
+        ledger.close()
+        raise
+    return tended
+
+
+def remembered_day(folder: Path, grant: Grant, key: Secret, anchor: Anchor | None, reset: ClockReset | None) -> None:
+    """Hold a license that has no account to its dates, by a clock that does not go back. `key` is taken over.
+
+    Where the state folder cannot be written, nothing is remembered. Raises RefusedError as `open_account` does.
+    """
+    like = Account(grant.terms_of_use.limits)
+    try:
+        ledger = Ledger(folder, key, len(like.encode()))
+    except StorageError:
+        key.wipe()
+        check_validity(grant, calendar.day(clock.wall()))
+        return
+    try:
+        with ledger.writing() as write:
+            _Opening(grant, like, ledger, None, reset).dated(write, anchor)
+    finally:
+        ledger.close()
+
+
+class _Opening:
+    def __init__(
+        self, grant: Grant, like: Account, ledger: Ledger, anchor: Anchor | None, reset: ClockReset | None
+    ) -> None:
+        self._grant, self._like, self._ledger, self._anchor, self._reset = grant, like, ledger, anchor, reset
+        self._boot = clock.boot_identifier()
+        self._base = 0, 0  # running time in nanoseconds, and the anchor's clock in milliseconds then
+
+    def clock_ms(self) -> int:
+        """The anchor's clock, from what it was and the time since; it may be ahead, and never behind by much."""
+        running, anchored = self._base
+        return anchored + (clock.running_time() - running) // _MILLION
+
+    def first(self, write: Callable[[bytes], None]) -> Account:
+        """No other process has the license open."""
+        reading = self._anchor.step() if self._anchor else None
+        self._base = clock.running_time(), reading.clock if reading else 0
+        account = self._recovered(reading)
+        problem = self._dated(account)
+        if reading and self._grant.terms_of_use.metered:
+            moment = leases.Moment(clock.running_time(), reading.clock)
+            planned = leases.plan(account, moment) or leases.Plan(account.least, 0)
+            leases.take(account, planned, reading.steps, moment)
+        elif reading:
+            account.words[Field.SERIAL] = reading.steps
+        write(account.encode())
+        with self._ledger.sharing():
+            self._ledger.share(account.encode())
+        if problem:
+            raise problem
+        return account
+
+    def joined(self) -> Account:
+        """Other processes have it open, and have recovered the account."""
+        with self._ledger.sharing():
+            raw = self._ledger.look()
+        account = self._like.copy(raw) if raw is not None else self._like
+        if raw is None or not account.known or self._boot_of(account) != self._boot:
+            raise busy()
+        self._base = account.words[Field.RAISED_NS], account.words[Field.CLOCK_MS]
+        if problem := self._dated(account):
+            raise problem
+        return account
+
+    def dated(self, write: Callable[[bytes], None], anchor: Anchor | None) -> None:
+        """Nothing but the day is kept."""
+        account = self._recorded() or self._like
+        before = account.words[Field.MARK], account.words[Field.RESET], self._boot_of(account)
+        same_boot = self._boot_of(account) == self._boot
+        if anchor and not same_boot and calendar.unset(clock.wall(), calendar.seconds(self._grant.issued)):
+            self._base = clock.running_time(), anchor.read().clock
+        problem = self._dated(account)
+        after = account.words[Field.MARK], account.words[Field.RESET], self._boot_of(account)
+        if after[0] // calendar.DAY != before[0] // calendar.DAY or after[1:] != before[1:]:
+            write(account.encode())
+        if problem:
+            raise problem
+
+    def _recorded(self) -> Account | None:
+        raw = self._ledger.recorded()
+        if raw is None:
+            return None
+        account = self._like.copy(raw)
+        return account if account.known else None
+
+    def _recovered(self, reading: Reading | None) -> Account:
+        damaged = False
+        try:
+            account = self._recorded()
+        except DamagedError:
+            account, damaged = None, True
+        serial = reading.steps - 1 if reading else None
+        if account is None:
+            account = self._like
+            account.advance(clock.boot_time())
+            if damaged or serial:
+                leases.lose(account, serial or 1)
+                account.words[Field.FIRST] = calendar.seconds(self._grant.issued)
+            return account
+        account.advance(account.words[Field.NEWEST_NS])
+        elapsed = 0
+        if reading:
+            elapsed = reading.clock - account.words[Field.CLOCK_MS]
+            if self._boot_of(account) != self._boot:
+                elapsed += reading.lapse - reading.uptime
+        leases.recover(account, serial, elapsed)
+        return account
+
+    def _dated(self, account: Account) -> RefusedError | None:
+        """Go on with the account's clocks. What the license says to the day."""
+        words, grant = account.words, self._grant
+        same_boot = self._boot_of(account) == self._boot
+        floor = calendar.seconds(grant.issued)
+        anchor = self.clock_ms() if self._base != (0, 0) else None
+        clocks = calendar.Clocks(clock.wall(), clock.boot_time(), same_boot=same_boot, anchor=anchor)
+        before = words[Field.MARK]
+        if self._reset and calendar.reset(words, clocks, self._reset.time):
+            before = 0  # how long it was off is not known
+        problem = None
+        try:
+            now = calendar.present(words, clocks, floor)
+            words[Field.FIRST] = words[Field.FIRST] or now
+            check_validity(grant, calendar.day(now), calendar.day(words[Field.FIRST]))
+        except RefusedError as error:
+            problem = error
+        if not same_boot:
+            off = max(0, words[Field.MARK] - before) * 10**9 if before and not problem else 0
+            words[Field.OFFSET_NS] = words[Field.NEWEST_NS] + off - clock.boot_time()
+            words[Field.BOOT_HIGH], words[Field.BOOT_LOW] = self._boot
+        return problem
+
+    @staticmethod
+    def _boot_of(account: Account) -> tuple[int, int]:
+        return account.words[Field.BOOT_HIGH], account.words[Field.BOOT_LOW]
+
+
+def day_of(account: Account) -> datetime.date:
+    """The day that an account has reached."""
+    return calendar.day(account.words[Field.MARK])

@@ -1,0 +1,260 @@
+"""Looking after the account of an open license: what may be spent is written down before, the lease is renewed ahead.
+
+A thread of its own does it, so that nobody who spends waits for hardware.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+from hwlicense.core import calendar, leases
+from hwlicense.core.account import Field
+from hwlicense.core.errors import HardwareError, HwlicenseError, Reason, StorageError
+from hwlicense.core.terms import check_validity
+from hwlicense.device import clock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+
+    from hwlicense.core.account import Account
+    from hwlicense.core.documents import Grant
+    from hwlicense.core.hardware import Anchor
+    from hwlicense.device.ledger import Ledger
+
+PERIOD: Final = 1.0
+"""Seconds between looks at the account."""
+
+PATIENCE: Final = 5.0
+"""Seconds to wait for another thread of this process."""
+
+RETRY: Final = 5.0
+"""Seconds between attempts at an anchor that failed."""
+
+_CHECKED: Final = 60.0  # seconds between looks at the calendar
+_MARKED: Final = 6 * 3600  # seconds by which a mark is older than the time, at the most
+
+
+class Tended:
+    """One license's account in one process. `problem` is why the lease cannot be renewed, `refusal` why nothing starts.
+
+    `demand` is how many allowances a session waits for.
+    """
+
+    def __init__(
+        self, grant: Grant, like: Account, ledger: Ledger, anchor: Anchor | None, clock_ms: Callable[[], int]
+    ) -> None:
+        """`ledger` is taken over; the account in it is recovered already. `clock_ms` is the anchor's clock now."""
+        self._grant, self._like, self._ledger, self._anchor, self._clock_ms = grant, like, ledger, anchor, clock_ms
+        self.offset = like.words[Field.OFFSET_NS]
+        self.refusal: HwlicenseError | None = None
+        self.problem: HwlicenseError | None = None
+        self.closed = False
+        self.demand, self._seen = 0, (-1, 0.0)
+        self.on_look: Callable[[], None] = lambda: None
+        self.new_process()
+
+    @property
+    def metered(self) -> bool:
+        """Whether anything is to be spent."""
+        return self._grant.terms_of_use.metered
+
+    def new_process(self) -> None:
+        """No thread yet: in a forked child, that of the parent is not there."""
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
+        self._retry_at = self._calendar_at = 0.0
+
+    def after_fork(self) -> None:
+        """In a forked child: files and locks of its own."""
+        self.new_process()
+        if not self.closed:
+            self._ledger.renew()
+
+    # ---- the account
+
+    @contextmanager
+    def sharing(self) -> Iterator[tuple[Account, int]]:
+        """The account, for this process alone, and the time on its clock. Kept if the block ends well."""
+        with self._ledger.sharing():
+            account, now = self._load()
+            yield account, now
+            self._ledger.share(account.encode())
+
+    def writing(self) -> AbstractContextManager[object]:
+        """Let no other process write anything down."""
+        return self._ledger.writing()
+
+    def now(self) -> int:
+        """The time on the meter's clock, in nanoseconds."""
+        return clock.boot_time() + self.offset
+
+    def look(self) -> tuple[Account, int]:
+        """The account as it is, and the time on its clock."""
+        with self._ledger.sharing():
+            return self._load()
+
+    def _load(self) -> tuple[Account, int]:
+        raw = self._ledger.look()
+        if raw is None:
+            raise busy()
+        account = self._like.copy(raw)
+        return account, account.advance(clock.boot_time() + self.offset)
+
+    def _moment(self) -> leases.Moment:
+        return leases.Moment(clock.running_time(), self._clock_ms())
+
+    def _recorded(self, change: Callable[[Account], bool]) -> bool:
+        """Change the lease, write that down, and only then let it be used; others go on booking meanwhile."""
+        with self._ledger.writing() as write:
+            account, _ = self.look()
+            if not change(account):
+                return False
+            self._write(write, account)
+            with self.sharing() as (present, _):
+                leases.adopt(present, account)
+            return True
+
+    def _write(self, write: Callable[[bytes], None], account: Account) -> None:
+        # With the time: windows go on from it after a restart
+        calendar.progress(account.words, clock.boot_time(), self._clock_ms() if self._anchor else None)
+        write(account.encode())
+
+    def raise_reservation(self) -> bool:
+        """Reserve more, if that is due. Raises StorageError."""
+        anchored = self._anchor is not None
+        return self._recorded(
+            lambda account: leases.raise_reservation(account, self._moment(), self.demand, anchored=anchored)
+        )
+
+    def _renew_lease(self, anchor: Anchor) -> None:
+        """Take a further lease from the anchor. Raises HwlicenseError."""
+        planned: list[leases.Plan] = []
+
+        def announce(account: Account) -> bool:
+            found = leases.plan(account, self._moment(), self.demand)
+            if found is None or not leases.low(account, self.demand):  # another process was quicker
+                return False
+            planned.append(found)
+            return leases.announce(account, found)
+
+        with self._ledger.renewing() as mine:
+            if not mine:
+                return
+            self._recorded(announce)
+            if planned:
+                reading = anchor.step()
+                moment = leases.Moment(clock.running_time(), reading.clock)
+                self._recorded(lambda account: leases.take(account, planned[0], reading.steps, moment))
+
+    # ---- the thread
+
+    def wake(self) -> None:
+        """Have a look now."""
+        self._wake.set()
+
+    def start(self) -> None:
+        """Have a thread look after the account from now on. Raises StorageError where the system gives none."""
+        with self._starting:
+            if self._thread is not None or self.closed:
+                return
+            target = _tend_on, (weakref.ref(self), self._wake)
+            thread = threading.Thread(target=target[0], args=target[1], name="hwlicense meter", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                what = "The system gives the process no further thread, and the license asks for one."
+                raise StorageError(Reason.STORAGE, what, "Raise the limit of threads (`ulimit -u`).") from error
+            self._thread = thread
+
+    def tend(self) -> bool:
+        """One look at the account. False when there is nothing to look after any more."""
+        if self.closed:
+            return False
+        try:
+            self.on_look()
+            if self.metered and not self.raise_reservation():
+                self._settle_or_renew()
+            self._look_at_calendar()
+            self.problem = None
+        except HwlicenseError as error:
+            self.problem = error.again()
+            self._retry_at = time.monotonic() + RETRY
+        except Exception as error:  # noqa: BLE001  # whatever it is, the next look may go well
+            what = f"The account could not be looked after ({type(error).__name__})."
+            self.problem = HardwareError(Reason.INTERNAL, what, "Open the model again; if it comes back, report it.")
+        return True
+
+    def _settle_or_renew(self) -> None:
+        account, _ = self.look()
+        used, now = account.words[Field.USED], time.monotonic()
+        if used != self._seen[0]:
+            self._seen = used, now
+        if now - self._seen[1] >= leases.SPACING / 1000 and not self.demand:
+            if leases.settle(account, self._moment(), account.least):
+                self._settle()
+        elif leases.low(account, self.demand) and self._anchor and now >= self._retry_at:
+            self._renew_lease(self._anchor)
+
+    def _settle(self) -> None:
+        with self._ledger.writing() as write, self.sharing() as (account, _):
+            if leases.settle(account, self._moment(), account.least):
+                self._write(write, account)
+
+    def _look_at_calendar(self) -> None:
+        now = time.monotonic()
+        if now < self._calendar_at:
+            return
+        self._calendar_at = now + _CHECKED
+        account, _ = self.look()
+        before = account.words[Field.MARK]
+        anchor = self._clock_ms() if self._anchor else None
+        clocks = calendar.Clocks(clock.wall(), clock.boot_time(), same_boot=True, anchor=anchor)
+        try:
+            today = calendar.day(calendar.present(account.words, clocks, calendar.seconds(self._grant.issued)))
+            check_validity(self._grant, today, calendar.day(account.words[Field.FIRST]))
+            self.refusal = None
+        except HwlicenseError as error:
+            self.refusal = error.again()
+        if account.words[Field.MARK] - before >= _MARKED:
+            with self._ledger.writing() as write, self.sharing() as (present, _):
+                calendar.remember(present.words, clocks, max(present.words[Field.MARK], account.words[Field.MARK]))
+                write(present.encode())
+
+    def close(self, last: Callable[[Account], None]) -> None:
+        """End the thread, let `last` change the account, and let go. The last process writes down what was used."""
+        self.closed = True
+        self._wake.set()
+        thread = self._thread
+        if thread and thread is not threading.current_thread():
+            thread.join(PATIENCE)
+        try:
+            with self._ledger.writing() as write:
+                self._ledger.leave()
+                with self.sharing() as (account, _):
+                    last(account)
+                    if self._ledger.alone() and leases.settle(account, self._moment(), 0):
+                        self._write(write, account)
+        finally:
+            self._ledger.close()
+
+
+def _tend_on(tended: weakref.ref[Tended], wake: threading.Event) -> None:
+    while True:
+        wake.wait(PERIOD)
+        wake.clear()
+        present = tended()
+        if present is None or not present.tend():
+            return
+        del present
+
+
+def busy() -> StorageError:
+    """What is said where the account cannot be read."""
+    what = "The account of the license's use is not to be had."
+    return StorageError(Reason.STORAGE, what, "Close every process that uses the license, and open it again.")

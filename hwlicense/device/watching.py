@@ -1,0 +1,165 @@
+"""Looking for abnormal use of an open model: what the terms' monitor sees, and what it has found.
+
+Each process looks at its own calls at once, and at those of all others whenever the state is written down. The state
+is authenticated by a key that comes from the license secret; the account says which is the latest.
+"""
+
+from __future__ import annotations
+
+import hmac
+import threading
+import time
+from typing import TYPE_CHECKING, Annotated, Final
+
+import msgspec
+
+from hwlicense import storage
+from hwlicense.core import monitoring
+from hwlicense.core.account import Field
+from hwlicense.core.errors import DamagedError, ExceededError, HwlicenseError, Reason, UsageError
+from hwlicense.core.monitoring import Observation, State, Verdict
+from hwlicense.core.schema import SCHEMA, Count, decode, encode, prepare
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from hwlicense.core.limits import Monitor
+    from hwlicense.core.secret import Secret
+    from hwlicense.device.tending import Tended
+
+WRITTEN: Final = 60.0
+"""Seconds between writings of the state, while nothing is found."""
+
+MOST: Final = 4096
+"""Calls that a process keeps for the next writing: more are looked at, and not told to others."""
+
+_WAITING: Final = 256  # calls that are looked at together, at the most
+_LIMIT: Final = 512 << 10
+_MILLION: Final = 1_000_000
+
+
+class Sealed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The file: its number, the monitor's state, and HMAC-SHA256 over both."""
+
+    schema: int
+    number: Count
+    state: bytes
+    mac: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+
+
+prepare(Sealed)
+
+
+class Watch:
+    """The monitor of one open license in one process."""
+
+    def __init__(self, path: Path, terms: Monitor, key: Secret, tended: Tended) -> None:
+        """`key` is taken over, and wiped by `close`. Raises StorageError."""
+        self._path, self._terms, self._key, self._tended = path, terms, key, tended
+        self._new_process()
+        self._state = State()
+        self._merge()
+
+    def _new_process(self) -> None:
+        self._turn = threading.Lock()
+        self._waiting: list[Observation] = []
+        self._untold: list[Observation] = []
+        self._written = time.monotonic()
+
+    def after_fork(self) -> None:
+        """In a forked child: what the parent has seen, the parent tells."""
+        self._new_process()
+
+    def admit(self, now: int, count: int, features: Sequence[float] | None, label: int) -> bool:
+        """See a call. `now` in nanoseconds of the meter's clock. Whether use is throttled.
+
+        Raises ExceededError ABNORMAL_USE where it is denied; UsageError for features that do not fit.
+        """
+        if type(label) is not int or label < 0:
+            raise UsageError(Reason.USAGE, f"{label!r} is no label of a class.", "Give a number from 0 on.")
+        seen = None if features is None else monitoring.check_features(self._terms, features)
+        millis = now // _MILLION
+        self._waiting.append(Observation(millis, count, seen, label))
+        if len(self._waiting) >= _WAITING:
+            self._look()
+        verdict = self.verdict
+        if verdict.until is None or millis >= verdict.until or verdict.action in {"none", "flag"}:
+            return False
+        if verdict.action == "throttle":
+            return True
+        wait = (verdict.until - millis) / 1000
+        what = f"Use is abnormal ({', '.join(verdict.detectors)}), so the license denies it for {wait:,.0f} s."
+        raise ExceededError(Reason.ABNORMAL_USE, what, "Wait, or ask the vendor for a revision with other terms.", wait)
+
+    def tend(self) -> None:
+        """Look at what came, and write the state down now and then. Raises HwlicenseError."""
+        before = self.verdict.action
+        self._look()
+        found = self.verdict.action != before
+        if self._untold and (found or time.monotonic() - self._written > WRITTEN):
+            self._merge()
+
+    def close(self) -> None:
+        """Tell what was seen, and wipe the key. Raises HwlicenseError."""
+        try:
+            self._look()
+            if self._untold:
+                self._merge()
+        finally:
+            self._key.wipe()
+
+    def _look(self) -> None:
+        with self._turn:
+            waiting, self._waiting = self._waiting, []
+            if waiting:
+                self._state = monitoring.fold(self._terms, self._state, waiting)
+                self._untold = [*self._untold, *waiting][-MOST:]
+            self._judge()
+
+    def _judge(self) -> None:
+        now = self._tended.now() // _MILLION
+        self.verdict = monitoring.verdict(self._terms, self._state, now)
+
+    def _merge(self) -> None:
+        """What all processes have seen, written down."""
+        with self._turn, self._tended.writing():
+            account, now = self._tended.look()
+            number, state = self._read(account.words[Field.MONITOR], now // _MILLION)
+            if self._untold:
+                state = monitoring.fold(self._terms, state, self._untold)
+                storage.atomic_write(self._path, self._sealed(number + 1, state.encode()), 0o600)
+                with self._tended.sharing() as (present, _):
+                    present.words[Field.MONITOR] = number + 1
+            self._state, self._untold, self._written = state, [], time.monotonic()
+            self._judge()
+
+    def _read(self, least: int, now: int) -> tuple[int, State]:
+        """The state on the disk. One that is older than the account says, or gone, has found all that it could find."""
+        try:
+            if not least and not self._path.exists():
+                return 0, State()
+            sealed = decode(storage.read_limited(self._path, _LIMIT), Sealed)
+            if sealed.number >= least and hmac.compare_digest(self._mac(sealed.number, sealed.state), sealed.mac):
+                return sealed.number, State.decode(sealed.state)
+        except (DamagedError, UsageError, UnicodeDecodeError):
+            pass  # as if it had been put back
+        until = now + self._terms.lasting * 1000
+        return least, State(found={"regularity": until, "distances": until})
+
+    def _sealed(self, number: int, state: bytes) -> bytes:
+        return encode(Sealed(SCHEMA, number, state, self._mac(number, state)))
+
+    def _mac(self, number: int, state: bytes) -> bytes:
+        return hmac.digest(self._key.buffer, b"monitor %d %b" % (number, state), "sha256")
+
+
+def recorded(path: Path) -> State | None:
+    """What the monitor has written down, unchecked: for reports. None where there is nothing."""
+    try:
+        return State.decode(decode(storage.read_limited(path, _LIMIT), Sealed).state)
+    except HwlicenseError:
+        return None
+
+
+__all__ = ["Verdict", "Watch", "recorded"]
