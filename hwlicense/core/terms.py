@@ -27,6 +27,7 @@ from hwlicense.core.limits import (
 )
 from hwlicense.core.schema import Name, Positive  # noqa: TC001  # msgspec reads the annotations at run time
 from hwlicense.core.tpm.pcrs import Selection
+from hwlicense.core.wording import in_words
 
 if TYPE_CHECKING:
     from hwlicense.core.documents import Grant
@@ -199,18 +200,22 @@ def parse_terms(text: str) -> Terms:
         unknown = "unknown field" in str(error)
         reason = Reason.TERM_UNKNOWN if unknown else Reason.TERM_INVALID
         hint = "See the list of terms in docs/terms.md; a term that is not known is never ignored."
-        raise UsageError(reason, f"The terms cannot be used: {error}.", hint) from None
+        raise UsageError(reason, f"The terms cannot be used: {in_words(str(error))}.", hint) from None
     _check(terms)
     return terms
 
 
-def check_validity(grant: Grant, today: datetime.date) -> None:
-    """Raises RefusedError LICENSE_NOT_YET_VALID or LICENSE_EXPIRED. `today` is the date in UTC."""
+def check_validity(grant: Grant, today: datetime.date, first_used: datetime.date | None = None) -> None:
+    """Raises RefusedError LICENSE_NOT_YET_VALID or LICENSE_EXPIRED. Days are in UTC; `first_used` as far as known."""
     if grant.not_before and today < grant.not_before:
         what = f"The license for {grant.product!r} is valid from {grant.not_before}; today is {today} (UTC)."
         raise RefusedError(Reason.LICENSE_NOT_YET_VALID, what, "Check the device's date, or wait until then.")
     if grant.not_after and today > grant.not_after:
         what = f"The license for {grant.product!r} was valid until {grant.not_after}; today is {today} (UTC)."
+        raise RefusedError(Reason.LICENSE_EXPIRED, what, "Ask the vendor for a new license.")
+    days = grant.terms_of_use.days
+    if days and first_used and (today - first_used).days > days:
+        what = f"The license for {grant.product!r} is for {days} days; it was first used on {first_used}."
         raise RefusedError(Reason.LICENSE_EXPIRED, what, "Ask the vendor for a new license.")
 
 
@@ -245,6 +250,9 @@ def _check(terms: Terms) -> None:
     if use and use.cap is not None and not use.limits.opens and not use.anchor:
         what = "require.cap_pcr caps sessions that are prepared to write an index, and the terms ask for none."
         raise UsageError(Reason.TERM_INVALID, what, "Set limits.opens or require.anchor, or leave it out.")
+    if use and use.cap is not None and ("sha256", use.cap) in set(terms.selection):
+        what = f"require.cap_pcr is {use.cap}, which require.pcrs has too: it cannot be both free and of a fixed value."
+        raise UsageError(Reason.TERM_INVALID, what, "Choose a PCR that nothing else extends.")
     Selection.parse(*terms.require.pcrs)
 
 
@@ -300,7 +308,7 @@ def _monitor(asked: Monitored) -> Monitor:
         distances=None
         if distant is None
         else Distances(distant.queries, round(distant.normality * 1000), distant.features, distant.action),
-        throttled=_rate("monitor.throttled", asked.throttled) if asked.throttled else None,
+        throttled=_rate("monitor.throttled", asked.throttled) if asked.throttled is not None else None,
     )
 
 

@@ -3,12 +3,51 @@
 import datetime
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from hwlicense.core.documents import Grant, PackageReference, Presence
+from hwlicense.core.documents import Grant, PackageReference, Presence, grant_digest
 from hwlicense.core.errors import HwlicenseError, Reason
+from hwlicense.core.limits import Distances, Limits, Monitor, Rate, Regularity, Use
+from hwlicense.core.schema import Document, decode, encode
 from hwlicense.core.terms import check_validity, parse_terms
 
 BASE = 'licensee = "Acme Robotics"\nproduct = "label-reader"\n'
+
+
+WHOLE = {"opens": 2**32 - 1, "inferences": 2**53 - 1, "powered_on_hours": 1_000_000, "instances": 1024}
+NO_LIMIT = ("0", "-1", "1.0", "true", "'1'", "[]", "inf", "nan", "-0", "9" * 400)
+NO_RATE = (
+    "0/day", "-1/day", "1.5/day", "1", "/day", "1/", "1/year", "1/Day", "1 / day", "1/0s", "1/367d", "1/1ms", "_/day",
+    "9007199254740992/day", "1/99999999999s", "1/day/day", "", "\u0661/day", "1/\u0661s", "1/hour\\n",
+)  # fmt: skip
+NO_RATES = (
+    '"1/day"', "[1]", '["1/day", "1/day"]', '["5/hour", "5/day"]', '["9/hour", "8/day"]', '["60/60s", "60/minute"]',
+    str([f"{n}/{n}s" for n in range(1, 10)]),
+)  # fmt: skip
+NO_REQUIREMENT = (
+    "anchor = 1", "anchor = 'yes'", "revocable = 0", "cap_pcr = 11", "cap_pcr = -1", "cap_pcr = 16", "cap_pcr = '11'",
+    "anchor = true\ncap_pcr = 16", "revocable = true\ncap_pcr = 11",
+    "anchor = true\ncap_pcr = 7\npcrs = ['sha256:0,7']",
+)  # fmt: skip
+NO_FEATURE = (
+    "x = 1.5", "x = 2030-01-01", "x = []", "[features.x]", "'' = 1", f"{'x' * 201} = 1", "x = 9007199254740992",
+    "x = -9007199254740992", f"x = '{'a' * 201}'", "\n".join(f"x{n} = 1" for n in range(101)),
+)  # fmt: skip
+NO_MONITOR = (
+    "", "lasting = '1h'", "regularity = 1", "[monitor.other]", "lasting = '0s'\n[monitor.regularity]",
+    "lasting = 60\n[monitor.regularity]", "throttled = '1/day'\n[monitor.regularity]",
+    "[monitor.regularity]\naction = 'throttle'", "throttled = ''\n[monitor.regularity]\naction = 'throttle'",
+    "throttled = '1/day'\n[monitor.regularity]\naction = 'deny'", "lasting = '367d'\n[monitor.regularity]",
+)  # fmt: skip
+NO_REGULARITY = (
+    "action = 'stop'", "calls = 15", "calls = 4097", "variation = 0.0", "variation = 1.1", "variation = nan",
+    "variation = inf", "variation = '1'", "pause = '0ms'", "pause = '0s'", "pause = '2d'", "pause = 5", "x = 1",
+)  # fmt: skip
+NO_DISTANCES = (
+    "", "features = 0", "features = 257", "features = 8\nqueries = 19", "features = 8\nnormality = 0",
+    "features = 8\nnormality = -nan", "features = 8\naction = 'deny '",
+)  # fmt: skip
 
 
 def refusal(text):
@@ -29,22 +68,7 @@ def test_what_this_release_enforces():
     assert parse_terms(BASE).require.pcrs == []
 
 
-@pytest.mark.parametrize(
-    "term",
-    [
-        "[validity]\ndays_from_first_use = 30",
-        "[limits]\nopens = 1000",
-        "[limits]\ninferences = 1",
-        '[limits]\nrates = ["100/hour"]',
-        "[limits]\npowered_on_hours = 1",
-        "[limits]\ninstances = 2",
-        "[require]\nanchor = true",
-        "[features]\nx = 1",
-        "[features]",
-        "[monitor]\nx = 1",
-        "[guard]\nx = 1",
-    ],
-)
+@pytest.mark.parametrize("term", ["[guard]", "[guard]\nx = 1", "guard = 1"])
 def test_a_term_that_is_not_enforced_is_an_error(term):
     assert refusal(BASE + term + "\n") == Reason.TERM_UNSUPPORTED
 
@@ -93,6 +117,16 @@ def test_an_unknown_term_is_an_error(term):
         BASE + "[validity]\nnot_after = 2027-12-31T00:00:00Z\n",
         BASE + "[validity]\nnot_before = 2027-12-31\nnot_after = 2027-12-30\n",
         BASE + "[require]\npcrs = 'sha256:7'\n",
+        *[BASE + f"[limits]\n{key} = {value}\n" for key in WHOLE for value in NO_LIMIT],
+        *[BASE + f"[limits]\n{key} = {most + 1}\n" for key, most in WHOLE.items()],
+        *[BASE + f'[limits]\nrates = ["{rate}"]\n' for rate in NO_RATE],
+        *[BASE + f"[limits]\nrates = {rates}\n" for rates in NO_RATES],
+        *[BASE + f"[validity]\ndays_from_first_use = {days}\n" for days in (*NO_LIMIT, 36501)],
+        *[BASE + f"[require]\n{term}\n" for term in NO_REQUIREMENT],
+        *[BASE + f"[features]\n{term}\n" for term in NO_FEATURE],
+        *[BASE + f"[monitor]\n{term}\n" for term in NO_MONITOR],
+        *[BASE + f"[monitor.regularity]\n{term}\n" for term in NO_REGULARITY],
+        *[BASE + f"[monitor.distances]\n{term}\n" for term in NO_DISTANCES],
         BASE + BASE,
         "\0",
         "a = " + "[" * 30_000,
@@ -101,6 +135,209 @@ def test_an_unknown_term_is_an_error(term):
 )
 def test_bad_terms(text):
     assert refusal(text) in {Reason.TERM_INVALID, Reason.TERM_UNKNOWN}
+
+
+@pytest.mark.parametrize(
+    ("term", "words"),
+    [
+        ("[limits]\nopens = 'many'", "limits.opens must be a whole number, not text."),
+        ("[limits]\nopens = 1.5", "limits.opens must be a whole number, not a number with a fraction."),
+        ("[limits]\nopens = 0", "limits.opens must be at least 1."),
+        ("[limits]\nopens = 5000000000", "limits.opens must be at most 4,294,967,295."),
+        ("[limits]\nrates = '1/day'", "limits.rates must be a list, not text."),
+        ("[limits]\nrates = ['1/day', 2]", "entry 2 of limits.rates must be text, not a whole number."),
+        ("[limits]\nopenings = 3", "there is no term limits.openings."),
+        ("colour = 1", "there is no term colour."),
+        ("[presence]", "presence.interval is missing."),
+        ("[require]\nbindings = true", "require.bindings must be a whole number or text, not true or false."),
+        (
+            "[validity]\nnot_after = 2030-01-01T00:00:00",
+            "not_after must be a day, such as 2027-12-31, not a day with a",
+        ),
+        ("[features]\nx = [1]", "a value in features must be true or false or a whole number or text, not a list."),
+        ("[features]\n'' = 1", "a name in features is empty."),
+        ("[monitor.regularity]\naction = 'stop'", "monitor.regularity.action cannot be 'stop'."),
+        ("limits = 3", "limits must be a table, not a whole number."),
+        ("[require]\npcrs = [" + "'sha256:7'," * 9 + "]", "require.pcrs has too many entries: it takes at most 8."),
+    ],
+)
+def test_what_is_wrong_is_said_in_peoples_words(term, words):
+    with pytest.raises(HwlicenseError) as caught:
+        parse_terms(BASE + term + "\n")
+    assert words in caught.value.what
+    assert "`" not in caught.value.what
+
+
+def test_all_of_use_is_granted():
+    terms = parse_terms(
+        BASE
+        + "[validity]\ndays_from_first_use = 30\n"
+        + "[require]\nanchor = true\nrevocable = true\ncap_pcr = 11\n"
+        + "[limits]\nopens = 1000\ninferences = 1_000_000\nrates = ['100/hour', '1_000/day', '5/90s', '9000/2d']\n"
+        + "powered_on_hours = 8760\ninstances = 2\n"
+        + "[features]\nlanguage = 'en'\ncameras = 4\noverlay = true\n"
+        + "[monitor]\nlasting = '2h'\nthrottled = '10/minute'\n"
+        + "[monitor.regularity]\naction = 'throttle'\ncalls = 300\nvariation = 0.2\npause = '500ms'\n"
+        + "[monitor.distances]\nfeatures = 16\naction = 'deny'\nqueries = 200\nnormality = 0.85\n"
+    )
+    rates = [Rate(100, 3600), Rate(1000, 86400), Rate(5, 90), Rate(9000, 2 * 86400)]
+    monitor = Monitor(7200, Regularity(300, 200, 500, "throttle"), Distances(200, 850, 16, "deny"), Rate(10, 60))
+    use = Use(
+        limits=Limits(1000, 1_000_000, rates, 8760, 2),
+        days=30,
+        features={"language": "en", "cameras": 4, "overlay": True},
+        monitor=monitor,
+        anchor=True,
+        revocable=True,
+        cap=11,
+    )
+    assert terms.granted_use == use
+    assert use.metered
+    assert use.counted
+
+
+@pytest.mark.parametrize(
+    "table", ["", "[limits]\n", "[limits]\nrates = []\n", "[features]\n", "[require]\nanchor = false\n"]
+)
+def test_nothing_that_limits_use_leaves_the_grant_as_it_was(table):
+    assert parse_terms(BASE + table).granted_use is None
+
+
+# ---- any terms that are accepted ---------------------------------------------------------------------------
+
+UNITS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 604800}
+SECONDS = st.integers(1, 366 * 86400)
+RATE = st.one_of(
+    st.tuples(st.integers(1, 2**53 - 1), SECONDS).map(lambda r: (f"{r[0]}/{r[1]}s", Rate(*r))),
+    st.tuples(st.integers(1, 2**53 - 1), st.sampled_from(list(UNITS))).map(
+        lambda r: (f"{r[0]:_}/{r[1]}", Rate(r[0], UNITS[r[1]]))
+    ),
+)
+TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=200)
+FEATURES = st.dictionaries(
+    TEXT.filter(bool), st.one_of(st.booleans(), st.integers(-(2**53) + 1, 2**53 - 1), TEXT), max_size=5
+)
+OPTIONAL = {
+    "opens": st.integers(1, 2**32 - 1),
+    "inferences": st.integers(1, 2**53 - 1),
+    "powered_on_hours": st.integers(1, 1_000_000),
+    "instances": st.integers(1, 1024),
+}
+
+
+def quoted(text):
+    """As a basic string of TOML."""
+    special = {'"': '\\"', "\\": "\\\\"}
+    return '"' + "".join(special.get(c, c if c.isprintable() else f"\\U{ord(c):08x}") for c in text) + '"'
+
+
+def written(value):
+    if isinstance(value, bool):
+        return str(value).lower()
+    return quoted(value) if isinstance(value, str) else str(value)
+
+
+def granted(terms):
+    package = PackageReference("a", "1", "33" * 16)
+    return Grant(
+        "11" * 16, 1, "22" * 32, terms.licensee, terms.product, 1, [package], datetime.date(2030, 1, 1),
+        terms.validity.not_before, terms.validity.not_after, [], terms.granted_presence, terms.granted_continuity,
+        terms.granted_use,
+    )  # fmt: skip
+
+
+class _License(Document, frozen=True):
+    """`decode` wants a schema."""
+
+    schema: int = 1
+    grant: Grant | None = None
+
+
+@given(
+    st.fixed_dictionaries({}, optional=OPTIONAL),
+    st.lists(RATE, max_size=8),
+    FEATURES,
+    st.none() | st.integers(1, 36500),
+    st.booleans(),
+    st.booleans(),
+    st.none() | st.integers(0, 15),
+)
+def test_accepted_terms_give_a_grant_that_is_read_as_it_was_written(
+    limits, rates, features, days, anchor, revocable, cap
+):
+    text = BASE + f"[validity]\ndays_from_first_use = {days}\n" * (days is not None)
+    text += f"[require]\nanchor = {written(anchor)}\nrevocable = {written(revocable)}\n"
+    text += f"cap_pcr = {cap}\n" * (cap is not None)
+    text += "[limits]\n" + "".join(f"{key} = {value}\n" for key, value in limits.items())
+    text += f"rates = {[rate for rate, _ in rates]}\n[features]\n"
+    text += "".join(f"{quoted(key)} = {written(value)}\n" for key, value in features.items())
+    idle = any(a is not b and a.seconds <= b.seconds and a.count >= b.count for _, a in rates for _, b in rates)
+    if idle or (cap is not None and not anchor and "opens" not in limits):
+        assert refusal(text) == Reason.TERM_INVALID
+        return
+    grant = granted(parse_terms(text))
+    document = _License(grant=grant)
+    assert decode(encode(document), _License) == document
+    use = grant.terms_of_use
+    assert (use.features, use.days, use.cap) == (features, days, cap)
+    assert use.limits.rates == [rate for _, rate in rates]
+    assert {
+        "powered_on_hours" if key == "hours" else key: getattr(use.limits, key)
+        for key in ("opens", "inferences", "hours", "instances")
+        if getattr(use.limits, key)
+    } == limits
+    assert use.counted == bool("opens" in limits or "powered_on_hours" in limits or anchor or revocable)
+    assert len(grant_digest(grant)) == 32
+
+
+@given(
+    st.text(max_size=200),
+    st.sampled_from(["limits", "require", "features", "monitor", "validity", "monitor.regularity"]),
+)
+def test_no_text_ends_in_anything_but_an_answer(text, table):
+    try:
+        terms = parse_terms(BASE + f"[{table}]\n{text}")
+    except HwlicenseError as error:
+        assert error.reason in {Reason.TERM_INVALID, Reason.TERM_UNKNOWN, Reason.TERM_UNSUPPORTED}  # noqa: PT017
+    else:
+        document = _License(grant=granted(terms))
+        assert decode(encode(document), _License) == document
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            ["lasting", "throttled", "action", "calls", "variation", "pause", "features", "queries", "normality"]
+        ),
+        st.one_of(
+            st.integers(-5, 5000),
+            st.floats(),
+            st.sampled_from(["flag", "throttle", "deny", "10s", "500ms", "1/day", "366d", "", "0s"]),
+            st.booleans(),
+        ),
+    ),
+    st.sampled_from(["monitor.regularity", "monitor.distances"]),
+)
+def test_a_monitor_is_granted_whole_or_refused(values, table):
+    outer = "".join(f"{key} = {toml(values[key])}\n" for key in ("lasting", "throttled") if key in values)
+    inner = "".join(f"{key} = {toml(value)}\n" for key, value in values.items() if key not in ("lasting", "throttled"))
+    try:
+        terms = parse_terms(BASE + f"[monitor]\n{outer}[{table}]\n{inner}")
+    except HwlicenseError as error:
+        assert error.reason in {Reason.TERM_INVALID, Reason.TERM_UNKNOWN}  # noqa: PT017
+        return
+    document = _License(grant=granted(terms))
+    assert decode(encode(document), _License) == document
+    monitor = terms.granted_use.monitor
+    throttles = "throttle" in {d.action for d in (monitor.regularity, monitor.distances) if d}
+    assert throttles == (monitor.throttled is not None)
+
+
+def toml(value):
+    return repr(value).lower() if isinstance(value, float) else written(value)
+
+
+# ---- presence, bindings, days ------------------------------------------------------------------------------
 
 
 def test_presence_and_continuity_are_granted_in_seconds():
