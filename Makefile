@@ -7,7 +7,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick lint format types bench lock build clean
+.PHONY: help setup demo clinic test test-quick lint format types bench lock build clean
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ $(READY): requirements/build.txt requirements/dev.txt pyproject.toml simulators/
 
 demo: $(READY) ## the whole story on a simulated TPM: pack, issue, install, run, and what is refused
 	python examples/label_reader/story.py
+
+clinic: $(READY) ## limits of use: a clinic's day passes, a labelling run does not; a revision loosens them
+	python examples/clinic/clinic_story.py
 
 test: $(READY) ## every test
 	python -m pytest -n auto --dist worksteal $(ARGS)
