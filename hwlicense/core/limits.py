@@ -82,7 +82,7 @@ class Use(Document, frozen=True, omit_defaults=True):
     nothing else needs one; `cap` is a PCR (sha256) that keeps sessions prepared in a write window from being used.
     """
 
-    limits: Limits = Limits()
+    limits: Limits = msgspec.field(default_factory=Limits)  # which is always written, so that there is one encoding
     days: Annotated[int, msgspec.Meta(ge=1, le=36500)] | None = None
     features: Annotated[dict[Name, Feature], msgspec.Meta(max_length=100)] = msgspec.field(default_factory=dict)
     monitor: Monitor | None = None

@@ -2,6 +2,7 @@
 
 import datetime
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -201,6 +202,18 @@ def test_all_of_use_is_granted():
 )
 def test_nothing_that_limits_use_leaves_the_grant_as_it_was(table):
     assert parse_terms(BASE + table).granted_use is None
+
+
+def test_use_has_one_encoding():
+    assert encode(Use()) == b'{"limits":{}}'
+    assert msgspec.json.decode(b'{"days":3}', type=Use) == Use(days=3)
+    for other in (
+        b'{"days":3}',
+        b'{"limits":{"rates":[]}}',
+        b'{"limits":{},"anchor":false}',
+        b'{"limits":{},"cap":null}',
+    ):
+        assert encode(msgspec.json.decode(other, type=Use)) != other
 
 
 # ---- any terms that are accepted ---------------------------------------------------------------------------
