@@ -17,10 +17,11 @@ import msgspec
 
 from hwlicense.core import schema
 from hwlicense.core.errors import DamagedError, Reason, UsageError
+from hwlicense.core.normality import shapiro_wilk
 from hwlicense.core.schema import SCHEMA, SIZE_LIMITS, Count, Document
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from hwlicense.core.limits import Action, Distances, Monitor, Regularity
 
@@ -178,20 +179,15 @@ def check_features(terms: Monitor, features: Sequence[float]) -> tuple[float, ..
     return values
 
 
-def fold(
-    terms: Monitor, state: State, observations: Sequence[Observation], normality: Callable[[Sequence[float]], float]
-) -> State:
-    """The state after `observations`, in whatever order they are given; those of several processes become one row.
-
-    `normality` is the Shapiro-Wilk statistic of at least 3 values that are not all the same.
-    """
+def fold(terms: Monitor, state: State, observations: Sequence[Observation]) -> State:
+    """The state after `observations`, in whatever order they are given; those of several processes become one row."""
     in_order = sorted(observations, key=lambda one: (one.time, one.n, one.label, one.features or ()))
     if terms.regularity and in_order:
         state = _Pace(terms.regularity, terms.lasting, state).after(in_order)
     if terms.distances:
         seen = [one for one in in_order if one.features and len(one.features) == terms.distances.size]
         if seen:
-            state = _Space(terms.distances, terms.lasting, state, normality).after(seen)
+            state = _Space(terms.distances, terms.lasting, state).after(seen)
     return state
 
 
@@ -213,21 +209,16 @@ def verdict(terms: Monitor, state: State, now: int) -> Verdict:
     return Verdict(action, tuple(sorted(active)), until, state.variation, state.normality)
 
 
-def rehearse(
-    terms: Monitor,
-    observations: Iterable[Observation],
-    normality: Callable[[Sequence[float]], float],
-    batch: int = 32,
-) -> Iterator[Verdict]:
+def rehearse(terms: Monitor, observations: Iterable[Observation], batch: int = 32) -> Iterator[Verdict]:
     """What the monitor would say of a recorded trace, after each `batch` of it: how a vendor chooses the terms."""
     state, waiting = State(), []
     for one in observations:
         waiting.append(one)
         if len(waiting) == batch:
-            state, waiting = fold(terms, state, waiting, normality), []
+            state, waiting = fold(terms, state, waiting), []
             yield verdict(terms, state, one.time)
     if waiting:
-        yield verdict(terms, fold(terms, state, waiting, normality), waiting[-1].time)
+        yield verdict(terms, fold(terms, state, waiting), waiting[-1].time)
 
 
 class _Pace:
@@ -313,14 +304,12 @@ class _Space:
     Where the paper keeps all, this keeps the newest: of a device's years the last inputs are what counts.
     """
 
-    def __init__(
-        self, terms: Distances, lasting: int, state: State, normality: Callable[[Sequence[float]], float]
-    ) -> None:
+    def __init__(self, terms: Distances, lasting: int, state: State) -> None:
         if state.size != terms.size:
             state = msgspec.structs.replace(
                 state, size=terms.size, kept=b"", classes=b"", near=[], distances=b"", inputs=0
             )
-        self.terms, self.lasting, self.state, self.statistic = terms, lasting, state, normality
+        self.terms, self.lasting, self.state = terms, lasting, state
         self.room = VALUES // terms.size
         self.classes = list(_whole("H", state.classes))
         values = _unpack("f", state.kept)
@@ -367,11 +356,11 @@ class _Space:
                 self.distances.clear()
 
     def _judge(self) -> float:
-        """The statistic without outliers; 0 where all distances are the same, which nothing natural makes."""
+        """The statistic without outliers."""
         mean = math.fsum(self.distances) / len(self.distances)
         deviation = math.sqrt(math.fsum((one - mean) ** 2 for one in self.distances) / len(self.distances))
         usual = [one for one in self.distances if abs(one - mean) <= _OUTLIER * deviation]
-        return self.statistic(usual) if max(usual) > min(usual) else 0.0
+        return shapiro_wilk(usual)
 
     def _join(self, given: tuple[float, ...], label: int, distance: float) -> None:
         if len(self.kept) == self.room:  # the oldest of the class that has most
