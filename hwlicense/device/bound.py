@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from hwlicense.core.documents import Approval, Binding, License
-    from hwlicense.core.hardware import AnyHardware, PinSource
+    from hwlicense.core.hardware import Anchor, AnyHardware, PinSource
     from hwlicense.core.secret import Secret
     from hwlicense.device.home import Home
 
@@ -37,12 +37,16 @@ def kind_of(binding: Binding) -> str:
 
 
 class Bound:
-    """The bindings of one license with the hardware behind them. A context manager that releases what it kept open."""
+    """The bindings of one license with the hardware behind them. A context manager that releases what it kept open.
+
+    `anchor` is the ledger's, once `members` has met hardware that has one.
+    """
 
     def __init__(self, connect: Connect, licensed: License, home: Home, approvals: Sequence[Approval]) -> None:
         self._connect, self._licensed, self._home, self._approvals = connect, licensed, home, approvals
         self._kept: dict[str, AnyHardware] = {}
         self._answered: set[int] = set()
+        self.anchor: Anchor | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -68,7 +72,8 @@ class Bound:
             binding = self._licensed.bindings[place]
             held = self._home.held(self._licensed, binding)
             asked = self._asking(pin, binding) if pin else None
-            found[place] = hardware.unwrap(binding, held, self._approvals, asked).secret
+            unwrapped = hardware.unwrap(binding, held, self._approvals, asked)
+            found[place], self.anchor = unwrapped.secret, unwrapped.anchor or self.anchor
 
         try:
             self._enough(unwrap)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 from hwlicense.core import leases
 from hwlicense.core.account import Short
 from hwlicense.core.errors import ClosedError, ExceededError, HwlicenseError, Reason, UsageError
+from hwlicense.core.monitoring import Verdict
 from hwlicense.device.tending import PATIENCE, PERIOD, RETRY, Tended, busy
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from hwlicense.core.account import Account, Booked
     from hwlicense.core.documents import Grant
+    from hwlicense.device.instances import Instance
     from hwlicense.device.watching import Watch
 
 BATCH: Final = 1024
@@ -40,13 +42,15 @@ _LONGEST: Final = 86400  # seconds of a session that nothing else ends
 class Metering:
     """The limits of one open model. Threads share it; forked processes have a copy of their own."""
 
-    def __init__(self, grant: Grant, tended: Tended, watch: Watch | None = None) -> None:
-        """`tended` is taken over, and `watch`, which looks for abnormal use."""
-        self._grant, self._tended, self._watch = grant, tended, watch
+    def __init__(
+        self, grant: Grant, tended: Tended, watch: Watch | None = None, instance: Instance | None = None
+    ) -> None:
+        """All are taken over: the account, what looks for abnormal use, and a place among the instances."""
+        self._grant, self._tended, self._watch, self._instance = grant, tended, watch, instance
         self._offset = tended.offset
         self._sessions: dict[int, list[Session]] = {}
         self._new_process()
-        tended.on_look = self._give_back_unused
+        tended.on_look = self._on_look
         _meterings.add(self)
 
     def _new_process(self) -> None:
@@ -215,6 +219,13 @@ class Metering:
         self._tended.wake()
         return self._pending()
 
+    def _on_look(self) -> None:
+        if self._instance:
+            self._instance.check()
+        if self._watch:
+            self._watch.tend()
+        self._give_back_unused()
+
     def _give_back_unused(self) -> None:
         if self._booked is None or time.monotonic() - self._refilled < PERIOD or not self._turn.acquire(blocking=False):
             return
@@ -232,8 +243,18 @@ class Metering:
             if self._tended.closed:
                 return
             self._tended.closed = True
+        with suppress(HwlicenseError):  # what is not told now, this process has seen for nothing
+            if self._watch:
+                self._watch.close()
         with suppress(HwlicenseError):  # it counts as spent then, no more
             self._tended.close(self._take_back)
+        if self._instance:
+            self._instance.close()
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the monitor has found, as far as it is in force."""
+        return self._watch.present() if self._watch else Verdict()
 
 
 class Session:

@@ -19,11 +19,14 @@ from hwlicense.core.errors import (
 from hwlicense.core.keys import unwrap_content_key, unwrap_license_secret
 from hwlicense.core.secret import Secret, derive
 from hwlicense.core.terms import check_validity
+from hwlicense.device import resetting
 from hwlicense.device.bound import FINAL, Bound, exhausted
 from hwlicense.device.home import Home, Installed, check_license
+from hwlicense.device.instances import Instance
 from hwlicense.device.memory import forbid_dumps
 from hwlicense.device.model import Model
 from hwlicense.device.reading import PackageFile
+from hwlicense.device.recovering import account_folder, foreseeable, forget_others, open_account, remembered_day
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
     from hwlicense.core.documents import License, Manifest, VendorPublic
     from hwlicense.core.hardware import PinSource
     from hwlicense.device.bound import Connect
+    from hwlicense.device.metering import Metering
+    from hwlicense.device.presence import Presence
 
 
 class Unlocked(NamedTuple):
@@ -39,8 +44,16 @@ class Unlocked(NamedTuple):
 
     content_key: Secret
     account_key: Secret
-    licensed: License
+    installed: Installed
     bound: Bound
+    instance: Instance | None
+
+    def close(self) -> None:
+        """Let go of all but the content key."""
+        self.account_key.wipe()
+        self.bound.close()
+        if self.instance:
+            self.instance.close()
 
 
 def open_package(
@@ -55,12 +68,12 @@ def open_package(
     forbid_dumps()  # from here on: PIN, license secret and content key pass through ordinary memory on their way
     package = PackageFile(path, vendor)
     try:
-        unlocked = unlock(package.manifest, vendor, home, connect, pin, today or utc_today())
+        unlocked = unlock(package.manifest, vendor, home, connect, pin, today)
         with unlocked.content_key as key:
             try:
                 return _model(package, key, unlocked, home, pin)
             except BaseException:
-                unlocked.bound.close()
+                unlocked.close()
                 raise
     except BaseException:
         package.close()
@@ -73,20 +86,32 @@ def unlock(
     home: Home,
     connect: Connect,
     pin: PinSource | None,
-    today: datetime.date,
+    today: datetime.date | None = None,
 ) -> Unlocked:
-    """The package's content key, by the first license that gives it. Raises the first one's refusal."""
+    """The package's content key, by the first license that gives it. Raises the first one's refusal.
+
+    All that can be refused without the hardware is refused before it is asked.
+    """
 
     def attempt(installed: Installed) -> Unlocked:
         licensed, signer = installed
-        check_validity(licensed.grant, today)
+        folder = account_folder(home.state, licensed.grant)
+        if today:
+            check_validity(licensed.grant, today)
+        else:
+            foreseeable(folder, licensed.grant)
         check_license(licensed, signer)
         bound = Bound(connect, licensed, home, home.approvals(licensed, signer))
+        limit = licensed.grant.terms_of_use.limits.instances
+        instance = Instance(folder, limit) if limit else None
         try:
-            return Unlocked(*_unwrapped(bound, licensed, manifest.content_key, pin), licensed, bound)
+            keys = _unwrapped(bound, licensed, manifest.content_key, pin)
         except BaseException:
             bound.close()
+            if instance:
+                instance.close()
             raise
+        return Unlocked(*keys, installed, bound, instance)
 
     return _first(fitting_licenses(manifest, vendor, home), attempt)
 
@@ -162,13 +187,52 @@ def _unwrapped(bound: Bound, licensed: License, identifier: str, pin: PinSource 
 
 
 def _model(package: PackageFile, key: Secret, unlocked: Unlocked, home: Home, pin: PinSource | None) -> Model:
-    """The open model, watching its hardware where the license asks for that."""
-    _, account_key, licensed, bound = unlocked
+    """The open model, held to its license's limits, and watching its hardware where the license asks for that."""
+    use = _use(unlocked, home)
+    try:
+        return Model(package, key, unlocked.installed.license.grant, _presence(package, unlocked, home, pin), use)
+    except BaseException:
+        if use:
+            use.close()
+        raise
+
+
+def _use(unlocked: Unlocked, home: Home) -> Metering | None:
+    """The account of the license's use, where it has one; and whether it is in force today, by a clock of its own."""
+    (licensed, vendor), grant = unlocked.installed, unlocked.installed.license.grant
+    use, folder = grant.terms_of_use, account_folder(home.state, grant)
+    if not (use.metered or use.days or use.anchor or grant.not_before or grant.not_after):
+        return None
+    key = derive([unlocked.account_key], b"ledger", bytes.fromhex(grant.license))
+    reset = resetting.pending(home, licensed, vendor)
+    if not (use.metered or use.days or use.anchor):
+        remembered_day(folder, grant, key, unlocked.bound.anchor, reset)
+        return None
+    from hwlicense.device.metering import Metering  # noqa: PLC0415  # most licenses have no account
+    from hwlicense.device.watching import Watch  # noqa: PLC0415
+
+    tended = open_account(folder, grant, key, unlocked.bound.anchor, reset)
+    try:
+        watch = None
+        if use.monitor:
+            watching = derive([unlocked.account_key], b"monitor", bytes.fromhex(grant.license))
+            watch = Watch(folder / "monitor", use.monitor, watching, tended)
+        forget_others(folder)
+        return Metering(grant, tended, watch, unlocked.instance)
+    except BaseException:
+        tended.close(lambda _account: None)
+        raise
+
+
+def _presence(
+    package: PackageFile, unlocked: Unlocked, home: Home, pin: PinSource | None
+) -> tuple[Presence, Callable[[Bound, bool], Secret]] | None:
+    _, account_key, (licensed, _), bound, _ = unlocked
     terms, identifier = licensed.grant.presence, package.manifest.content_key
     if terms is None:
         account_key.wipe()
         bound.close()
-        return Model(package, key, licensed.grant)
+        return None
     from hwlicense.device.grace import Account  # noqa: PLC0415  # most licenses ask for no presence
     from hwlicense.device.presence import Presence  # noqa: PLC0415
 
@@ -186,4 +250,4 @@ def _model(package: PackageFile, key: Secret, unlocked: Unlocked, home: Home, pi
         spare.wipe()
         return once_more
 
-    return Model(package, key, licensed.grant, (Presence(terms, bound, account, answers), again))
+    return Presence(terms, bound, account, answers), again

@@ -1,7 +1,8 @@
-"""Opening a license's account: what may have been spent before is charged, the first lease is taken, the day is known."""
+"""Opening a license's account: what may have been spent is charged, a lease is taken, and the day is known."""
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING, Final
 
 from hwlicense.core import calendar, leases
@@ -9,19 +10,31 @@ from hwlicense.core.account import Account, Field
 from hwlicense.core.errors import DamagedError, Reason, RefusedError, StorageError
 from hwlicense.core.terms import check_validity
 from hwlicense.device import clock
-from hwlicense.device.ledger import Ledger
+from hwlicense.device.ledger import Ledger, unverified
 from hwlicense.device.tending import Tended, busy
 
 if TYPE_CHECKING:
-    import datetime
     from collections.abc import Callable
     from pathlib import Path
 
     from hwlicense.core.documents import ClockReset, Grant
     from hwlicense.core.hardware import Anchor, Reading
+    from hwlicense.core.limits import Rate
     from hwlicense.core.secret import Secret
 
 _MILLION: Final = 1_000_000
+
+
+def account_folder(state: Path, grant: Grant) -> Path:
+    """Where the account of this revision is kept: each has its own, as its keys are."""
+    return state / "licenses" / grant.license / f"use-{grant.revision}"
+
+
+def forget_others(folder: Path) -> None:
+    """Remove the accounts of other revisions, whose licenses are gone from here. What cannot be removed stays."""
+    for other in folder.parent.glob("use-*"):
+        if other != folder:
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def open_account(folder: Path, grant: Grant, key: Secret, anchor: Anchor | None, reset: ClockReset | None) -> Tended:
@@ -35,7 +48,7 @@ def open_account(folder: Path, grant: Grant, key: Secret, anchor: Anchor | None,
         key.wipe()
         what = "The license asks for an account that a TPM anchors, and this device's is not anchored."
         raise RefusedError(Reason.NOT_ANCHORED, what, "Ask the vendor for a license for a request with --counted.")
-    like = Account(use.limits, use.monitor.throttled if use.monitor else None)
+    like = Account(use.limits, _throttle(grant))
     try:
         ledger = Ledger(folder, key, len(like.encode()))
     except BaseException:
@@ -149,7 +162,7 @@ class _Opening:
         if account is None:
             account = self._like
             account.advance(clock.boot_time())
-            if damaged or serial:
+            if serial or (damaged and serial is None):
                 leases.lose(account, serial or 1)
                 account.words[Field.FIRST] = calendar.seconds(self._grant.issued)
             return account
@@ -190,6 +203,21 @@ class _Opening:
         return account.words[Field.BOOT_HIGH], account.words[Field.BOOT_LOW]
 
 
-def day_of(account: Account) -> datetime.date:
-    """The day that an account has reached."""
-    return calendar.day(account.words[Field.MARK])
+def foreseeable(folder: Path, grant: Grant) -> None:
+    """Refuse by the clock and what the account says, unchecked, before hardware is asked: that costs no open.
+
+    Raises RefusedError as `open_account`.
+    """
+    like, floor = Account(grant.terms_of_use.limits, _throttle(grant)), calendar.seconds(grant.issued)
+    raw = unverified(folder)
+    account = like.copy(raw[: len(like.encode())]) if raw and len(raw) >= len(like.encode()) else None
+    if account and account.known and account.words[Field.BOOT_HIGH] == clock.boot_identifier()[0]:
+        clocks = calendar.Clocks(clock.wall(), clock.boot_time(), same_boot=True, anchor=None)
+        calendar.present(account.words, clocks, floor)
+    if not calendar.unset(clock.wall(), floor):
+        check_validity(grant, calendar.day(clock.wall()))
+
+
+def _throttle(grant: Grant) -> Rate | None:
+    monitor = grant.terms_of_use.monitor
+    return monitor.throttled if monitor else None

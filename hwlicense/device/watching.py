@@ -92,6 +92,11 @@ class Watch:
         what = f"Use is abnormal ({', '.join(verdict.detectors)}), so the license denies it for {wait:,.0f} s."
         raise ExceededError(Reason.ABNORMAL_USE, what, "Wait, or ask the vendor for a revision with other terms.", wait)
 
+    def present(self) -> Verdict:
+        """What has been found and is in force now."""
+        self._look()
+        return self.verdict
+
     def tend(self) -> None:
         """Look at what came, and write the state down now and then. Raises HwlicenseError."""
         before = self.verdict.action
