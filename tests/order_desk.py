@@ -10,6 +10,7 @@ from hwlicense.core.documents import Approval, Credential, Endorsement, TpmBindi
 from hwlicense.core.schema import SCHEMA
 from hwlicense.core.secret import Secret
 from hwlicense.core.tpm import duplicate, policy, signatures
+from hwlicense.core.tpm.composing import Conditions
 from hwlicense.core.tpm.structures import Public
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class OrderDesk:
         srk, ak = Public.parse(evidence.storage_root_key), Public.parse(evidence.attestation_key)
         endorsement_key = Public.parse(evidence.endorsement_keys[ek].public)
         platform = policy.platform_reference(product, generation) if product else None
-        steps = policy.sealed_steps(self.policy_key.name if product else None, platform, pin=pin is not None)
+        steps = Conditions(self.policy_key if product else None, platform, pin is not None).sealed
         value, (storage, attestation) = Secret.random(), shares or (Secret.random(), Secret.random())
         sealed = duplicate.seal(srk, policy.digest(steps), value, None if pin is None else secret(pin))
         binding = TpmBinding(

@@ -61,12 +61,14 @@ class TpmCounter(Document, frozen=True):
 class TpmIndex(Document, frozen=True):
     """An NV index of type PIN_PASS: counts opens, or steps of the ledger's anchor, up to `limit`.
 
-    `write` is the TPMT_SIGNATURE of the policy key that lets count 0 and limit be written once in this revision.
+    `write` is the TPMT_SIGNATURE of the policy key that lets count 0 and limit be written once in this revision, under
+    the policy reference `reference`: purpose, vendor, license and value of the counter.
     """
 
     purpose: Literal["opens", "anchor"]
     handle: NvHandle
     limit: Annotated[int, msgspec.Meta(ge=1, lt=2**32)]
+    reference: Digest
     write: Blob
 
 

@@ -15,6 +15,7 @@ from hwlicense.core import token
 from hwlicense.core.documents import Endorsement, Request, TokenEvidence, TpmEvidence, UsbEvidence  # NamedTuple fields
 from hwlicense.core.envelope import statement, unverified
 from hwlicense.core.errors import DamagedError, Reason, RefusedError, UsageError
+from hwlicense.core.tpm.nv import check_counter
 from hwlicense.core.tpm.quote import check_quote
 from hwlicense.core.tpm.structures import Public, check_endorsement_key, check_storage_root_key
 from hwlicense.core.uri import TokenUri
@@ -52,13 +53,17 @@ class Trusted(NamedTuple):
 
 
 class TpmPart(NamedTuple):
-    """A TPM of a request that holds, with the EK that the license will be bound to."""
+    """A TPM of a request that holds, with the EK that the license will be bound to.
+
+    `clock` is what the TPM quoted: milliseconds of powered-on time, from which hours of powered-on time count.
+    """
 
     evidence: TpmEvidence
     endorsement_key: Public
     storage_root_key: Public
     attestation_key: Public
     endorsement: Endorsement
+    clock: int
 
 
 class TokenPart(NamedTuple):
@@ -155,9 +160,11 @@ def _tpm(
     quote = signatures.get(attestation_key.name.hex())
     if quote is None:
         raise DamagedError(Reason.QUOTE_INVALID, "The request carries no quote by its attestation key.")
-    check_quote(attestation_key, quote, statement(request), evidence.pcrs)
+    quoted = check_quote(attestation_key, quote, statement(request), evidence.pcrs)
+    if evidence.counter:
+        check_counter(evidence.counter)
     endorsement_key, endorsement = _endorsed(evidence, trusted, now)
-    return TpmPart(evidence, endorsement_key, storage_root_key, attestation_key, endorsement)
+    return TpmPart(evidence, endorsement_key, storage_root_key, attestation_key, endorsement, quoted.clock)
 
 
 def _endorsed(evidence: TpmEvidence, trusted: Trusted, now: datetime.datetime) -> tuple[Public, Endorsement]:

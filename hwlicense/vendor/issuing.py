@@ -10,26 +10,22 @@ from hwlicense.core import token
 from hwlicense.core.documents import (
     BINDING_LIMIT,
     Binding,
-    Credential,
     Grant,
     License,
-    PackageReference,
     TokenBinding,
-    TpmBinding,
     UsbBinding,
     UsbEvidence,
 )
 from hwlicense.core.envelope import seal
 from hwlicense.core.errors import Reason, RefusedError, UsageError
 from hwlicense.core.keys import unwrap_for_vendor, wrap_content_keys, wrap_license_secret
+from hwlicense.core.limits import Use
 from hwlicense.core.schema import SCHEMA, check
 from hwlicense.core.secret import Secret
-from hwlicense.core.tpm import duplicate
 from hwlicense.core.tpm.pcrs import Selection
-from hwlicense.core.tpm.policy import digest, platform_reference, sealed_steps
-from hwlicense.core.tpm.signatures import policy_key_public
 from hwlicense.core.uri import TokenUri
-from hwlicense.vendor import approving
+from hwlicense.vendor import approving, sealing
+from hwlicense.vendor.basis import packaged
 from hwlicense.vendor.evidence import DonglePart, TokenPart, TpmPart, identity
 
 if TYPE_CHECKING:
@@ -38,7 +34,7 @@ if TYPE_CHECKING:
 
     from hwlicense.core.documents import Approval, Manifest, Pcr, VendorPublic
     from hwlicense.core.terms import Terms
-    from hwlicense.core.tpm.structures import Public
+    from hwlicense.vendor.basis import PackageBasis
     from hwlicense.vendor.evidence import Part
     from hwlicense.vendor.signing import Keys
 
@@ -80,40 +76,79 @@ def issue(  # noqa: PLR0913  # who, for what, under what: all of it
     `pin` is for the TPM; a token has its own. Raises RefusedError (WRONG_VENDOR, PLATFORM_UNAPPROVED, PCR_UNUSABLE,
     DONGLE_UNKNOWN, ANSWERS_EXHAUSTED), UsageError, DamagedError.
     """
-    need = _needed(parts, terms, pin)
     for manifest in manifests:
         if manifest.vendor != vendor.fingerprint:
             what = f"The package {manifest.name!r} is another vendor's."
             raise RefusedError(Reason.WRONG_VENDOR, what, "Issue with the vendor folder that packed it.")
+    return make(
+        vendor,
+        keys,
+        parts,
+        [packaged(manifest) for manifest in manifests],
+        terms,
+        approvals,
+        today=today,
+        pin=pin,
+        bind_dongle=bind_dongle,
+    )
+
+
+def make(  # noqa: PLR0913  # as above
+    vendor: VendorPublic,
+    keys: Keys,
+    parts: Sequence[Part],
+    packages: Sequence[PackageBasis],
+    terms: Terms,
+    approvals: Sequence[Approval],
+    *,
+    today: datetime.date,
+    license_id: str | None = None,
+    revision: int = 1,
+    since: int = 1,
+    pin: Secret | None = None,
+    bind_dongle: BindDongle | None = None,
+) -> Issued:
+    """A license, or a revision of one: all its bindings are made anew. `license_id` None is a new license.
+
+    `since` is the revision for which the request with the TPM's counter came in. Raises as `issue`, but WRONG_VENDOR.
+    """
+    need = _needed(parts, terms, pin)
     generation = approving.current_generation(approvals)
     usable, first = _platform(
         vendor, keys, _pcrs(parts), terms, [a for a in approvals if a.generation == generation], generation
     )
     grant = Grant(
-        license=secrets.token_hex(16),
-        revision=1,
+        license=license_id or secrets.token_hex(16),
+        revision=revision,
         vendor=vendor.fingerprint,
         licensee=terms.licensee,
         product=terms.product,
         generation=generation,
-        packages=[PackageReference(m.name, m.version, m.content_key) for m in manifests],
+        packages=[package.reference for package in packages],
         issued=today,
         not_before=terms.validity.not_before,
         not_after=terms.validity.not_after,
         pcrs=[str(terms.selection)] if terms.require.pcrs else [],
         presence=terms.granted_presence,
         continuity=terms.granted_continuity,
+        use=terms.granted_use,
     )
-    policy_key = policy_key_public(keys.policy.public_key()) if usable else None
-    platform = platform_reference(grant.product, grant.generation) if usable else None
     bindings: list[Binding] = []
     members: list[Secret] = []
-    content_keys = [unwrap_for_vendor(m.wrapped_content_key, m.content_key, keys.content) for m in manifests]
+    content_keys = [
+        unwrap_for_vendor(package.wrapped_content_key, package.reference.content_key, keys.content)
+        for package in packages
+    ]
     try:
         for part in parts:
-            binding, member = _bind(part, terms, policy_key, platform, pin, bind_dongle)
-            bindings.append(binding)
-            members.append(member)
+            if isinstance(part, TpmPart):
+                needed = need == len(parts)
+                asked = sealing.conditions(part, grant, keys, pin=pin is not None, since=since, needed=needed)
+                bound: tuple[Binding, Secret] = sealing.bind(part, asked, pin)
+            else:
+                bound = _bind(part, terms, bind_dongle)
+            bindings.append(bound[0])
+            members.append(bound[1])
         with Secret.random() as secret:
             issued = License(
                 schema=SCHEMA,
@@ -147,6 +182,7 @@ def _needed(parts: Sequence[Part], terms: Terms, pin: Secret | None) -> int:
     if terms.require.pcrs and (need < len(parts) or not _pcrs(parts)):
         what = "The terms require PCRs, to which only a TPM holds a license: it must be among the bindings, and needed."
         raise UsageError(Reason.TERM_INVALID, what, 'Enroll the TPM with --pcrs, and require.bindings = "all".')
+    sealing.check_countable(parts, need, terms.granted_use or Use())
     dongles = sum(isinstance(part, DonglePart) for part in parts)
     if terms.presence and dongles * terms.presence.answers > ANSWERS_LIMIT:
         what = f"The license would carry {dongles * terms.presence.answers:,} recorded answers."
@@ -210,18 +246,9 @@ def _platform(
     return [present, *(approval for approval in usable if approval != present)][:APPROVAL_LIMIT], None
 
 
-def _bind(
-    part: Part,
-    terms: Terms,
-    policy_key: Public | None,
-    platform: bytes | None,
-    pin: Secret | None,
-    bind_dongle: BindDongle | None,
-) -> tuple[Binding, Secret]:
+def _bind(part: TokenPart | DonglePart, terms: Terms, bind_dongle: BindDongle | None) -> tuple[Binding, Secret]:
     """A fresh member secret that only this piece of hardware gives out."""
     match part:
-        case TpmPart():
-            return _bind_tpm(part, policy_key, platform, pin)
         case TokenPart(evidence, endorsement):
             wrapped = token.wrap(evidence.key, evidence.mechanism)
             binding = TokenBinding(
@@ -239,32 +266,3 @@ def _bind(
                 what = "The request names a dongle, and its answers are in a vendor folder."
                 raise RefusedError(Reason.DONGLE_UNKNOWN, what, "Issue with the folder that the dongle is recorded in.")
             return bind_dongle(usb, terms.presence.answers if terms.presence else 0)
-
-
-def _bind_tpm(
-    examined: TpmPart, policy_key: Public | None, platform: bytes | None, pin: Secret | None
-) -> tuple[TpmBinding, Secret]:
-    """A fresh member secret in three parts, each of which only this TPM gives out."""
-    srk, ek, ak = examined.storage_root_key, examined.endorsement_key, examined.attestation_key
-    with Secret.random() as value, Secret.random() as storage_share, Secret.random() as attestation_share:
-        steps = sealed_steps(policy_key.name if policy_key else None, platform, pin=pin is not None)
-        sealed = duplicate.seal(srk, digest(steps), value, pin)
-        credentials = [
-            Credential(*duplicate.make_credential(ek, key.name, share))
-            for key, share in ((srk, storage_share), (ak, attestation_share))
-        ]
-        binding = TpmBinding(
-            storage_root_key=srk.name,
-            attestation_key=ak.name,
-            endorsement_key=ek.name,
-            endorsement=examined.endorsement,
-            public=sealed.public,
-            duplicate=sealed.duplicate,
-            seed=sealed.seed,
-            storage_credential=credentials[0],
-            attestation_credential=credentials[1],
-            policy_key=policy_key.raw if policy_key else None,
-            platform=platform,
-            pin=pin is not None,
-        )
-        return binding, duplicate.member_secret(value, storage_share, attestation_share)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from hwlicense.core.tpm.pcrs import Selection, values_digest
 from hwlicense.core.tpm.wire import number
@@ -13,9 +13,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from hwlicense.core.documents import Pcr
+    from hwlicense.core.tpm.nv import NvPublic
 
-UNSEAL: Final = 0x15E
-"""TPM_CC_Unseal."""
+UNSEAL, NV_READ, NV_CERTIFY = 0x15E, 0x14E, 0x184
+"""TPM_CC of commands that a policy may be good for."""
+
+EQUAL, BELOW = 0x0000, 0x0005
+"""TPM_EO_EQ and TPM_EO_UNSIGNED_LT."""
+
+CLOCK, SAFE = 8, 24
+"""Where TPMS_TIME_INFO has the clock (8 bytes, in milliseconds) and its safe flag (1 byte)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,23 +53,95 @@ class PolicyAuthValue:
     """The object's own authValue (the PIN) is proved, too."""
 
 
-Step = PolicyPCR | PolicyAuthorize | PolicyCommandCode | PolicyAuthValue
+@dataclass(frozen=True, slots=True)
+class PolicyNV:
+    """The index holds `operand`. Checked when the command runs, not when the session is used."""
+
+    index: NvPublic
+    operand: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyCounterTimer:
+    """TPMS_TIME_INFO at `offset` compares with `operand`. Checked when the command runs."""
+
+    offset: int
+    operand: bytes
+    operation: int
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySecret:
+    """The index's authValue is proved: an index of type PIN_PASS counts that, whatever comes after."""
+
+    index: NvPublic
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyCpHash:
+    """Good for one command with these very parameters."""
+
+    hash: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyOR:
+    """One of these policies holds. Forgets which."""
+
+    branches: tuple[bytes, ...]
+
+
+Step = (
+    PolicyPCR
+    | PolicyAuthorize
+    | PolicyCommandCode
+    | PolicyAuthValue
+    | PolicyNV
+    | PolicyCounterTimer
+    | PolicySecret
+    | PolicyCpHash
+    | PolicyOR
+)
 
 
 def digest(steps: Iterable[Step]) -> bytes:
     """The policy digest after `steps`, 32 bytes, for SHA-256 sessions."""
     current = bytes(32)
     for step in steps:
-        match step:
-            case PolicyPCR(selection, values):
-                current = _sha256(current, number(0x17F, 4), selection.marshal(), values)
-            case PolicyAuthorize(key, policy_reference):
-                current = _sha256(_sha256(bytes(32), number(0x16A, 4), key), policy_reference)
-            case PolicyCommandCode(code):
-                current = _sha256(current, number(0x16C, 4), number(code, 4))
-            case PolicyAuthValue():
-                current = _sha256(current, number(0x16B, 4))
+        before = bytes(32) if isinstance(step, PolicyAuthorize | PolicyOR) else current  # these forget it
+        current = _sha256(before, _extension(step))
+        if isinstance(step, PolicyAuthorize):
+            current = _sha256(current, step.reference)
+        elif isinstance(step, PolicySecret):
+            current = _sha256(current)  # with the empty reference
     return current
+
+
+def _extension(step: Step) -> bytes:  # noqa: PLR0911  # one for each kind of step
+    """Command code and arguments, as the TPM extends its digest by them (Part 3, 23)."""
+    match step:
+        case PolicyPCR(selection, values):
+            return number(0x17F, 4) + selection.marshal() + values
+        case PolicyAuthorize(key):
+            return number(0x16A, 4) + key
+        case PolicyCommandCode(code):
+            return number(0x16C, 4) + number(code, 4)
+        case PolicyAuthValue():
+            return number(0x16B, 4)
+        case PolicyNV(index, operand):
+            return number(0x149, 4) + _compared(operand, 0, EQUAL) + index.name
+        case PolicyCounterTimer(offset, operand, operation):
+            return number(0x16D, 4) + _compared(operand, offset, operation)
+        case PolicySecret(index):
+            return number(0x151, 4) + index.name
+        case PolicyCpHash(parameters):
+            return number(0x16E, 4) + parameters
+        case PolicyOR(branches):
+            return number(0x171, 4) + b"".join(branches)
+
+
+def _compared(operand: bytes, offset: int, operation: int) -> bytes:
+    return _sha256(operand, number(offset, 2), number(operation, 2))
 
 
 def _sha256(*parts: bytes) -> bytes:
@@ -88,13 +167,3 @@ def pcr_step(pcrs: Iterable[Pcr]) -> PolicyPCR:
 def approved_digest(pcrs: Iterable[Pcr]) -> bytes:
     """The policy digest that an approval of this platform state signs."""
     return digest([pcr_step(pcrs)])
-
-
-def sealed_steps(policy_key: bytes | None, platform: bytes | None, *, pin: bool) -> list[Step]:
-    """The policy of a sealed object: approved platform (by Name of the policy key, and reference), Unseal only, PIN.
-
-    With a policy key the device runs the approval's PolicyPCR first; PolicyAuthorize makes the rest independent of it.
-    """
-    no_pcr = PolicyPCR(Selection(), values_digest([]))
-    first: Step = PolicyAuthorize(policy_key, platform) if policy_key is not None and platform is not None else no_pcr
-    return [first, PolicyCommandCode(UNSEAL), *([PolicyAuthValue()] if pin else [])]
