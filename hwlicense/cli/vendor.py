@@ -28,10 +28,11 @@ from hwlicense.cli.vendor_input import (
     vendor_option,
     why_believed,
 )
-from hwlicense.cli.vendor_revising import reset_clock
+from hwlicense.cli.vendor_revising import reset_clock, revise
 from hwlicense.core.errors import Reason, UsageError
 from hwlicense.core.keys import wrap_for_vendor
 from hwlicense.vendor import approving, dongles, issuing, packing, signing
+from hwlicense.vendor.basis import packaged, recorded
 from hwlicense.vendor.folder import Folder
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def vendor() -> None:
 vendor.add_command(dongle)
 vendor.add_command(token)
 vendor.add_command(reset_clock)
+vendor.add_command(revise)
 
 
 @vendor.command()
@@ -161,7 +163,7 @@ def issue(
     packages: tuple[Path, ...],
     terms: Path,
     roots: tuple[str, ...],
-    recorded: tuple[str, ...],
+    recorded_keys: tuple[str, ...],
     token_roots: tuple[Path, ...],
     tokens: tuple[str, ...],
     target: Path,
@@ -177,7 +179,7 @@ def issue(
     """
     place = Folder(folder)
     agreed = agreed_terms(terms)
-    believed = trusted(place, roots, recorded, token_roots, tokens)
+    believed = trusted(place, roots, recorded_keys, token_roots, tokens)
     parts = [part for request in requests for part in examined(request, believed).parts]
     manifests = [read_manifest(path, place) for path in packages]
     refuse_existing(target, force=force)
@@ -202,7 +204,7 @@ def issue(
         if issued.approval:
             place.keep_approval(*issued.approval)
             output.note(f"The device's PCRs are the first approved state of {agreed.product!r}.")
-        place.keep_license(issued.license, issued.raw)
+        place.keep_license(issued.license, issued.raw, recorded(issued.license, parts, map(packaged, manifests)))
     trust = "; ".join(why_believed(binding) for binding in issued.license.bindings)
     output.note(f"Issued license {issued.license.grant.license} for {agreed.licensee!r} in {target}; {trust}.")
 
@@ -217,7 +219,7 @@ def issue(
 @click.option(
     "--ek-root", "roots", multiple=True, metavar="[CLASS=]CA.pem", help="With --request: as in `vendor issue`."
 )
-@click.option("--ek", "recorded", multiple=True, metavar="NAME", help="With --request: as in `vendor issue`.")
+@click.option("--ek", "recorded_keys", multiple=True, metavar="NAME", help="With --request: as in `vendor issue`.")
 @click.option(
     "--generation",
     type=click.IntRange(min=1),
@@ -232,7 +234,7 @@ def approve(
     pcrs: Path | None,
     request: Path | None,
     roots: tuple[str, ...],
-    recorded: tuple[str, ...],
+    recorded_keys: tuple[str, ...],
     generation: int | None,
     target: Path,
     force: bool,
@@ -250,7 +252,7 @@ def approve(
             values = approving.parse_pcrs(text(pcrs))
     else:
         assert request is not None  # noqa: S101  # by the check above
-        values = examined(request, trusted(place, roots, recorded)).pcrs
+        values = examined(request, trusted(place, roots, recorded_keys)).pcrs
     keys = secrets.unlock(place, passphrase_file)
     with storage.exclusive(place.path), storage.new_file(target, force=force) as file:
         known = place.approvals(product)

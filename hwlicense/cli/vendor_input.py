@@ -55,7 +55,7 @@ def trust_options(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--ek",
-            "recorded",
+            "recorded_keys",
             multiple=True,
             metavar="NAME",
             help="Trust the EK with this Name (hex), recorded by hand.",

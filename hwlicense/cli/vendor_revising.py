@@ -3,21 +3,144 @@
 from __future__ import annotations
 
 import datetime
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
 
 from hwlicense import storage
 from hwlicense.cli import output, secrets
-from hwlicense.cli.vendor_input import FILE, force_option, vendor_option
+from hwlicense.cli.vendor_input import (
+    FILE,
+    agreed_terms,
+    examined,
+    force_option,
+    new_pin,
+    pin_options,
+    read_manifest,
+    refuse_existing,
+    terms_option,
+    today,
+    trust_options,
+    trusted,
+    vendor_option,
+    why_believed,
+)
 from hwlicense.core.documents import License
 from hwlicense.core.envelope import verified
+from hwlicense.core.errors import Reason, UsageError
 from hwlicense.core.schema import FILE_LIMIT
-from hwlicense.vendor import resetting
+from hwlicense.vendor import dongles, issuing, resetting, revising
+from hwlicense.vendor.basis import packaged, recorded
 from hwlicense.vendor.folder import Folder
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+@click.command()
+@vendor_option
+@click.option(
+    "--license",
+    "licensed",
+    type=FILE,
+    required=True,
+    metavar="OLD.hwlic",
+    help="The latest revision of the license, as it was sent.",
+)
+@terms_option
+@click.option(
+    "--request",
+    "requests",
+    type=FILE,
+    multiple=True,
+    metavar="REQ.hwreq",
+    help="A new request of the same device; several, as in `vendor issue`.  [default: what the license was made from]",
+)
+@click.option(
+    "--package",
+    "packages",
+    type=FILE,
+    multiple=True,
+    metavar="PKG.hwpkg",
+    help="A package that the revision opens; may be given several times.  [default: those of the license]",
+)
+@trust_options
+@click.option("-o", "--output", "target", type=FILE, required=True, metavar="OUT.hwlic")
+@pin_options
+@click.option("--no-pin", is_flag=True, help="Go on without the PIN that the license has had.")
+@force_option
+@secrets.passphrase_option
+def revise(
+    folder: Path,
+    licensed: Path,
+    terms: Path,
+    requests: tuple[Path, ...],
+    packages: tuple[Path, ...],
+    roots: tuple[str, ...],
+    recorded_keys: tuple[str, ...],
+    token_roots: tuple[Path, ...],
+    tokens: tuple[str, ...],
+    target: Path,
+    with_pin: bool,
+    pin_file: Path | None,
+    no_pin: bool,
+    force: bool,
+    passphrase_file: Path | None,
+) -> None:
+    """Change the terms of a license in the field: a new revision for the same device, which `device install` takes in.
+
+    TERMS are all of the new terms, not only those that change. Opens and inferences count anew from the installation
+    of the revision. Hours of powered-on time go on counting from the request that the license was made from: to give
+    more of them, raise the number, or give a new --request, from which they start again.
+    """
+    place = Folder(folder)
+    agreed = agreed_terms(terms)
+    with output.naming(licensed):
+        raw = storage.read_limited(licensed, FILE_LIMIT)
+        old = place.issued(raw)
+    believed = trusted(place, roots, recorded_keys, token_roots, tokens)
+    parts = [part for request in requests for part in examined(request, believed).parts]
+    given = [packaged(read_manifest(path, place)) for path in packages]
+    source = revising.sources(old, place.basis(old), parts, given)
+    agreed = revising.kept_revocable(old, agreed)
+    refuse_existing(target, force=force)
+    if no_pin and (with_pin or pin_file):
+        raise UsageError(Reason.USAGE, "--no-pin excludes --pin and --pin-file.", "Give one of them.")
+    if revising.had_pin(old) and not (no_pin or with_pin or pin_file):
+        what = f"Revision {old.grant.revision} has a PIN, which is not known here: the next one takes its own."
+        raise UsageError(Reason.USAGE, what, "Give --pin or --pin-file; or --no-pin, to go on without.")
+    pin = new_pin(pin_file, with_pin=with_pin)
+    keys = secrets.unlock(place, passphrase_file)
+    with storage.exclusive(place.path), storage.new_file(target, force=force) as file:
+        with output.naming(licensed):
+            place.issued(raw)  # again: another may have revised it meanwhile
+        made = issuing.make(
+            place.public,
+            keys,
+            source.parts,
+            source.packages,
+            agreed,
+            place.approvals(agreed.product),
+            today=today(),
+            license_id=old.grant.license,
+            revision=old.grant.revision + 1,
+            since=source.since,
+            pin=pin,
+            bind_dongle=partial(dongles.bind, place, keys),
+        )
+        file.write(made.raw)
+        file.flush()
+        if made.approval:
+            place.keep_approval(*made.approval)
+            output.note(f"The PCRs of the device's request are the first approved state of {agreed.product!r}.")
+        place.keep_license(made.license, made.raw, recorded(made.license, source.parts, source.packages, source.since))
+    grant = made.license.grant
+    trust = "; ".join(why_believed(binding) for binding in made.license.bindings)
+    output.note(
+        f"Made revision {grant.revision} of license {grant.license} for {agreed.licensee!r} in {target}; {trust}."
+    )
+    output.note(revising.end_of(old, made.license))
 
 
 @click.command()

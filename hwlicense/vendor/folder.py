@@ -4,6 +4,7 @@ vendor.pub.json                     the root of trust for applications and devic
 keys/{classical,mldsa,policy,content}.pem, keys/salt    mode 0600; the salt is there where a passphrase is
 approvals/PRODUCT-gG-POLICY.hwapp   approved platform states (PRODUCT and POLICY are digests, shortened)
 issued/LICENSE-rR.hwlic             every license, as it was sent
+issued/LICENSE-rR.json              its basis: what it was made from, for the revision that follows
 hardware/token-FINGERPRINT.json     tokens whose keys the vendor saw being made
 hardware/dongle-ID.json             dongles: the secret of one, or answers of it, sealed to the content key
 """
@@ -17,16 +18,16 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal, Self, TypeVar
 import msgspec
 
 from hwlicense import storage
-from hwlicense.core.documents import Approval, Product, Serial, Uri, VendorPublic
+from hwlicense.core.documents import Approval, License, Product, Serial, Uri, VendorPublic
 from hwlicense.core.envelope import verified
 from hwlicense.core.errors import DamagedError, Reason, RefusedError, UsageError
 from hwlicense.core.schema import FILE_LIMIT, Blob, Count, Digest, Identifier, check, decode, encode
 from hwlicense.vendor import signing
+from hwlicense.vendor.basis import Basis
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from hwlicense.core.documents import License
     from hwlicense.core.secret import Secret
 
 PUBLIC: Final = "vendor.pub.json"
@@ -134,11 +135,47 @@ class Folder:
         name = f"{_slug(approval.product)}-g{approval.generation}-{approval.policy.hex()[:16]}.hwapp"
         storage.atomic_write(self.path / "approvals" / name, raw, 0o600)
 
-    def keep_license(self, issued: License, raw: bytes) -> None:
-        """Record a license as it was sent."""
-        storage.atomic_write(
-            self.path / "issued" / f"{issued.grant.license}-r{issued.grant.revision}.hwlic", raw, 0o600
-        )
+    # ---- licenses
+
+    def keep_license(self, issued: License, raw: bytes, basis: Basis) -> None:
+        """Record a license as it was sent, and what it was made from, which is there when the license is."""
+        place = self._issued(issued.grant.license, issued.grant.revision)
+        storage.atomic_write(place.with_suffix(".json"), encode(basis) + b"\n", 0o600)
+        storage.atomic_write(place, raw, 0o600)
+
+    def latest_revision(self, identifier: str) -> int:
+        """Of a license that was issued; 0 where none was."""
+        with storage.reporting(self.path / "issued"):
+            found = [path.stem.rpartition("-r")[2] for path in (self.path / "issued").glob(f"{identifier}-r*.hwlic")]
+        return max((int(number) for number in found if number.isdecimal()), default=0)
+
+    def issued(self, raw: bytes) -> License:
+        """The license in a file, if it is one that this folder issued, and the latest revision of it.
+
+        Raises RefusedError WRONG_VENDOR, LICENSE_ABSENT, LICENSE_SUPERSEDED; DamagedError.
+        """
+        licensed = verified(raw, License, self.public)
+        identifier, revision = licensed.grant.license, licensed.grant.revision
+        latest = self.latest_revision(identifier)
+        place = self._issued(identifier, latest)
+        if latest > revision:
+            what = f"Revision {latest} of the license {identifier} was issued; the file is revision {revision}."
+            raise RefusedError(Reason.LICENSE_SUPERSEDED, what, f"Give the latest revision, which is in {place}.")
+        if latest < revision or storage.read_limited(place, FILE_LIMIT) != raw:
+            what = f"{self.path} has no record of having issued this file, revision {revision} of {identifier}."
+            hint = "Use the vendor folder that issued it; folders that were copied go different ways."
+            raise RefusedError(Reason.LICENSE_ABSENT, what, hint)
+        return licensed
+
+    def basis(self, licensed: License) -> Basis | None:
+        """What an issued license was made from; None where an earlier release issued it. Raises DamagedError."""
+        path = self._issued(licensed.grant.license, licensed.grant.revision).with_suffix(".json")
+        with storage.reporting(path):
+            found = path.is_file()
+        return self._record(path, Basis) if found else None
+
+    def _issued(self, identifier: str, revision: int) -> Path:
+        return self.path / "issued" / f"{identifier}-r{revision}.hwlic"
 
     # ---- hardware that the vendor prepared
 
@@ -193,7 +230,7 @@ class Folder:
             raise DamagedError(error.reason, f"{path}: {error.what}", hint) from error
 
 
-R = TypeVar("R", TokenRecord, DongleRecord)
+R = TypeVar("R", TokenRecord, DongleRecord, Basis)
 
 
 def _slug(product: str) -> str:

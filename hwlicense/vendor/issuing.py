@@ -114,9 +114,11 @@ def make(  # noqa: PLR0913  # as above
     """
     need = _needed(parts, terms, pin)
     generation = approving.current_generation(approvals)
-    usable, first = _platform(
-        vendor, keys, _pcrs(parts), terms, [a for a in approvals if a.generation == generation], generation
-    )
+    current = [approval for approval in approvals if approval.generation == generation]
+    if current and since < revision and terms.require.pcrs:  # what an earlier request measured is of no more interest
+        usable, first = _of_selection(terms, current)[:APPROVAL_LIMIT], None
+    else:
+        usable, first = _platform(vendor, keys, _pcrs(parts), terms, current, generation)
     grant = Grant(
         license=license_id or secrets.token_hex(16),
         revision=revision,
@@ -235,6 +237,14 @@ def _platform(
     if not approvals:
         first = approving.approve(vendor, keys, terms.product, generation, pcrs)
         return [first[0]], first
+    usable = _of_selection(terms, approvals)
+    present = approving.matching(usable, pcrs, terms.product)
+    return [present, *(approval for approval in usable if approval != present)][:APPROVAL_LIMIT], None
+
+
+def _of_selection(terms: Terms, approvals: Sequence[Approval]) -> list[Approval]:
+    """Those of `approvals`, of which there is one, that are of the PCRs in the terms. Raises UsageError."""
+    wanted = set(terms.selection)
     usable = [approval for approval in approvals if set(Selection.of(approval.pcrs)) == wanted]
     if not usable:
         had = Selection.of(approvals[0].pcrs)
@@ -242,8 +252,7 @@ def _platform(
         raise UsageError(
             Reason.TERM_INVALID, what, "Use the PCRs of the product line in the terms, or approve a new state."
         )
-    present = approving.matching(usable, pcrs, terms.product)
-    return [present, *(approval for approval in usable if approval != present)][:APPROVAL_LIMIT], None
+    return usable
 
 
 def _bind(part: TokenPart | DonglePart, terms: Terms, bind_dongle: BindDongle | None) -> tuple[Binding, Secret]:
