@@ -55,6 +55,8 @@ PILOT = {"inferences": 90, "an_hour": 15, "a_day": 100, "instances": 2}
 LARGER = {"inferences": 1000, "an_hour": 15, "a_day": 100, "instances": 2}
 LOOSENED = {"inferences": 1000, "an_hour": 40, "a_day": 300, "instances": 4}
 
+ENOUGH = 132  # labels: no more than the competitor has images of its own
+
 
 class Unexpected(Exception):  # noqa: N818  # it ends the story, not the product
     """The story did not go as it is told."""
@@ -211,10 +213,10 @@ def first_day(clinic: Customer, imitator: Customer) -> None:
 
         tell("6. Meanwhile at Imitation Ltd.: too fast; then too regular; then too much alike. None of its ways lasts.")
         table = finish(labelling)
-    ended = re.findall(r"(\d+)  ([A-Z_]+)$", table, re.MULTILINE)
-    if [reason for _, reason in ended] != ["RATE_EXCEEDED", "ABNORMAL_USE", "ABNORMAL_USE"]:
+    ended = re.findall(r"(\d+)  ([A-Z_]+.*)$", table, re.MULTILINE)
+    if [why for _, why in ended] != ["RATE_EXCEEDED", "ABNORMAL_USE regularity", "ABNORMAL_USE distances"]:
         raise Unexpected("labelling was not stopped in the three ways")
-    if sum(int(labels) for labels, _ in ended) > 142:  # noqa: PLR2004  # no more than it had images of its own
+    if sum(int(labels) for labels, _ in ended) > ENOUGH:
         raise Unexpected("labelling got too far")
 
 

@@ -21,48 +21,50 @@ if TYPE_CHECKING:
 
     from classifier import Field
 
-    from hwlicense import Reason
 
-FEW = 12  # images of which it makes many
+AT_ONCE, PATIENTLY, FEW = 60, 60, 12  # images of its own for each way; of the last it makes many
+QUIET = 6.0  # hours that it lies low before the next
 STRETCH = 0.02  # how much each measurement changes when an image is scanned once more
 
 
 class Outcome(NamedTuple):
-    """How many images were asked about and answered, what ended it, and for how many seconds."""
+    """How many images were asked about and answered, what ended it, and for how many seconds that lasts."""
 
     asked: int
     answered: int
-    reason: Reason | None
+    ended: str
     wait: float
 
 
 def main(package: str, diary: str) -> None:
     """Try three ways, each a little more careful than the last."""
-    images = deal().competitor.images
+    at_once, others, few, _ = np.split(deal().competitor.images, np.cumsum([AT_ONCE, PATIENTLY, FEW]))
     chance = np.random.default_rng(2019)
     with Product(package, diary) as product:
         ways: dict[str, Callable[[], Outcome]] = {
-            "all at once": lambda: all_at_once(product, images),
-            "just below the rate": lambda: patiently(product, images, clockwork(10)),
-            "few images, stretched": lambda: patiently(product, stretched(images, chance), at_random(10, chance)),
+            "all at once": lambda: all_at_once(product, at_once),
+            "just below the rate": lambda: patiently(product, others, clockwork(10)),
+            "few images, stretched": lambda: patiently(product, stretched(few, chance), at_random(10, chance)),
         }
         print(f"{'way':<22} {'asked':>6} {'labels':>6}  ended by")
         for name, way in ways.items():
             found = way()
-            print(f"{name:<22} {found.asked:>6} {found.answered:>6}  {found.reason}", flush=True)
-            time.sleep(found.wait)
+            print(f"{name:<22} {found.asked:>6} {found.answered:>6}  {found.ended}", flush=True)
+            time.sleep(max(found.wait, QUIET))
 
 
 def all_at_once(product: Product, images: Field) -> Outcome:
     """Ask as fast as the computer can, whatever is refused."""
-    before, last = product.answers, None
+    before, refusals = product.answers, []
     for image in images:
         try:
             product.classify(image)
         except hwlicense.ExceededError as error:
-            last = error
-    reason, wait = (last.reason, last.wait or 0.0) if last else (None, 0.0)
-    return Outcome(len(images), product.answers - before, reason, wait)
+            refusals.append(error)
+    ended = refusals[0].reason if refusals else ""
+    return Outcome(
+        len(images), product.answers - before, ended, max((error.wait or 0.0 for error in refusals), default=0.0)
+    )
 
 
 def patiently(product: Product, images: Iterable[Field], pauses: Iterator[float]) -> Outcome:
@@ -75,9 +77,10 @@ def patiently(product: Product, images: Iterable[Field], pauses: Iterator[float]
             product.classify(image)
         except hwlicense.ExceededError as error:
             if error.reason not in {hwlicense.Reason.RATE_EXCEEDED, hwlicense.Reason.LEASE_PENDING}:
-                return Outcome(asked, product.answers - before, error.reason, error.wait or 0.0)
+                ended = " ".join((error.reason, *product.noticed))
+                return Outcome(asked, product.answers - before, ended, error.wait or 0.0)
             time.sleep(error.wait or 0.0)
-    return Outcome(asked, product.answers - before, None, 0.0)
+    return Outcome(asked, product.answers - before, "", 0.0)
 
 
 def clockwork(rate: float) -> Iterator[float]:
@@ -94,11 +97,10 @@ def at_random(rate: float, chance: np.random.Generator) -> Iterator[float]:
 
 
 def stretched(images: Field, chance: np.random.Generator) -> Iterator[Field]:
-    """A few images, and then the same ones again and again, never quite alike."""
-    few = images[:FEW]
-    yield from few
+    """The few images, and then the same ones again and again, never quite alike."""
+    yield from images
     for _ in range(200):
-        image = few[chance.integers(FEW)]
+        image = images[chance.integers(len(images))]
         yield image * np.exp(STRETCH * chance.normal(size=image.shape))
 
 

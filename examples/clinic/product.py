@@ -57,6 +57,11 @@ class Product:
         self._write("answer")
         return finding
 
+    @property
+    def noticed(self) -> tuple[str, ...]:
+        """Which detectors of the license's monitor say that this is no normal use."""
+        return self._model.monitored.detectors
+
     @contextmanager
     def procedure(self, images: int, seconds: int) -> Iterator[None]:
         """Several images of a patient who lies there and waits: all are reserved, or it does not begin.
