@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self, TypeAlias, TypeVar, runtime_checkable
 
 from hwlicense.core.errors import Reason, RefusedError
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
 
-    from hwlicense.core.documents import Approval
+    from hwlicense.core.documents import Approval, TpmBinding
     from hwlicense.core.secret import Secret
     from hwlicense.core.tpm.pcrs import Selection
 
@@ -57,7 +57,7 @@ class TouchRequest(Protocol):
 
 
 class Reading(NamedTuple):
-    """What an anchor says: its count of `steps`, and milliseconds of powered-on time, ever (`clock`) and since power-up.
+    """What an anchor says: its count of `steps`; milliseconds of powered-on time, ever (`clock`) and since power-up.
 
     The clock may have lost up to `lapse` milliseconds at each power cut.
     """
@@ -79,6 +79,33 @@ class Anchor(Protocol):
 
     def step(self) -> Reading:
         """Count one more, and read. Raises as `read`; the step may have been counted then."""
+
+
+class CounterStore(Protocol):
+    """Keeps what lets a device count: for each of its NV counters, the authValue that its indexes share (32 bytes)."""
+
+    def read(self, handle: int) -> Secret | None:
+        """The authValue, for whoever asks to wipe; None where none is kept. Raises DamagedError HOME_DAMAGED."""
+
+    def keep(self, handle: int, value: Secret) -> None:
+        """Keep it, before the counter is made. Raises StorageError."""
+
+    def spare(self) -> list[int]:
+        """Counters that were made and that no installed license uses."""
+
+
+class Counted(NamedTuple):
+    """What a TPM says of a license that it counts. The clock and the deadline are in milliseconds.
+
+    `state`: usable (current), ended by a later revision, in the write window that an installation did not close, or
+    without its counter or an index. `opens` are those spent; None where they are not counted or cannot be told.
+    """
+
+    state: Literal["current", "superseded", "unfinished", "lost"]
+    opens: int | None
+    limit: int | None
+    clock: int
+    deadline: int | None
 
 
 class Unwrapped(NamedTuple):
@@ -126,6 +153,23 @@ class Hardware(Protocol[E, B_contra]):
 
         `number` counts the proofs of this binding so far: hardware with a store of proofs takes another each time.
         """
+
+
+@runtime_checkable
+class Counting(Protocol):
+    """What hardware does, besides, that counts for licenses: a TPM."""
+
+    def commit(self, binding: TpmBinding, held: bytes, approvals: Sequence[Approval]) -> None:
+        """Put a revision in force whose `held` is kept: older ones open nothing from here on. Again, it does nothing.
+
+        A cut at any point leaves what doing it again brings to its end.
+        """
+
+    def retire(self, binding: TpmBinding, held: bytes) -> None:
+        """Take away counter and indexes of a binding that a later one does without."""
+
+    def use(self, binding: TpmBinding, held: bytes) -> Counted:
+        """What is spent of a counted license, and whether it is in force. Spends nothing."""
 
 
 AnyHardware: TypeAlias = Hardware[Any, Any]

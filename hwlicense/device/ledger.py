@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from hwlicense import storage
-from hwlicense.core.errors import DamagedError, Reason, StorageError
+from hwlicense.core.errors import DamagedError, HwlicenseError, Reason, StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -282,7 +282,7 @@ def unverified(folder: Path) -> bytes | None:
     path = folder / "ledger"
     try:
         raw = storage.read_limited(path, 1 << 20)
-    except (StorageError, DamagedError):
+    except HwlicenseError:
         return None
     place = len(raw) // 2
     records = [raw[at : at + place] for at in (0, place) if raw[at:].startswith(_MAGIC)]

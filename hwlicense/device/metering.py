@@ -110,9 +110,8 @@ class Metering:
                     return
                 if short.rate or short.exhausted or short.wait:
                     raise self._exceeded(short, count)
-                if not self._tended.raise_reservation():
+                if not self._tended.reserve(count):
                     break
-            self._tended.wake()
             raise self._pending()
         finally:
             self._turn.release()
@@ -179,15 +178,13 @@ class Metering:
                 self._take_back(account)
                 held = account.hold(now, count, now + (seconds or _LONGEST) * 10**9)
             if isinstance(held, int):
-                session, self._tended.demand = Session(self, held, count), 0
+                session = Session(self, held, count)
                 self._sessions.setdefault(threading.get_ident(), []).append(session)
                 return session
             if held.rate or held.exhausted or held.wait:
                 raise self._exceeded(held, count)
-            self._tended.demand = max(self._tended.demand, count)
-            if not self._tended.raise_reservation():
+            if not self._tended.reserve(count):
                 break
-        self._tended.wake()
         raise self._pending()
 
     def let_go(self, session: Session) -> None:
@@ -215,8 +212,7 @@ class Metering:
             return None
         if short.rate or short.exhausted or short.wait:
             return self._exceeded(short, count)
-        self._tended.demand = max(self._tended.demand, count)
-        self._tended.wake()
+        self._tended.ask(count)
         return self._pending()
 
     def _on_look(self) -> None:

@@ -40,10 +40,7 @@ _MARKED: Final = 6 * 3600  # seconds by which a mark is older than the time, at 
 
 
 class Tended:
-    """One license's account in one process. `problem` is why the lease cannot be renewed, `refusal` why nothing starts.
-
-    `demand` is how many allowances a session waits for.
-    """
+    """One license's account in one process. `problem` is why the lease cannot be renewed, `refusal` why nothing starts."""
 
     def __init__(
         self, grant: Grant, like: Account, ledger: Ledger, anchor: Anchor | None, clock_ms: Callable[[], int]
@@ -54,7 +51,7 @@ class Tended:
         self.refusal: HwlicenseError | None = None
         self.problem: HwlicenseError | None = None
         self.closed = False
-        self.demand, self._seen = 0, (-1, 0.0)
+        self._demand, self._seen = 0, (-1, 0.0)
         self.on_look: Callable[[], None] = lambda: None
         self.new_process()
 
@@ -118,6 +115,8 @@ class Tended:
             self._write(write, account)
             with self.sharing() as (present, _):
                 leases.adopt(present, account)
+            if not leases.low(present, self._demand):
+                self._demand = 0
             return True
 
     def _write(self, write: Callable[[bytes], None], account: Account) -> None:
@@ -125,11 +124,24 @@ class Tended:
         calendar.progress(account.words, clock.boot_time(), self._clock_ms() if self._anchor else None)
         write(account.encode())
 
+    def ask(self, count: int) -> None:
+        """Have so many reserved, without waiting for it."""
+        self._demand = max(self._demand, count)
+        self._wake.set()
+
+    def reserve(self, count: int) -> bool:
+        """Reserve so many now, if that takes nothing but writing it down; if not, ask for it. Raises StorageError."""
+        self._demand = max(self._demand, count)
+        done = self.raise_reservation()
+        if not done:
+            self._wake.set()
+        return done
+
     def raise_reservation(self) -> bool:
         """Reserve more, if that is due. Raises StorageError."""
         anchored = self._anchor is not None
         return self._recorded(
-            lambda account: leases.raise_reservation(account, self._moment(), self.demand, anchored=anchored)
+            lambda account: leases.raise_reservation(account, self._moment(), self._demand, anchored=anchored)
         )
 
     def _renew_lease(self, anchor: Anchor) -> None:
@@ -137,8 +149,8 @@ class Tended:
         planned: list[leases.Plan] = []
 
         def announce(account: Account) -> bool:
-            found = leases.plan(account, self._moment(), self.demand)
-            if found is None or not leases.low(account, self.demand):  # another process was quicker
+            found = leases.plan(account, self._moment(), self._demand)
+            if found is None or not leases.low(account, self._demand):  # another process was quicker
                 return False
             planned.append(found)
             return leases.announce(account, found)
@@ -195,10 +207,10 @@ class Tended:
         used, now = account.words[Field.USED], time.monotonic()
         if used != self._seen[0]:
             self._seen = used, now
-        if now - self._seen[1] >= leases.SPACING / 1000 and not self.demand:
+        if now - self._seen[1] >= leases.SPACING / 1000 and not self._demand:
             if leases.settle(account, self._moment(), account.least):
                 self._settle()
-        elif leases.low(account, self.demand) and self._anchor and now >= self._retry_at:
+        elif leases.low(account, self._demand) and self._anchor and now >= self._retry_at:
             self._renew_lease(self._anchor)
 
     def _settle(self) -> None:
