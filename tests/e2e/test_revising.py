@@ -1,0 +1,231 @@
+"""Revisions and clock resets by the installed command line, with a simulated TPM."""
+
+import os
+import subprocess
+
+import pytest
+
+from tests.forging import as_root, listing
+from tests.world import PROGRAM, TERMS, WITH_PCRS, run, write
+
+LATER = WITH_PCRS + "[validity]\nnot_after = 2090-12-31\n"
+OVER = WITH_PCRS + "[validity]\nnot_after = 2020-12-31\n"
+
+
+class Desk:
+    """An order desk with one device that has a license."""
+
+    def __init__(self, folder, tpm):
+        self.folder, self.tpm = folder, tpm
+        self.home = folder / "home"
+        write(folder / "weights.bin", b"weights")
+        run("vendor", "init", "vendor", "--no-passphrase", cwd=folder)
+        self.pack("reader")
+        self.terms("terms.toml", WITH_PCRS)
+        self.device("enroll", "--pcrs", "sha256:0,7", "-o", "board.hwreq")
+        self.device("trust", "vendor/vendor.pub.json", tpm=False)
+        self.issue("1.hwlic")
+        self.device("install", "1.hwlic")
+
+    def pack(self, name):
+        run(
+            "vendor", "pack", "--vendor", "vendor", "--name", name, "--version", "1", "-o", f"{name}.hwpkg",
+            "weights.bin", cwd=self.folder,
+        )  # fmt: skip
+
+    def terms(self, name, text):
+        write(self.folder / name, text.encode())
+
+    def issue(self, target, *more):
+        run(
+            "vendor", "issue", "--vendor", "vendor", "--request", "board.hwreq", "--package", "reader.hwpkg", "--terms",
+            "terms.toml", "--ek-root", self.tpm.ek_root, "-o", target, *more, cwd=self.folder,
+        )  # fmt: skip
+
+    def revise(self, old, target, terms=LATER, *more, **options):
+        self.terms("next.toml", terms)
+        return run(
+            "vendor", "revise", "--vendor", "vendor", "--license", old, "--terms", "next.toml", "-o", target, *more,
+            cwd=self.folder, **options,
+        )  # fmt: skip
+
+    def device(self, command, *arguments, tpm=True, status=0):
+        where = ["--home", self.home, *(["--tpm", self.tpm.tcti] if tpm else [])]
+        return run("device", command, *where, *arguments, status=status, cwd=self.folder)
+
+
+@pytest.fixture
+def desk(tmp_path, hwlicense_tpms):
+    return Desk(tmp_path, hwlicense_tpms())
+
+
+def test_terms_change_in_the_field(desk):
+    done = desk.revise("1.hwlic", "2.hwlic", OVER)
+    assert "warning: this license ends before it is issued" in done.stderr
+    assert "Made revision 2 of license" in done.stderr
+    assert "Nothing in hardware ends revision 1" in done.stderr
+    desk.device("check", "--open", "reader.hwpkg")
+    desk.device("install", "2.hwlic")
+    assert "LICENSE_EXPIRED" in desk.device("check", "--open", "reader.hwpkg", status=1).stderr
+    assert "LICENSE_SUPERSEDED" in desk.device("install", "1.hwlic", status=1).stderr
+    desk.revise("2.hwlic", "3.hwlic", LATER)
+    desk.device("install", "3.hwlic")
+    desk.device("check", "--open", "reader.hwpkg")
+    assert "LICENSE_SUPERSEDED" in desk.device("install", "2.hwlic", status=1).stderr
+
+
+def test_packages_are_added_without_the_first_ones_file(desk):
+    desk.pack("second")
+    (desk.folder / "reader.hwpkg").rename(desk.folder / "away.hwpkg")
+    desk.revise("1.hwlic", "2.hwlic", LATER)  # takes no package at all
+    desk.revise("2.hwlic", "3.hwlic", LATER, "--package", "away.hwpkg", "--package", "second.hwpkg")
+    desk.device("install", "3.hwlic")
+    for package in ("away.hwpkg", "second.hwpkg"):
+        desk.device("check", "--open", package)
+
+
+def test_a_new_request_takes_the_place_of_the_old(desk, hwlicense_tpms):
+    desk.device("enroll", "--pcrs", "sha256:0,7", "-o", "again.hwreq")
+    root = ["--ek-root", desk.tpm.ek_root]
+    assert "EK_UNTRUSTED" in desk.revise("1.hwlic", "2.hwlic", LATER, "--request", "again.hwreq", status=1).stderr
+    desk.revise("1.hwlic", "2.hwlic", LATER, "--request", "again.hwreq", *root)
+    desk.device("install", "2.hwlic")
+    desk.device("check", "--open", "reader.hwpkg")
+    other = hwlicense_tpms()
+    run("device", "enroll", "--home", "elsewhere", "--tpm", other.tcti, "-o", "other.hwreq", cwd=desk.folder)
+    done = desk.revise(
+        "2.hwlic", "3.hwlic", LATER, "--request", "other.hwreq", "--ek-root", other.ek_root, status=1
+    )  # fmt: skip
+    assert "WRONG_DEVICE" in done.stderr
+
+
+def test_a_pin_is_not_lost_by_the_way(desk):
+    write(desk.folder / "pin", b"4711\n")
+    desk.revise("1.hwlic", "2.hwlic", LATER, "--pin-file", "pin")
+    desk.device("install", "2.hwlic")
+    desk.device("check", "--open", "--pin-file", "pin", "reader.hwpkg")
+    assert "Revision 2 has a PIN" in desk.revise("2.hwlic", "3.hwlic", LATER, status=2).stderr
+    assert "excludes" in desk.revise("2.hwlic", "3.hwlic", LATER, "--no-pin", "--pin-file", "pin", status=2).stderr
+    desk.revise("2.hwlic", "3.hwlic", LATER, "--no-pin")
+    desk.device("install", "3.hwlic")
+    desk.device("check", "--open", "reader.hwpkg")
+
+
+def test_what_is_not_to_be_revised(desk, tmp_path):
+    desk.revise("1.hwlic", "2.hwlic")
+    done = desk.revise("1.hwlic", "3.hwlic", status=1)
+    assert "reason: LICENSE_SUPERSEDED" in done.stderr
+    assert "-r2.hwlic" in done.stderr
+    run("vendor", "init", "other", "--no-passphrase", cwd=desk.folder)
+    done = run(
+        "vendor", "revise", "--vendor", "other", "--license", "2.hwlic", "--terms", "next.toml", "-o", "3.hwlic",
+        cwd=desk.folder, status=1,
+    )  # fmt: skip
+    assert "reason: WRONG_VENDOR" in done.stderr
+    (issued,) = (desk.folder / "vendor" / "issued").glob("*-r2.hwlic")
+    issued.with_suffix(".json").unlink()
+    assert "An earlier release issued this license" in desk.revise("2.hwlic", "3.hwlic", status=2).stderr
+    desk.revise(
+        "2.hwlic", "3.hwlic", LATER, "--request", "board.hwreq", "--ek-root", desk.tpm.ek_root, "--package",
+        "reader.hwpkg",
+    )  # fmt: skip
+    desk.device("install", "3.hwlic")
+    desk.device("check", "--open", "reader.hwpkg")
+    assert not (tmp_path / "4.hwlic").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 999, b"{}", "vendor.pub.json", "request"])
+def test_what_is_no_license(desk, content):
+    known = {"vendor.pub.json": desk.folder / "vendor" / "vendor.pub.json", "request": desk.folder / "board.hwreq"}
+    raw = known[content].read_bytes() if isinstance(content, str) else content
+    write(desk.folder / "bad.hwlic", raw)
+    before = listing(desk.folder / "vendor")
+    assert "reason: DOCUMENT_MALFORMED" in desk.revise("bad.hwlic", "2.hwlic", status=4).stderr
+    done = run(
+        "vendor", "reset-clock", "--vendor", "vendor", "--license", "bad.hwlic", "-o", "c.hwclk", cwd=desk.folder,
+        status=4,
+    )  # fmt: skip
+    assert "bad.hwlic: " in done.stderr
+    assert listing(desk.folder / "vendor") == before
+
+
+def test_a_revision_that_cannot_be_written_is_not_recorded(desk):
+    before = listing(desk.folder / "vendor")
+    assert "FILE_EXISTS" in desk.revise("1.hwlic", "1.hwlic", status=2).stderr
+    assert "FILE_ABSENT" in desk.revise("1.hwlic", "no/such/folder/2.hwlic", status=2).stderr
+    assert "TERM_INVALID" in desk.revise("1.hwlic", "2.hwlic", TERMS + "[limits]\nopens = 1\n", status=2).stderr
+    if not as_root():
+        (desk.folder / "closed").mkdir(mode=0o500)
+        assert "STORAGE" in desk.revise("1.hwlic", "closed/2.hwlic", status=5).stderr
+    assert listing(desk.folder / "vendor") == before
+    desk.revise("1.hwlic", "1.hwlic", LATER, "--force")
+    assert listing(desk.folder / "vendor") != before
+
+
+def test_of_many_at_once_one_makes_the_revision(desk):
+    desk.terms("next.toml", LATER)
+    command = [str(PROGRAM), "vendor", "revise", "--vendor", "vendor", "--license", "1.hwlic", "--terms", "next.toml"]
+    started = [
+        subprocess.Popen([*command, "-o", f"2-{n}.hwlic"], cwd=desk.folder, stderr=subprocess.PIPE, text=True)
+        for n in range(6)
+    ]
+    ends = [(process.communicate(timeout=120)[1], process.returncode) for process in started]
+    assert sorted(status for _, status in ends) == [0, 1, 1, 1, 1, 1]
+    assert all("reason: LICENSE_SUPERSEDED" in text for text, status in ends if status)
+    assert len(list(desk.folder.glob("2-*.hwlic"))) == 1
+    assert len(list((desk.folder / "vendor" / "issued").glob("*-r*.hwlic"))) == 2
+
+
+def test_killed_at_any_moment_there_is_a_revision_or_none(desk):
+    """What was recorded is whole, and can be revised; what was not is made anew."""
+    desk.terms("next.toml", LATER)
+    made, issued = 0, desk.folder / "vendor" / "issued"
+    for delay in range(60, 660, 40):
+        latest = max(issued.glob("*.hwlic"), key=lambda path: int(path.stem.rpartition("r")[2]))
+        command = [str(PROGRAM), "vendor", "revise", "--vendor", "vendor", "--license", str(latest)]
+        command += ["--terms", "next.toml"]
+        process = subprocess.Popen(
+            [*command, "-o", "next.hwlic", "--force"], cwd=desk.folder, stderr=subprocess.DEVNULL
+        )  # fmt: skip
+        try:
+            process.wait(delay / 1000)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        now = len(list(issued.glob("*.hwlic")))
+        assert now in (1 + made, 2 + made)
+        made = now - 1
+        assert len(list(issued.glob("*.json"))) in (now, now + 1)
+    print(f"\n15 kills between 60 and 620 ms: {made} revisions recorded")  # noqa: T201
+    latest = max(issued.glob("*.hwlic"), key=lambda path: int(path.stem.rpartition("r")[2]))
+    desk.revise(latest, "last.hwlic", LATER)
+    desk.device("install", "last.hwlic")
+    desk.device("check", "--open", "reader.hwpkg")
+
+
+def test_a_passphrase_is_asked_for(desk):
+    write(desk.folder / "words", b"correct horse\n")
+    run("vendor", "init", "locked", "--passphrase-file", "words", cwd=desk.folder)
+    run(
+        "vendor", "pack", "--vendor", "locked", "--name", "reader", "--version", "1", "-o", "locked.hwpkg",
+        "weights.bin", "--passphrase-file", "words", cwd=desk.folder,
+    )  # fmt: skip
+    run(
+        "vendor", "issue", "--vendor", "locked", "--request", "board.hwreq", "--package", "locked.hwpkg", "--terms",
+        "terms.toml", "--ek-root", desk.tpm.ek_root, "-o", "l1.hwlic", "--passphrase-file", "words", cwd=desk.folder,
+    )  # fmt: skip
+    command = ["vendor", "revise", "--vendor", "locked", "--license", "l1.hwlic", "--terms", "terms.toml"]
+    done = run(*command, "-o", "l2.hwlic", cwd=desk.folder, status=1, stdin=subprocess.DEVNULL)
+    assert "PASSPHRASE_NEEDED" in done.stderr
+    run(*command, "-o", "l2.hwlic", "--passphrase-file", "words", cwd=desk.folder)
+    command = ["vendor", "reset-clock", "--vendor", "locked", "--license", "l1.hwlic", "-o", "l.hwclk"]
+    assert "PASSPHRASE_NEEDED" in run(*command, cwd=desk.folder, status=1, stdin=subprocess.DEVNULL).stderr
+    run(*command, "--passphrase-file", "words", cwd=desk.folder)
+
+
+def test_the_vendors_side_needs_no_tpm_library(desk, tmp_path):
+    """As in the other vendor commands: it runs where importing it fails."""
+    (tmp_path / "blocked").mkdir()
+    write(tmp_path / "blocked" / "tpm2_pytss.py", b"raise ImportError('blocked')\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "blocked")}
+    desk.revise("1.hwlic", "2.hwlic", LATER, env=environment)
