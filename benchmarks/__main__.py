@@ -10,14 +10,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cold_start, dongles, throughput
+from benchmarks import cold_start, dongles, monitor, throughput
 from benchmarks.measure import Failed, machine
 from benchmarks.scene import Scene
 from hwlicense_simulators import SimulatorError, Tpm
 
 RESULTS = Path(__file__).parent / "results"
 MEMORY = Path("/dev/shm")  # noqa: S108  # so that no disk is measured; a folder of this program's own within
-PARTS = ("cold", "throughput", "dongles")
+PARTS = ("cold", "throughput", "dongles", "monitor")
 
 
 def main() -> int:
@@ -40,6 +40,9 @@ def main() -> int:
             if options.part in {"all", "dongles"}:
                 found["dongles"] = dongles.measure(scene, options.runs, options.pulls, options.seconds)
                 _show(dongles.table(found["dongles"]))
+            if options.part in {"all", "monitor"}:
+                found["monitor"] = monitor.measure(options.days, options.labelling)
+                _show(monitor.table(found["monitor"]))
     except (Failed, SimulatorError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -65,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", type=int, default=1024, help="MiB of the large model")
     parser.add_argument("--pulls", type=int, default=50, help="how often token and dongle are pulled")
     parser.add_argument("--seconds", type=float, default=60, help="how long the load on a token lasts")
+    parser.add_argument("--days", type=int, default=100, help="normal days of each product that is monitored")
+    parser.add_argument("--labelling", type=int, default=20, help="labelling runs of each kind")
     parser.add_argument("--folder", type=Path, help="where to work; needs four times the size (default: /dev/shm)")
     parser.add_argument("--json", action="store_true", help="print JSON, the tables on stderr")
     return parser

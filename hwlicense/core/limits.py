@@ -56,8 +56,8 @@ class Regularity(Document, frozen=True):
 class Distances(Document, frozen=True):
     """Inputs whose distances to what came before are not distributed as natural ones are (PRADA, Juuti et al. 2019).
 
-    `normality` is the Shapiro-Wilk statistic, in permille, below which the last `queries` distances count as made;
-    `size` is the number of values of an input's features.
+    `normality` is the Shapiro-Wilk statistic, in permille, of the last `queries` distances; where it stays below that
+    for as many more, inputs count as made. `size` is the number of values of an input's features.
     """
 
     queries: Annotated[int, msgspec.Meta(ge=20, le=4096)]

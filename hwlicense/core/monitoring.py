@@ -37,8 +37,10 @@ FEWEST: Final = 32
 TICK: Final = 8
 """Milliseconds that intervals must have for their spread to mean more than the clock's own steps."""
 
+CHECKS: Final = 10
+"""How often a detector looks while what it looks at is replaced as a whole."""
+
 _BLOCKS: Final = 16
-_CHECKS: Final = 10
 _OUTLIER: Final = 3
 _LARGEST: Final = 3.0e38
 _LONGEST: Final = 2**32 - 1
@@ -104,7 +106,8 @@ class State(Document, frozen=True):
     `last` is the time of the newest call; `intervals` lead to it (u32, milliseconds), `counts` are the inferences of
     each call (u32). `kept` holds feature vectors (f32, `size` each), oldest first, `classes` their class (u16), `near`
     what each class is judged by; `distances` the last ones (f32). All little-endian. `calls` and `inputs` count what
-    came since a detector looked; `variation` and `normality` are what it saw; `found` is until when it holds.
+    came since a detector looked; `variation` and `normality` are what it saw last, `judged` the last statistics;
+    `found` is until when a finding holds.
     """
 
     schema: Annotated[int, msgspec.Meta(ge=SCHEMA, le=SCHEMA)] = SCHEMA
@@ -119,6 +122,9 @@ class State(Document, frozen=True):
     near: Annotated[list[Nearness], msgspec.Meta(max_length=CLASSES)] = msgspec.field(default_factory=list)
     distances: _Window = b""
     inputs: Count = 0
+    judged: Annotated[list[Annotated[float, msgspec.Meta(ge=0, le=2)]], msgspec.Meta(max_length=CHECKS)] = (
+        msgspec.field(default_factory=list)
+    )
     normality: float | None = None
     found: dict[Detector, _Time] = msgspec.field(default_factory=dict)
 
@@ -259,7 +265,7 @@ class _Pace:
         while len(self.times) > self.fewest + 1 and self.total - self.counts[0] >= self.terms.calls:
             del self.times[0]
             self.total -= self.counts.pop(0)
-        if self.total >= self.terms.calls and self.calls > len(self.times) // _CHECKS:
+        if self.total >= self.terms.calls and self.calls > len(self.times) // CHECKS:
             self.calls = 0
             self._judge()
 
@@ -307,7 +313,7 @@ class _Space:
     def __init__(self, terms: Distances, lasting: int, state: State) -> None:
         if state.size != terms.size:
             state = msgspec.structs.replace(
-                state, size=terms.size, kept=b"", classes=b"", near=[], distances=b"", inputs=0
+                state, size=terms.size, kept=b"", classes=b"", near=[], distances=b"", inputs=0, judged=[]
             )
         self.terms, self.lasting, self.state = terms, lasting, state
         self.room = VALUES // terms.size
@@ -316,6 +322,7 @@ class _Space:
         self.kept = [values[at : at + terms.size] for at in range(0, len(values), terms.size)]
         self.near = list(state.near) or [Nearness()] * _classes(terms.size)
         self.distances = list(_unpack("f", state.distances))
+        self.judged = list(state.judged)
         self.inputs, self.normality, self.found = state.inputs, state.normality, state.found
 
     def after(self, observations: Sequence[Observation]) -> State:
@@ -328,6 +335,7 @@ class _Space:
             near=self.near,
             distances=_pack("f", self.distances),
             inputs=self.inputs,
+            judged=self.judged,
             normality=self.normality,
             found=self.found,
         )
@@ -348,19 +356,23 @@ class _Space:
         self.distances.append(least)
         self.inputs += 1
         del self.distances[: -self.terms.queries]
-        if len(self.distances) == self.terms.queries and self.inputs >= self.terms.queries // _CHECKS:
+        if len(self.distances) == self.terms.queries and self.inputs >= self.terms.queries // CHECKS:
             self.inputs = 0
-            self.normality = self._judge()
-            if self.normality < self.terms.normality / 1000:
-                self.found = {**self.found, "distances": one.time + self.lasting * 1000}
-                self.distances.clear()
+            self._judge(one.time)
 
-    def _judge(self) -> float:
-        """The statistic without outliers."""
+    def _judge(self, now: int) -> None:
         mean = math.fsum(self.distances) / len(self.distances)
         deviation = math.sqrt(math.fsum((one - mean) ** 2 for one in self.distances) / len(self.distances))
         usual = [one for one in self.distances if abs(one - mean) <= _OUTLIER * deviation]
-        return shapiro_wilk(usual)
+        self.judged = [*self.judged, shapiro_wilk(usual)][-CHECKS:]
+        if len(self.judged) < CHECKS:
+            return
+        # Natural inputs that change, as from one lot to the next, are odd for a while; made ones stay odd.
+        self.normality = max(self.judged)
+        if self.normality < self.terms.normality / 1000:
+            self.found = {**self.found, "distances": now + self.lasting * 1000}
+            self.distances.clear()
+            self.judged = []
 
     def _join(self, given: tuple[float, ...], label: int, distance: float) -> None:
         if len(self.kept) == self.room:  # the oldest of the class that has most

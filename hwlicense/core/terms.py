@@ -111,7 +111,7 @@ class Distant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     features: Annotated[int, msgspec.Meta(ge=1, le=256)]
     action: Action = "flag"
     queries: Annotated[int, msgspec.Meta(ge=20, le=4096)] = 100
-    normality: Annotated[float, msgspec.Meta(ge=0.001, le=1)] = 0.9
+    normality: Annotated[float, msgspec.Meta(ge=0.001, le=1)] = 0.95
 
 
 class Monitored(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
