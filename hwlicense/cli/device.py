@@ -12,7 +12,7 @@ import click
 from hwlicense import storage
 from hwlicense.cli import output, secrets
 from hwlicense.cli.hardware import NEW_KEYS, NewKey, enrolled_token, found_dongle, plugged_dongles, plugged_tokens
-from hwlicense.core.documents import Approval
+from hwlicense.core.documents import Approval, ClockReset
 from hwlicense.core.errors import Reason, UsageError
 from hwlicense.core.schema import FILE_LIMIT
 from hwlicense.core.tpm.pcrs import Selection
@@ -151,14 +151,16 @@ def trust(home: Path | None, state: Path | None, public: Path) -> None:
 @place_options
 @tpm_option
 @token_option
-@click.argument("file", type=FILE, metavar="LICENSE|APPROVAL")
+@click.argument("file", type=FILE, metavar="LICENSE|APPROVAL|CLOCKRESET")
 def install(home: Path | None, state: Path | None, tpm: str | None, tokens: tuple[str, ...], file: Path) -> None:
-    """Install a license, or the approval of a new platform state. Doing it again is harmless."""
+    """Install a license, the approval of a new platform state, or a clock reset. Doing it again is harmless."""
     place = selecting.home(home, state)
     connect = selecting.hardware(place, tpm, tokens, output.note)
     with output.naming(file):
         installed = installing.install(place, storage.read_limited(file, FILE_LIMIT), connect, _not_checked)
-    if isinstance(installed, Approval):
+    if isinstance(installed, ClockReset):
+        output.note(f"Installed the clock reset of license {installed.license}: it serves when a package is opened.")
+    elif isinstance(installed, Approval):
         output.note(f"Installed the approval of a platform state for {installed.product!r}.")
         grants = [found.license.grant for found in place.licenses(place.trusted())[0]]
         if (installed.product, installed.generation) not in {(grant.product, grant.generation) for grant in grants}:

@@ -1,16 +1,17 @@
-"""Taking in what the vendor sent: licenses, and approvals of platform states."""
+"""Taking in what the vendor sent: licenses, approvals of platform states, clock resets."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from hwlicense import storage
-from hwlicense.core.documents import PAYLOAD_TYPES, Approval, License, TpmBinding
+from hwlicense.core.documents import PAYLOAD_TYPES, Approval, ClockReset, License, TpmBinding
 from hwlicense.core.envelope import disassemble
 from hwlicense.core.errors import Reason, RefusedError, UsageError
 from hwlicense.device import bound
 from hwlicense.device.home import check_license, verified_by_any
 from hwlicense.device.memory import forbid_dumps
+from hwlicense.device.resetting import install_clock_reset
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,24 +23,26 @@ if TYPE_CHECKING:
 
 def install(
     home: Home, raw: bytes, connect: Connect, absent: Callable[[HwlicenseError], None] = lambda _error: None
-) -> License | Approval:
-    """Install a license or an approval by a trusted vendor, and return it. Doing it again is harmless.
+) -> License | Approval | ClockReset:
+    """Install a license, an approval or a clock reset by a trusted vendor, and return it. Again, it is harmless.
 
     `connect` opens hardware of a kind; nothing is asked of it before the signatures hold. Where a license takes less
     hardware than it names, what is not here is told to `absent`: it could not be checked.
     Raises RefusedError (VENDOR_UNTRUSTED, WRONG_VENDOR, WRONG_DEVICE, LICENSE_SUPERSEDED, WRONG_PRODUCT,
-    APPROVAL_WITHDRAWN), DamagedError, HardwareError.
+    APPROVAL_WITHDRAWN, LICENSE_ABSENT, CLOCK_SET_BACK), DamagedError, HardwareError.
     """
     forbid_dumps()  # the shares of the license secret pass through ordinary memory
     payload_type = disassemble(raw).payloadType
+    if payload_type == PAYLOAD_TYPES[ClockReset]:
+        return install_clock_reset(home, raw)
     if payload_type in {PAYLOAD_TYPES[License], PAYLOAD_TYPES[Approval]}:
         storage.make_folders(home.path)
         with storage.exclusive(home.path):
             if payload_type == PAYLOAD_TYPES[License]:
                 return _install_license(home, raw, connect, absent)
             return _install_approval(home, raw, connect)
-    what = f"Only licenses and approvals are installed; the file is of type {payload_type!r}."
-    raise UsageError(Reason.USAGE, what, "Give a .hwlic or .hwapp file.")
+    what = f"Only licenses, approvals and clock resets are installed; the file is of type {payload_type!r}."
+    raise UsageError(Reason.USAGE, what, "Give a .hwlic, .hwapp or .hwclk file.")
 
 
 def _install_license(home: Home, raw: bytes, connect: Connect, absent: Callable[[HwlicenseError], None]) -> License:
