@@ -1,0 +1,333 @@
+"""Spending by threads, forks and processes, and their sudden deaths: nothing is spent twice, no rate is exceeded."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import random
+import signal
+import struct
+import threading
+import time
+from contextlib import suppress
+
+import pytest
+
+from hwlicense.core.account import Field
+from hwlicense.core.errors import ClosedError, ExceededError, HwlicenseError, Reason, StorageError, UsageError
+from hwlicense.core.hardware import Reading
+from hwlicense.core.limits import Limits, Rate, Use
+from hwlicense.core.secret import Secret
+from hwlicense.device import recovering
+from hwlicense.device.metering import BATCH, Metering
+from tests.attacks.test_ledger import excess
+from tests.metered import grant
+
+_RECORD = struct.Struct("<q")
+
+
+class FileAnchor:
+    """A count that all processes share, as a TPM's."""
+
+    def __init__(self, path) -> None:
+        self.path, self.delay = path, 0.0
+
+    def _change(self, by: int) -> Reading:
+        time.sleep(self.delay)
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            steps = by + (_RECORD.unpack(os.pread(fd, 8, 0) or bytes(8))[0])
+            os.pwrite(fd, _RECORD.pack(steps), 0)
+        finally:
+            os.close(fd)
+        now = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 10**6
+        return Reading(steps, now, now, 4096)
+
+    def step(self) -> Reading:
+        return self._change(1)
+
+    def read(self) -> Reading:
+        return self._change(0)
+
+
+class Shop:
+    """A device's license and its anchor; and what was spent, told over a pipe by whoever spends."""
+
+    def __init__(self, folder, use: Use, *, anchored: bool = True) -> None:
+        self.state, self.granted = folder / "state", grant(use)
+        self.anchor = FileAnchor(folder / "anchor") if anchored else None
+        self.ends = os.pipe()
+        os.set_blocking(self.ends[0], False)
+
+    def open(self) -> Metering:
+        folder = recovering.account_folder(self.state, self.granted)
+        key = Secret(bytearray(b"k" * 32))
+        return Metering(self.granted, recovering.open_account(folder, self.granted, key, self.anchor, None))
+
+    def used(self) -> int:
+        metering = self.open()
+        try:
+            return metering._tended.look()[0].words[Field.USED]
+        finally:
+            metering.close()
+
+    def child(self, work) -> int:
+        pid = os.fork()
+        if pid:
+            return pid
+        status = 1
+        with suppress(BaseException):
+            signal.alarm(60)
+            work()
+            status = 0
+        os._exit(status)
+
+    def tell(self) -> None:
+        os.write(self.ends[1], _RECORD.pack(time.clock_gettime_ns(time.CLOCK_BOOTTIME)))
+
+    def told(self) -> list[int]:
+        raw = b""
+        with suppress(BlockingIOError):
+            while piece := os.read(self.ends[0], 1 << 16):
+                raw += piece
+        return sorted(when for (when,) in _RECORD.iter_unpack(raw))
+
+
+def spend_patiently(metering: Metering, count: int) -> int:
+    """So many, waiting for leases; fewer where the license says no."""
+    for done in range(count):
+        while True:
+            try:
+                metering.spend()
+            except ExceededError as error:
+                if error.reason != Reason.LEASE_PENDING:
+                    return done
+                time.sleep(0.002)
+            else:
+                break
+    return count
+
+
+@pytest.mark.parametrize("anchored", [True, False])
+def test_threads_spend_exactly_the_total(tmp_path, anchored):
+    shop = Shop(tmp_path, Use(limits=Limits(inferences=50_000)), anchored=anchored)
+    metering, done = shop.open(), []
+    threads = [threading.Thread(target=lambda: done.append(spend_patiently(metering, 20_000))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(done) == 50_000
+    metering.close()
+
+
+@pytest.mark.parametrize("anchored", [True, False])
+def test_forks_and_openings_share_one_account(tmp_path, anchored):
+    shop = Shop(tmp_path, Use(limits=Limits(inferences=30_000)), anchored=anchored)
+    metering = shop.open()
+    spend_patiently(metering, 500)
+
+    def forked() -> None:
+        os.write(shop.ends[1], _RECORD.pack(spend_patiently(metering, 20_000)))
+        metering.close()
+
+    def opened() -> None:
+        mine = shop.open()
+        os.write(shop.ends[1], _RECORD.pack(spend_patiently(mine, 20_000)))
+        mine.close()
+
+    pids = [shop.child(work) for work in (forked, opened, forked, opened)]
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * 4
+    rest = spend_patiently(metering, 20_000)
+    assert 500 + sum(shop.told()) + rest == 30_000
+    metering.close()
+    assert shop.used() == 30_000
+
+
+def test_a_fork_in_the_middle_of_spending_by_threads(tmp_path):
+    shop = Shop(tmp_path, Use(limits=Limits(inferences=10**9)))
+    metering, stop = shop.open(), threading.Event()
+
+    def busy() -> None:
+        while not stop.is_set():
+            spend_patiently(metering, 100)
+
+    threads = [threading.Thread(target=busy) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(20):
+            pid = shop.child(lambda: (spend_patiently(metering, 2000), metering.close()))
+            assert os.waitpid(pid, 0)[1] == 0
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    metering.close()
+
+
+@pytest.mark.parametrize("anchored", [True, False])
+def test_sudden_deaths_lose_and_never_gain(tmp_path, anchored):
+    rates = [Rate(400, 1), Rate(900, 3)]
+    shop = Shop(tmp_path, Use(limits=Limits(inferences=10**7, rates=rates)), anchored=anchored)
+
+    def work() -> None:
+        metering = shop.open()
+        while True:
+            try:
+                metering.spend()
+            except ExceededError:
+                time.sleep(0.001)
+            else:
+                shop.tell()
+
+    told: list[int] = []
+    chance, children, end = random.Random(4), [], time.monotonic() + 8
+    while time.monotonic() < end:
+        children.append(shop.child(work))
+        time.sleep(chance.uniform(0.001, 0.05))
+        if len(children) > 3:
+            victim = children.pop(chance.randrange(len(children)))
+            os.kill(victim, signal.SIGKILL)
+            os.waitpid(victim, 0)
+        told += shop.told()
+    for victim in children:
+        os.kill(victim, signal.SIGKILL)
+        os.waitpid(victim, 0)
+    told += shop.told()
+    assert len(told) > 500
+    assert shop.used() >= len(told)
+    for rate in rates:
+        assert excess([(when, 1) for when in sorted(told)], rate.count, rate.seconds) <= 0
+
+
+def test_a_process_that_is_killed_loses_a_batch_and_others_go_on(tmp_path):
+    shop = Shop(tmp_path, Use(limits=Limits(inferences=10**6)))
+    metering = shop.open()
+    spend_patiently(metering, 1)
+
+    def work() -> None:
+        for _ in range(3000):
+            spend_patiently(metering, 1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    os.waitpid(shop.child(work), 0)
+    spend_patiently(metering, 99)
+    metering.close()
+    assert 3100 <= shop.used() <= 3100 + BATCH
+
+
+def test_a_slow_anchor_holds_up_nobody_who_spends(tmp_path):
+    shop = Shop(tmp_path, Use(limits=Limits(inferences=10**9)))
+    metering = shop.open()
+    spend_patiently(metering, 5000)
+    shop.anchor.delay, worst = 0.7, 0.0
+    end = time.monotonic() + 2
+    while time.monotonic() < end:
+        before = time.perf_counter()
+        with suppress(ExceededError):
+            metering.spend()
+        worst = max(worst, time.perf_counter() - before)
+        time.sleep(0.0005)
+    assert worst < 0.5, "far less than one step takes"
+    metering.close()
+
+
+def test_a_reserved_session_gets_what_was_reserved(tmp_path):
+    shop = Shop(tmp_path, Use(limits=Limits(rates=[Rate(100, 3600)])), anchored=False)
+    metering = shop.open()
+    session = metering.hold(40, 60)
+    assert spend_patiently(metering, 200) == 100, "60 by the rate, and 40 that were reserved"
+    session.end()
+    with pytest.raises(ExceededError) as error:
+        metering.spend()
+    assert error.value.reason == Reason.RATE_EXCEEDED
+    assert 3000 < error.value.wait <= 3800
+    metering.close()
+
+
+def test_what_a_session_does_not_use_is_given_back(tmp_path):
+    shop = Shop(tmp_path, Use(limits=Limits(inferences=1000, rates=[Rate(100, 3600)])), anchored=False)
+    metering = shop.open()
+    session = metering.hold(90, 60)
+    assert metering.may_start(20).reason == Reason.RATE_EXCEEDED
+    with pytest.raises(ExceededError):
+        metering.hold(20, 60)
+    session.end()
+    assert metering.may_start(20) is None
+    assert spend_patiently(metering, 200) == 100
+    metering.close()
+    assert shop.used() == 100
+
+
+def test_a_session_of_another_thread_is_not_for_this_one(tmp_path):
+    shop = Shop(tmp_path, Use(limits=Limits(rates=[Rate(10, 3600)])), anchored=False)
+    metering, sessions = shop.open(), []
+    thread = threading.Thread(target=lambda: sessions.append(metering.hold(4, 60)))
+    thread.start()
+    thread.join()
+    assert spend_patiently(metering, 20) == 6
+    sessions[0].end()
+    assert spend_patiently(metering, 20) == 4
+    metering.close()
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.0, True, "1", None, 1 << 40])
+def test_what_is_no_number_of_inferences(tmp_path, count):
+    metering = Shop(tmp_path, Use(limits=Limits(inferences=10)), anchored=False).open()
+    with pytest.raises(UsageError):
+        metering.spend(count)
+    metering.spend()
+    metering.close()
+
+
+def test_more_at_once_than_ever_allowed(tmp_path):
+    metering = Shop(tmp_path, Use(limits=Limits(rates=[Rate(10, 60)])), anchored=False).open()
+    with pytest.raises(ExceededError) as error:
+        metering.spend(11)
+    assert (error.value.reason, error.value.wait) == (Reason.RATE_EXCEEDED, None)
+    metering.spend(10)
+    with pytest.raises(ExceededError) as error:
+        metering.spend()
+    assert 55 < error.value.wait <= 62
+    metering.close()
+
+
+def test_a_closed_account_gives_nothing(tmp_path):
+    metering = Shop(tmp_path, Use(limits=Limits(inferences=10)), anchored=False).open()
+    metering.spend()
+    metering.close()
+    metering.close()
+    with pytest.raises(ClosedError):
+        metering.spend()
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
+    shop = Shop(tmp_path, Use(limits=Limits(inferences=10)), anchored=False)
+    shop.state.write_text("a file")
+    with pytest.raises(HwlicenseError):
+        shop.open()
+
+
+def test_a_failing_anchor_is_said_and_gotten_over(tmp_path):
+    shop = Shop(tmp_path, Use(limits=Limits(inferences=10**6)))
+    metering = shop.open()
+    step = shop.anchor.step
+    shop.anchor.step = lambda: (_ for _ in ()).throw(StorageError(Reason.STORAGE, "The anchor is gone.", ""))
+    pending = None
+    for _ in range(200_000):
+        try:
+            metering.spend()
+        except ExceededError as error:
+            pending = error
+            if "gone" in error.what:
+                break
+            time.sleep(0.002)
+    assert pending is not None
+    assert pending.reason == Reason.LEASE_PENDING
+    assert "The anchor is gone." in pending.what
+    shop.anchor.step, metering._tended._retry_at = step, 0.0
+    metering._tended.tend()
+    assert spend_patiently(metering, 10) == 10
+    metering.close()
