@@ -4,64 +4,31 @@ from __future__ import annotations
 
 import platform
 from contextlib import ExitStack
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from hwlicense import storage
 from hwlicense.cli import output, secrets
 from hwlicense.cli.hardware import NEW_KEYS, NewKey, enrolled_token, found_dongle, plugged_dongles, plugged_tokens
+from hwlicense.cli.options import FILE, json_option, pcrs_option, place_options, token_option, tpm_option
+from hwlicense.cli.status import status
 from hwlicense.core.documents import Approval, ClockReset
 from hwlicense.core.errors import Reason, UsageError
 from hwlicense.core.schema import FILE_LIMIT
 from hwlicense.core.tpm.pcrs import Selection
-from hwlicense.device import diagnosing, installing, opening, reporting, selecting
+from hwlicense.device import diagnosing, installing, opening, selecting
 from hwlicense.device.enrolling import enroll as make_request
 from hwlicense.device.home import by_any, read_vendor
 from hwlicense.device.reading import PackageFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from hwlicense.core.errors import HwlicenseError
     from hwlicense.core.hardware import AnyHardware
     from hwlicense.device.model import Model
-
-FILE = click.Path(path_type=Path, readable=False)
-
-
-def place_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """--home and --state, which every device command takes."""
-    home = click.option(
-        "--home",
-        type=FILE,
-        metavar="DIR",
-        help="The device's home.  [default: $HWLICENSE_HOME or the system's state folder]",
-    )
-    state = click.option(
-        "--state", type=FILE, metavar="DIR", help="Where changes after installation go if the home is read-only."
-    )
-    return home(state(function))
-
-
-tpm_option = click.option(
-    "--tpm",
-    metavar="TCTI",
-    help="The TPM, such as device:/dev/tpmrm0 or swtpm:path=SOCKET.  [default: $HWLICENSE_TPM or as enrolled]",
-)
-token_option = click.option(
-    "--token",
-    "tokens",
-    multiple=True,
-    metavar="PKCS11_URI",
-    help="A token with its module: pkcs11:token=NAME?module-path=/usr/lib/MODULE.so (RFC 7512).  "
-    "[default: $HWLICENSE_TOKEN or as enrolled]",
-)
-pcrs_option = click.option(
-    "--pcrs", multiple=True, metavar="BANK:N,N", help="PCRs of the platform state, such as sha256:7."
-)
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.group()
@@ -180,7 +147,8 @@ def install(home: Path | None, state: Path | None, tpm: str | None, tokens: tupl
     "--open",
     "fully",
     is_flag=True,
-    help="Open the package and read all of it. Costs nothing but, with presence terms, recorded answers of a dongle.",
+    help="Open the package and read all of it. Costs one of the license's opens, where the TPM counts them, and with "
+    "presence terms recorded answers of a dongle; nothing else.",
 )
 @secrets.pin_options
 @secrets.token_pin_option
@@ -209,6 +177,9 @@ def check(
         grant = opening.first_valid(
             opening.fitting_licenses(file.manifest, vendor, place), opening.utc_today()
         ).license.grant
+    opens = grant.terms_of_use.limits.opens
+    if opens:
+        output.note(f"Opening {'spends' if fully else 'would spend'} one of the license's {opens:,} opens.")
     if fully:
         connect = selecting.hardware(place, tpm, tokens, output.note)
         pin = secrets.pin_source(pin_file, token_pin_file, last_try=last_try)
@@ -231,29 +202,7 @@ def check(
         output.say(f"{file.manifest.name} {file.manifest.version}, {len(file.manifest.members)} files: {said}")
 
 
-@device.command()
-@place_options
-@json_option
-def status(home: Path | None, state: Path | None, as_json: bool) -> None:
-    """Show what is installed, what it allows and until when. Asks no hardware."""
-    place = selecting.home(home, state)
-    entries, problems = reporting.status(place, opening.utc_today())
-    if as_json:
-        output.emit(
-            {
-                "home": str(place.path),
-                "licenses": entries,
-                "problems": [{"reason": p.reason, "what": p.what} for p in problems],
-            }
-        )
-        return
-    if not entries and not problems:
-        output.note(f"No license by a trusted vendor is installed in {place.path}.")
-    for entry in entries:
-        output.columns([(key, _shown(value)) for key, value in entry.items()])
-        output.say()
-    for problem in problems:
-        output.note(f"damaged: {problem.what} ({problem.reason})")
+device.add_command(status)
 
 
 @device.command()
@@ -288,7 +237,7 @@ def probe(
             output.emit({"tokens": found_tokens, "dongles": found_dongles})
             return
         for found in (*found_tokens, *found_dongles):
-            output.columns([(key, _shown(value)) for key, value in found.items()])
+            output.columns([(key, output.shown(value)) for key, value in found.items()])
             output.say()
         if not found_tokens and not found_dongles:
             output.note("Nothing is plugged in.")
@@ -301,7 +250,7 @@ def probe(
         )
         return
     for name, value in facts.items():
-        output.say(f"# {name}: {_shown(value)}")
+        output.say(f"# {name}: {output.shown(value)}")
     for bank, found in values.items():
         output.say()
         output.say(f"[{bank}]")
@@ -339,11 +288,3 @@ def _read_all(model: Model, advance: Callable[[int], None]) -> None:
         with model.open(name) as file:
             while piece := file.read(1 << 20):
                 advance(len(piece))
-
-
-def _shown(value: object) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -83,6 +83,17 @@ def columns(rows: Iterable[tuple[str, str]]) -> None:
         say(f"{name:<{width}}  {value}".rstrip())
 
 
+def shown(value: object) -> str:
+    """A value of a report, for a person."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} = {shown(inner)}" for name, inner in value.items()) or "-"
+    return (", ".join(map(str, value)) or "-") if isinstance(value, list | tuple) else str(value)
+
+
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar in bytes; what it gives takes the number of bytes done since the last call."""

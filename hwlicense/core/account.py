@@ -108,6 +108,11 @@ class Account:
         """Whether the numbers are of this layout."""
         return self.words[Field.LAYOUT] == _LAYOUT
 
+    @property
+    def remaining(self) -> int | None:
+        """Allowances of the total that are not booked; None where all use is free."""
+        return None if self.total is None else max(0, self.total - self.words[Field.USED])
+
     def advance(self, now: int) -> int:
         """Let time pass; the time to go on with, which never goes back."""
         words = self.words

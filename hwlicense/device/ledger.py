@@ -277,13 +277,22 @@ class Ledger:
         return hmac.compare_digest(mac, raw[-_MAC_SIZE:])
 
 
-def unverified(folder: Path) -> bytes | None:
-    """The latest record, unchecked, as only an open license can check it: for reports. None where there is none."""
-    path = folder / "ledger"
+def unverified(folder: Path) -> list[bytes]:
+    """What is shared and what is on the disk, the latest first; unchecked, as only an open license can check it."""
+    shared, ledger = (_read(folder / name) for name in ("shared", "ledger"))
+    place = len(ledger) // 2
+    half = (len(shared) - _PAGE) // 2
+    found = [shared[_PAGE + half * (shared[:1] == b"\1") :][:half]] if half > 0 else []
+    found += sorted((ledger[at : at + place] for at in (0, place)), key=_number, reverse=True)
+    return [raw[_HEAD.size :] for raw in found if raw.startswith(_MAGIC)]
+
+
+def _number(record: bytes) -> int:
+    return int(_HEAD.unpack_from(record)[1]) if record.startswith(_MAGIC) else -1
+
+
+def _read(path: Path) -> bytes:
     try:
-        raw = storage.read_limited(path, 1 << 20)
+        return storage.read_limited(path, 1 << 20)
     except HwlicenseError:
-        return None
-    place = len(raw) // 2
-    records = [raw[at : at + place] for at in (0, place) if raw[at:].startswith(_MAGIC)]
-    return max(records, key=lambda record: int(_HEAD.unpack_from(record)[1]), default=b"")[_HEAD.size :] or None
+        return b""

@@ -48,7 +48,7 @@ def open_account(folder: Path, grant: Grant, key: Secret, anchor: Anchor | None,
         key.wipe()
         what = "The license asks for an account that a TPM anchors, and this device's is not anchored."
         raise RefusedError(Reason.NOT_ANCHORED, what, "Ask the vendor for a license for a request with --counted.")
-    like = Account(use.limits, _throttle(grant))
+    like = Account(use.limits, throttle(grant))
     try:
         ledger = Ledger(folder, key, len(like.encode()))
     except BaseException:
@@ -208,16 +208,25 @@ def foreseeable(folder: Path, grant: Grant) -> None:
 
     Raises RefusedError as `open_account`.
     """
-    like, floor = Account(grant.terms_of_use.limits, _throttle(grant)), calendar.seconds(grant.issued)
-    raw = unverified(folder)
-    account = like.copy(raw[: len(like.encode())]) if raw and len(raw) >= len(like.encode()) else None
-    if account and account.known and account.words[Field.BOOT_HIGH] == clock.boot_identifier()[0]:
+    like, floor = Account(grant.terms_of_use.limits, throttle(grant)), calendar.seconds(grant.issued)
+    if account := seen(folder, like):
         clocks = calendar.Clocks(clock.wall(), clock.boot_time(), same_boot=True, anchor=None)
         calendar.present(account.words, clocks, floor)
     if not calendar.unset(clock.wall(), floor):
         check_validity(grant, calendar.day(clock.wall()))
 
 
-def _throttle(grant: Grant) -> Rate | None:
+def seen(folder: Path, like: Account) -> Account | None:
+    """The account of this boot, unchecked, as only an open license can check it; None where there is none."""
+    size = len(like.encode())
+    for raw in unverified(folder):
+        account = like.copy(raw[:size]) if len(raw) >= size else like
+        if account.known and (account.words[Field.BOOT_HIGH], account.words[Field.BOOT_LOW]) == clock.boot_identifier():
+            return account
+    return None
+
+
+def throttle(grant: Grant) -> Rate | None:
+    """The rate that the license's monitor may impose."""
     monitor = grant.terms_of_use.monitor
     return monitor.throttled if monitor else None

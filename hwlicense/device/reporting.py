@@ -1,14 +1,15 @@
-"""What is installed, for people and for machines. Reads files only."""
+"""What is installed, for people and for machines. Hardware is asked for nothing but what it counts."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from hwlicense.core import dongle
-from hwlicense.core.documents import UsbBinding
-from hwlicense.core.errors import DamagedError, HwlicenseError, RefusedError
+from hwlicense.core.documents import TpmBinding, UsbBinding
+from hwlicense.core.errors import DamagedError, HwlicenseError, Reason, RefusedError
+from hwlicense.core.hardware import Counting
 from hwlicense.core.terms import check_validity
-from hwlicense.device import grace
+from hwlicense.device import grace, usage
 from hwlicense.device.bound import kind_of
 from hwlicense.device.home import check_license
 
@@ -16,16 +17,48 @@ if TYPE_CHECKING:
     import datetime
 
     from hwlicense.core.documents import License
+    from hwlicense.core.hardware import Counted
+    from hwlicense.device.bound import Connect
     from hwlicense.device.home import Home, Installed
 
 
-def status(home: Home, today: datetime.date) -> tuple[list[dict[str, Any]], list[HwlicenseError]]:
-    """One entry a license of a trusted vendor, and what is wrong with those that cannot be read."""
+_NOT_CURRENT: Final = {
+    "superseded": Reason.LICENSE_SUPERSEDED,
+    "unfinished": Reason.INSTALL_UNFINISHED,
+    "lost": Reason.COUNTER_LOST,
+}
+
+
+def status(
+    home: Home, today: datetime.date, connect: Connect | None = None
+) -> tuple[list[dict[str, Any]], list[HwlicenseError]]:
+    """One entry a license of a trusted vendor, and what is wrong with those that cannot be read.
+
+    `connect` opens the TPM, for licenses of which it knows what is left.
+    """
     licenses, problems = home.licenses(home.trusted())
-    return [_entry(home, installed, today) for installed in licenses], problems
+    entries = []
+    for installed in licenses:
+        counted = None
+        if connect and usage.counts(installed.license):
+            try:
+                counted = _asked(home, installed.license, connect)
+            except HwlicenseError as error:
+                problems.append(error)
+        entries.append(_entry(home, installed, today, counted))
+    return entries, problems
 
 
-def _entry(home: Home, installed: Installed, today: datetime.date) -> dict[str, Any]:
+def _asked(home: Home, licensed: License, connect: Connect) -> Counted | None:
+    for binding in licensed.bindings:
+        if isinstance(binding, TpmBinding):
+            with connect("tpm") as hardware:
+                if isinstance(hardware, Counting):
+                    return hardware.use(binding, home.held(licensed, binding))
+    return None
+
+
+def _entry(home: Home, installed: Installed, today: datetime.date, counted: Counted | None) -> dict[str, Any]:
     licensed, vendor = installed
     grant, state, approvals = licensed.grant, "installed", None
     try:
@@ -37,6 +70,8 @@ def _entry(home: Home, installed: Installed, today: datetime.date) -> dict[str, 
         state = f"refused: {error.reason}"
     except HwlicenseError as error:
         state = f"damaged: {error.reason}"
+    if counted and counted.state != "current":
+        state = f"refused: {_NOT_CURRENT[counted.state]}"
     return {
         "license": grant.license,
         "revision": grant.revision,
@@ -53,6 +88,7 @@ def _entry(home: Home, installed: Installed, today: datetime.date) -> dict[str, 
         "pin": any(binding.pin for binding in licensed.bindings),
         "pcrs": grant.pcrs,
         **_presence(home, licensed),
+        **usage.limits(home.state, licensed, counted),
         "approved_states": None if approvals is None else len(approvals),
     }
 
@@ -77,7 +113,7 @@ def _presence(home: Home, licensed: License) -> dict[str, Any]:
     terms, continuity = licensed.grant.presence, licensed.grant.continuity
     found: dict[str, Any] = {"continuity": continuity} if continuity else {}
     if terms:
-        folder = home.state / "licenses" / licensed.grant.license
+        folder = grace.account_folder(home.state, licensed.grant)
         entries = grace.recorded(folder)
         if entries is None and (folder / "presence").exists():
             found["presence_account"] = "damaged: all of the grace and the recorded answers counts as used"

@@ -1,0 +1,71 @@
+"""`hwlicense device status`: what is installed, what is left of it and when there is more."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hwlicense.cli import output
+from hwlicense.cli.options import json_option, place_options, tpm_option
+from hwlicense.device import opening, reporting, selecting
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hwlicense.core.errors import HwlicenseError
+    from hwlicense.device.home import Home
+
+
+@click.command()
+@place_options
+@tpm_option
+@click.option(
+    "--watch",
+    type=click.FloatRange(min=0.2),
+    is_flag=False,
+    flag_value=2.0,
+    metavar="SECONDS",
+    help="Show it again and again, until interrupted.  [default: every 2 seconds]",
+)
+@json_option
+def status(home: Path | None, state: Path | None, tpm: str | None, watch: float | None, as_json: bool) -> None:
+    """Show what is installed, what it allows, how much of it is left and who enforces it.
+
+    Spends nothing. Asks the TPM where the license has opens or powered-on hours that the TPM counts.
+    """
+    place = selecting.home(home, state)
+    while True:
+        entries, problems = reporting.status(place, opening.utc_today(), selecting.hardware(place, tpm))
+        if watch and not as_json:
+            click.clear()
+        _show(place, entries, problems, as_json=as_json)
+        if not watch:
+            return
+        try:
+            time.sleep(watch)
+        except KeyboardInterrupt:
+            return
+
+
+def _show(place: Home, entries: list[dict[str, Any]], problems: list[HwlicenseError], *, as_json: bool) -> None:
+    if as_json:
+        told = [{"reason": p.reason, "what": p.what} for p in problems]
+        output.emit({"home": str(place.path), "licenses": entries, "problems": told})
+        return
+    if not entries and not problems:
+        output.note(f"No license by a trusted vendor is installed in {place.path}.")
+    for entry in entries:
+        limits = entry.pop("limits", [])
+        rows = [(key, output.shown(value)) for key, value in entry.items()]
+        output.columns([*rows, *((f"limit {row['limit']}", _left(row)) for row in limits)])
+        output.say()
+    for problem in problems:
+        output.note(f"problem: {problem.what} ({problem.reason})")
+
+
+def _left(row: dict[str, Any]) -> str:
+    left = "unknown" if row["left"] is None else f"{row['left']:,}"
+    text = f"{left} of {row['of']:,} left; enforced by: {row['enforced_by']}"
+    return f"{text}; more in {row['refills_in']:,} s" if "refills_in" in row else text

@@ -1,0 +1,105 @@
+"""How many instances run at once: places that the kernel gives back, however a process dies."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from hwlicense.core.errors import DamagedError, ExceededError, Reason
+from hwlicense.device.instances import Instance, running
+
+LIMIT = 3
+
+
+def test_one_more_than_allowed_is_refused_until_one_ends(tmp_path):
+    instances = [Instance(tmp_path, LIMIT) for _ in range(LIMIT)]
+    assert running(tmp_path, LIMIT) == LIMIT
+    with pytest.raises(ExceededError) as error:
+        Instance(tmp_path, LIMIT)
+    assert error.value.reason == Reason.INSTANCES_EXCEEDED
+    assert error.value.hint
+    instances.pop().close()
+    Instance(tmp_path, LIMIT).close()
+    for instance in instances:
+        instance.close()
+    assert running(tmp_path, LIMIT) == 0
+
+
+def test_a_forked_process_keeps_the_place(tmp_path):
+    instance = Instance(tmp_path, 1)
+    ends = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.read(ends[0], 1)
+        os._exit(0)
+    instance.close()
+    try:
+        with pytest.raises(ExceededError):
+            Instance(tmp_path, 1)
+    finally:
+        os.write(ends[1], b"!")
+        os.waitpid(pid, 0)
+    Instance(tmp_path, 1).close()
+
+
+def test_a_place_that_was_removed_from_under_an_instance_is_noticed(tmp_path):
+    instance = Instance(tmp_path, 1)
+    instance.check()
+    (tmp_path / "instances" / "0").unlink()
+    with pytest.raises(DamagedError):
+        instance.check()
+    other = Instance(tmp_path, 1)  # which makes another file
+    with pytest.raises(DamagedError):
+        instance.check()
+    other.check()
+
+
+def test_a_link_is_not_followed(tmp_path):
+    (tmp_path / "instances").mkdir()
+    (tmp_path / "elsewhere").touch()
+    (tmp_path / "instances" / "0").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(Exception, match="instances/0"):
+        Instance(tmp_path, 1)
+
+
+def test_processes_that_come_and_die_never_hold_more(tmp_path):
+    """Each that holds a place says so in a pipe while it does."""
+    chance, ends, children = random.Random(7), os.pipe(), {}
+    os.set_blocking(ends[0], False)
+    end, worst, held = time.monotonic() + 5, 0, 0
+    while time.monotonic() < end:
+        while len(children) < 12:
+            pid = os.fork()
+            if not pid:
+                try:
+                    instance = Instance(tmp_path, LIMIT)
+                    assert instance
+                    os.write(ends[1], os.getpid().to_bytes(8, "little"))
+                    time.sleep(5)
+                finally:
+                    os._exit(0)
+            children[pid] = False
+        time.sleep(0.005)
+        try:
+            raw = os.read(ends[0], 1 << 12)
+        except BlockingIOError:
+            raw = b""
+        for at in range(0, len(raw), 8):
+            children[int.from_bytes(raw[at : at + 8], "little")] = True
+            held += 1
+        worst = max(worst, sum(children.values()))
+        for pid in list(children):
+            if children[pid] and chance.random() < 0.2:
+                os.kill(pid, signal.SIGKILL)
+            if os.waitpid(pid, os.WNOHANG)[0]:
+                del children[pid]
+    for pid in children:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    assert held > 10
+    assert worst <= LIMIT
+    assert running(tmp_path, LIMIT) == 0
