@@ -288,7 +288,7 @@ def _presence(home: Home, subject: str, licensed: License) -> Iterator[Finding]:
     terms = licensed.grant.presence
     if terms is None:
         return
-    account = grace.recorded(home.state / "licenses" / licensed.grant.license)
+    account = grace.recorded(grace.account_folder(home.state, licensed.grant))
     used = min(terms.grace, account.used / 1000 if account else 0)
     text = f"its hardware is to prove every {terms.interval:,} s that it is here"
     if not terms.grace:

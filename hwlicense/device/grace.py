@@ -24,7 +24,7 @@ from hwlicense.core.schema import SCHEMA, Count, decode, encode, prepare
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from hwlicense.core.documents import Presence
+    from hwlicense.core.documents import Grant, Presence
     from hwlicense.core.secret import Secret
 
 LIMIT: Final = 4096
@@ -181,6 +181,12 @@ class Account:
 
     def _mac(self, raw: bytes) -> bytes:
         return hmac.digest(self._key.buffer, raw, "sha256")
+
+
+def account_folder(state: Path, grant: Grant) -> Path:
+    """Where the account of this revision is kept. Each has its own: the key of one finds another's damaged."""
+    folder = state / "licenses" / grant.license
+    return folder if grant.revision == 1 else folder / f"presence-{grant.revision}"
 
 
 def recorded(folder: Path) -> Entries | None:

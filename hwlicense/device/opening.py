@@ -233,12 +233,12 @@ def _presence(
         account_key.wipe()
         bound.close()
         return None
-    from hwlicense.device.grace import Account  # noqa: PLC0415  # most licenses ask for no presence
+    from hwlicense.device import grace  # noqa: PLC0415  # most licenses ask for no presence
     from hwlicense.device.presence import Presence  # noqa: PLC0415
 
     account, answers = None, None
     if terms.grace or bound.spends_proofs:
-        account = Account(home.state / "licenses" / licensed.grant.license, terms, account_key)
+        account = grace.Account(grace.account_folder(home.state, licensed.grant), terms, account_key)
         account.prepare()
         if not terms.repeat and bound.spends_proofs:
             answers = min(dongle.answer_count(b) for b in licensed.bindings if isinstance(b, UsbBinding))
