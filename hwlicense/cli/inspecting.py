@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from hwlicense.core.documents import (
     PAYLOAD_TYPES,
     Approval,
     Binding,
+    ClockReset,
     Grant,
     License,
     Manifest,
@@ -38,6 +40,8 @@ from hwlicense.device.reading import read_envelope
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from hwlicense.core.limits import Rate
+
 FILE = click.Path(path_type=Path, readable=False)
 
 
@@ -48,7 +52,7 @@ FILE = click.Path(path_type=Path, readable=False)
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the whole document as JSON.")
 def inspect(file: Path, vendor_file: Path | None, as_json: bool) -> None:
-    """Show what a package, request, license, approval or vendor.pub.json says.
+    """Show what a package, request, license, approval, clock reset or vendor.pub.json says.
 
     Without --vendor nothing is checked: anyone can have written what is shown.
     """
@@ -79,7 +83,9 @@ def _read(file: Path, vendor: VendorPublic | None) -> tuple[Document, str]:
             raise error from None
     if kind is None:
         raise UsageError(
-            Reason.USAGE, f"{file} is not a file of hwlicense.", "Give a package, request, license or approval."
+            Reason.USAGE,
+            f"{file} is not a file of hwlicense.",
+            "Give a package, request, license, approval or clock reset.",
         )
     return _document(raw, kind, vendor)
 
@@ -105,6 +111,8 @@ def _lines(document: Document) -> Iterator[tuple[str, str]]:
         yield from _request(document)
     elif isinstance(document, License):
         yield from _license(document)
+    elif isinstance(document, ClockReset):
+        yield from [("vendor", document.vendor), ("license", document.license), ("time", _time(document.time))]
     elif isinstance(document, Approval):
         yield from [
             ("vendor", document.vendor),
@@ -169,6 +177,7 @@ def _license(document: License) -> Iterator[tuple[str, str]]:
         yield f"binding {place}", kind_and_name(binding)
         yield from [("", line) for line in _binding(binding)]
     yield from _presence(grant)
+    yield from _use(grant)
     yield "approved states", str(len(document.approvals))
 
 
@@ -209,3 +218,36 @@ def _presence(grant: Grant) -> Iterator[tuple[str, str]]:
             yield "", "each recorded answer of a dongle serves once"
     if grant.continuity:
         yield "continuity", f"sessions of up to {grant.continuity:,} s are kept from interruption"
+
+
+def _use(grant: Grant) -> Iterator[tuple[str, str]]:
+    use = grant.terms_of_use
+    limits = use.limits
+    counted = (("opens", limits.opens), ("inferences", limits.inferences), ("powered-on hours", limits.hours))
+    yield from [(name, f"{most:,}") for name, most in (*counted, ("instances", limits.instances)) if most]
+    yield from [("rate", _rate(rate)) for rate in limits.rates]
+    if use.days:
+        yield "first use", f"opens for {use.days:,} days from then on"
+    yield from [("feature", f"{name} = {msgspec.json.encode(value).decode()}") for name, value in use.features.items()]
+    if use.anchor:
+        yield "account", "must be anchored in a TPM"
+    if use.revocable:
+        yield "revocable", "a revision ends this one in the TPM"
+    if use.cap is not None:
+        yield "cap", f"PCR sha256:{use.cap}"
+    if monitor := use.monitor:
+        found = (("regularity", monitor.regularity), ("distances", monitor.distances))
+        named = [f"{name}: {detector.action}" for name, detector in found if detector]
+        throttled = f"; throttled: {_rate(monitor.throttled)}" if monitor.throttled else ""
+        yield "monitor", f"{', '.join(named)}, for {monitor.lasting:,} s{throttled}"
+
+
+def _rate(rate: Rate) -> str:
+    return f"{rate.count:,} inferences in any {rate.seconds:,} s"
+
+
+def _time(seconds: int) -> str:
+    try:
+        return f"{datetime.datetime.fromtimestamp(seconds, datetime.UTC):%Y-%m-%d %H:%M:%S} UTC"
+    except (ValueError, OverflowError):  # further off than dates go
+        return f"{seconds:,} s after 1970"

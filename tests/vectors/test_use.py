@@ -1,11 +1,14 @@
 """A frozen license with every term of use, and a clock reset: read, verified, and refused with any flaw in them."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hwlicense.cli import _run
+from hwlicense.cli.commands import root
 from hwlicense.core.documents import ClockReset, License, TpmBinding, grant_digest
 from hwlicense.core.envelope import unverified, verified
 from hwlicense.core.errors import DamagedError
@@ -91,3 +94,19 @@ def test_one_flaw(flaw):
 
 def test_there_are_flaws():
     assert len(VECTOR["flaws"]) > 40
+
+
+def test_inspect_shows_it_all(monkeypatch, capsys):
+    shown = {}
+    for kind, path in FILES.items():
+        arguments = ["inspect", "--vendor", str(HERE / "vendor-2.pub.json"), str(path)]
+        monkeypatch.setattr(sys, "argv", ["hwlicense", *arguments])
+        assert _run(root) == 0
+        shown[kind] = capsys.readouterr().out
+    assert "2030-01-01 12:00:00 UTC" in shown["clock reset"]
+    for words in (
+        "1,000,000", "100 inferences in any 3,600 s", "8,760", "opens for 90 days", 'language = "de"', "größe = false",
+        "regularity: throttle, distances: deny, for 7,200 s; throttled: 10 inferences in any 60 s", "PCR sha256:15",
+        "must be anchored",
+    ):  # fmt: skip
+        assert words in shown["license"]
