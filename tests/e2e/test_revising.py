@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import time
 
 import pytest
 
@@ -229,3 +230,30 @@ def test_the_vendors_side_needs_no_tpm_library(desk, tmp_path):
     write(tmp_path / "blocked" / "tpm2_pytss.py", b"raise ImportError('blocked')\n")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "blocked")}
     desk.revise("1.hwlic", "2.hwlic", LATER, env=environment)
+
+
+def test_a_clock_reset_goes_to_the_device(desk):
+    command = ["vendor", "reset-clock", "--vendor", "vendor", "--license"]
+    done = run(*command, "1.hwlic", "-o", "first.hwclk", cwd=desk.folder)
+    assert "Reset the clock of license" in done.stderr
+    assert "FILE_EXISTS" in run(*command, "1.hwlic", "-o", "first.hwclk", cwd=desk.folder, status=2).stderr
+    desk.issue("other.hwlic")
+    run(*command, "other.hwlic", "-o", "other.hwclk", cwd=desk.folder)
+    time.sleep(1.1)  # resets have a second's precision
+    run(*command, "1.hwlic", "-o", "second.hwclk", cwd=desk.folder)
+    assert "Installed the clock reset of license" in desk.device("install", "second.hwclk", tpm=False).stderr
+    desk.device("install", "second.hwclk", tpm=False)
+    assert "CLOCK_SET_BACK" in desk.device("install", "first.hwclk", tpm=False, status=1).stderr
+    assert "LICENSE_ABSENT" in desk.device("install", "other.hwclk", tpm=False, status=1).stderr
+    raw = (desk.folder / "second.hwclk").read_bytes()
+    write(desk.folder / "bad.hwclk", raw[:-9] + b"\n")
+    assert "DOCUMENT_MALFORMED" in desk.device("install", "bad.hwclk", tpm=False, status=4).stderr
+    run("vendor", "init", "stranger", "--no-passphrase", cwd=desk.folder)
+    done = run(
+        "vendor", "reset-clock", "--vendor", "stranger", "--license", "1.hwlic", "-o", "x.hwclk", cwd=desk.folder,
+        status=1,
+    )  # fmt: skip
+    assert "WRONG_VENDOR" in done.stderr
+    desk.device("check", "--open", "reader.hwpkg")
+    shown = run("inspect", "--vendor", "vendor/vendor.pub.json", "second.hwclk", cwd=desk.folder).stdout
+    assert "ClockReset (signed by" in shown
