@@ -10,14 +10,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cold_start, dongles, monitor, throughput
+from benchmarks import cold_start, dongles, monitor, throughput, use
 from benchmarks.measure import Failed, machine
 from benchmarks.scene import Scene
 from hwlicense_simulators import SimulatorError, Tpm
 
 RESULTS = Path(__file__).parent / "results"
 MEMORY = Path("/dev/shm")  # noqa: S108  # so that no disk is measured; a folder of this program's own within
-PARTS = ("cold", "throughput", "dongles", "monitor")
+PARTS = ("cold", "throughput", "dongles", "monitor", "use")
 
 
 def main() -> int:
@@ -43,6 +43,9 @@ def main() -> int:
             if options.part in {"all", "monitor"}:
                 found["monitor"] = monitor.measure(options.days, options.labelling)
                 _show(monitor.table(found["monitor"]))
+            if options.part in {"all", "use"}:
+                found["use"] = use.measure(scene, options)
+                _show(use.table(found["use"]))
     except (Failed, SimulatorError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -70,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=60, help="how long the load on a token lasts")
     parser.add_argument("--days", type=int, default=100, help="normal days of each product that is monitored")
     parser.add_argument("--labelling", type=int, default=20, help="labelling runs of each kind")
+    parser.add_argument("--kills", type=int, default=10_000, help="processes that are killed while they spend")
+    parser.add_argument("--inferences", type=int, default=10_000_000, help="inferences of the soak")
+    parser.add_argument("--cuts", type=int, default=365, help="days that end with a power cut")
     parser.add_argument("--folder", type=Path, help="where to work; needs four times the size (default: /dev/shm)")
     parser.add_argument("--json", action="store_true", help="print JSON, the tables on stderr")
     return parser

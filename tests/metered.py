@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import shutil
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -89,7 +90,7 @@ class Machine:
             patched.setattr(clock, "running_time", lambda: self.boot)
             patched.setattr(clock, "boot_identifier", lambda: (self.boots, self.boots))
             patched.setattr(tending.Tended, "start", lambda _tended: None)
-            patched.setattr(tending.time, "monotonic", lambda: self.boot / SECOND)
+            patched.setattr(time, "monotonic", lambda: self.boot / SECOND)
             patched.setitem(Metering.spend.__kwdefaults__, "_now", lambda _clock: self.boot)
             yield self
 

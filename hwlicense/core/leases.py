@@ -145,8 +145,7 @@ def recover(account: Account, serial: int | None, elapsed: int) -> int:
     charge = words[Field.RESERVED] - (words[Field.USED] - words[Field.BASE])
     if serial is not None:
         if not words[Field.SETTLED]:
-            # A third more, as clocks may differ; and a reservation may have been about to be written.
-            more = 1 + max(0, elapsed) * 4 // (3 * SPACING)
+            more = max(0, elapsed) * 17 // (16 * SPACING)  # a little more, as clocks may differ
             charge += min(words[Field.SIZE] - words[Field.RESERVED], words[Field.STEP] * more)
         missing = serial - words[Field.SERIAL]
         if missing < 0:

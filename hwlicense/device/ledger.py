@@ -77,13 +77,13 @@ class _File:
                 data, offset = data[done:], offset + done
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Let no other process or thread in. Raises StorageError where that took longer than `PATIENCE`."""
+    def locked(self, patience: float = PATIENCE) -> Iterator[None]:
+        """Let no other process or thread in. Raises StorageError where that took longer than `patience` seconds."""
         turn, fd = self._turn, self.fd
-        if not turn.acquire(timeout=PATIENCE):  # not for ever: a signal handler may wait for the thread that it stopped
-            raise self._taken()
+        if not turn.acquire(timeout=patience):  # not for ever: a signal handler may wait for the thread that it stopped
+            raise self._taken(patience)
         try:
-            self._lock(fd)
+            self._lock(fd, patience)
             try:
                 yield
             finally:
@@ -111,16 +111,16 @@ class _File:
         finally:
             turn.release()
 
-    def _lock(self, fd: int) -> None:
+    def _lock(self, fd: int, patience: float) -> None:
         give_up, pause = 0.0, 0.00005
         while True:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 now = time.monotonic()
-                give_up = give_up or now + PATIENCE
+                give_up = give_up or now + patience
                 if now > give_up:
-                    raise self._taken() from None
+                    raise self._taken(patience) from None
                 time.sleep(pause)
                 pause = min(2 * pause, 0.005)
             except OSError as error:
@@ -129,8 +129,8 @@ class _File:
             else:
                 return
 
-    def _taken(self) -> StorageError:
-        what = f"{self.path} has been locked for {PATIENCE:g} s."
+    def _taken(self, patience: float) -> StorageError:
+        what = f"{self.path} has been locked for {patience:g} s."
         return StorageError(Reason.STORAGE, what, "See which process works there (`lsof`).")
 
     def close(self) -> None:
@@ -200,9 +200,9 @@ class Ledger:
     # ---- what is on the disk
 
     @contextmanager
-    def writing(self) -> Iterator[Callable[[bytes], None]]:
+    def writing(self, patience: float = PATIENCE) -> Iterator[Callable[[bytes], None]]:
         """Let one process at a time write records; gives what writes one, on the disk when it returns."""
-        with self._ledger.locked():
+        with self._ledger.locked(patience):
             yield self._write
 
     @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from hwlicense.core import calendar, leases
 from hwlicense.core.account import Account, Field
@@ -11,7 +11,7 @@ from hwlicense.core.errors import DamagedError, Reason, RefusedError, StorageErr
 from hwlicense.core.terms import check_validity
 from hwlicense.device import clock
 from hwlicense.device.ledger import Ledger, unverified
-from hwlicense.device.tending import Tended, busy
+from hwlicense.device.tending import AnchorClock, Tended, busy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hwlicense.core.limits import Rate
     from hwlicense.core.secret import Secret
 
-_MILLION: Final = 1_000_000
+_OPENING = 60.0  # seconds to wait for another process that opens the account, and for its TPM
 
 
 def account_folder(state: Path, grant: Grant) -> Path:
@@ -56,10 +56,10 @@ def open_account(folder: Path, grant: Grant, key: Secret, anchor: Anchor | None,
         raise
     try:
         opened = _Opening(grant, like, ledger, anchor, reset)
-        with ledger.writing() as write:
+        with ledger.writing(_OPENING) as write:
             account = opened.first(write) if ledger.alone() else opened.joined()
             ledger.enter()
-        tended = Tended(grant, account, ledger, anchor, opened.clock_ms)
+        tended = Tended(grant, account, ledger, anchor, opened.clock)
         if anchor is None and use.metered:
             tended.raise_reservation()
     except BaseException:
@@ -92,20 +92,19 @@ class _Opening:
         self, grant: Grant, like: Account, ledger: Ledger, anchor: Anchor | None, reset: ClockReset | None
     ) -> None:
         self._grant, self._like, self._ledger, self._anchor, self._reset = grant, like, ledger, anchor, reset
-        self._boot = clock.boot_identifier()
-        self._base = 0, 0  # running time in nanoseconds, and the anchor's clock in milliseconds then
-
-    def clock_ms(self) -> int:
-        """The anchor's clock, from what it was and the time since; it may be ahead, and never behind by much."""
-        running, anchored = self._base
-        return anchored + (clock.running_time() - running) // _MILLION
+        self._boot, self._gone = clock.boot_identifier(), 0
+        self.clock = AnchorClock()
 
     def first(self, write: Callable[[bytes], None]) -> Account:
         """No other process has the license open."""
         reading = self._anchor.step() if self._anchor else None
-        self._base = clock.running_time(), reading.clock if reading else 0
-        account = self._recovered(reading)
+        if reading:
+            self.clock.set(reading.clock)
+        account, recorded = self._found(reading)
+        before = self._boot_of(account)
         problem = self._dated(account)
+        account.advance(clock.boot_time() + account.words[Field.OFFSET_NS])
+        self._charge(account, reading, recorded=recorded, same_boot=before == self._boot)
         if reading and self._grant.terms_of_use.metered:
             moment = leases.Moment(clock.running_time(), reading.clock)
             planned = leases.plan(account, moment) or leases.Plan(account.least, 0)
@@ -126,7 +125,8 @@ class _Opening:
         account = self._like.copy(raw) if raw is not None else self._like
         if raw is None or not account.known or self._boot_of(account) != self._boot:
             raise busy()
-        self._base = account.words[Field.RAISED_NS], account.words[Field.CLOCK_MS]
+        if self._anchor:
+            self.clock.set(account.words[Field.CLOCK_MS], account.words[Field.RAISED_NS])
         if problem := self._dated(account):
             raise problem
         return account
@@ -137,7 +137,7 @@ class _Opening:
         before = account.words[Field.MARK], account.words[Field.RESET], self._boot_of(account)
         same_boot = self._boot_of(account) == self._boot
         if anchor and not same_boot and calendar.unset(clock.wall(), calendar.seconds(self._grant.issued)):
-            self._base = clock.running_time(), anchor.read().clock
+            self.clock.set(anchor.read().clock)
         problem = self._dated(account)
         after = account.words[Field.MARK], account.words[Field.RESET], self._boot_of(account)
         if after[0] // calendar.DAY != before[0] // calendar.DAY or after[1:] != before[1:]:
@@ -152,36 +152,37 @@ class _Opening:
         account = self._like.copy(raw)
         return account if account.known else None
 
-    def _recovered(self, reading: Reading | None) -> Account:
-        damaged = False
+    def _found(self, reading: Reading | None) -> tuple[Account, bool]:
+        """The account as it was written down, and whether it was."""
         try:
             account = self._recorded()
+            damaged = False
         except DamagedError:
             account, damaged = None, True
-        serial = reading.steps - 1 if reading else None
-        if account is None:
-            account = self._like
-            account.advance(clock.boot_time())
-            if serial or (damaged and serial is None):
-                leases.lose(account, serial or 1)
-                account.words[Field.FIRST] = calendar.seconds(self._grant.issued)
-            return account
-        account.advance(account.words[Field.NEWEST_NS])
-        elapsed = 0
-        if reading:
-            elapsed = reading.clock - account.words[Field.CLOCK_MS]
-            if self._boot_of(account) != self._boot:
-                elapsed += reading.lapse - reading.uptime
-        leases.recover(account, serial, elapsed)
-        return account
+        if account is not None:
+            return account, True
+        self._gone = reading.steps - 1 if reading else int(damaged)
+        if self._gone:
+            self._like.words[Field.FIRST] = calendar.seconds(self._grant.issued)
+        return self._like, False
+
+    def _charge(self, account: Account, reading: Reading | None, *, recorded: bool, same_boot: bool) -> None:
+        """What may have been spent, as if it were now: it was not later."""
+        if not recorded:
+            if self._gone:
+                leases.lose(account, self._gone)
+            return
+        elapsed = reading.clock - account.words[Field.CLOCK_MS] if reading else 0
+        if reading and not same_boot:
+            elapsed += reading.lapse - reading.uptime
+        leases.recover(account, reading.steps - 1 if reading else None, elapsed)
 
     def _dated(self, account: Account) -> RefusedError | None:
         """Go on with the account's clocks. What the license says to the day."""
         words, grant = account.words, self._grant
         same_boot = self._boot_of(account) == self._boot
         floor = calendar.seconds(grant.issued)
-        anchor = self.clock_ms() if self._base != (0, 0) else None
-        clocks = calendar.Clocks(clock.wall(), clock.boot_time(), same_boot=same_boot, anchor=anchor)
+        clocks = calendar.Clocks(clock.wall(), clock.boot_time(), same_boot, self.clock.now())
         before = words[Field.MARK]
         if self._reset and calendar.reset(words, clocks, self._reset.time):
             before = 0  # how long it was off is not known

@@ -35,18 +35,41 @@ PATIENCE: Final = 5.0
 RETRY: Final = 5.0
 """Seconds between attempts at an anchor that failed."""
 
+_MILLION: Final = 1_000_000
 _CHECKED: Final = 60.0  # seconds between looks at the calendar
 _MARKED: Final = 6 * 3600  # seconds by which a mark is older than the time, at the most
 
 
+_SLOWER: Final = 1024  # a TPM's clock is taken to lose less than a part in so many
+
+
+class AnchorClock:
+    """The anchor's clock in milliseconds, from when it was last read: never ahead of it."""
+
+    def __init__(self) -> None:
+        self._read: tuple[int, int] | None = None
+
+    def set(self, read: int, running: int | None = None) -> None:
+        """It was `read` at so many nanoseconds of running time; now."""
+        self._read = read, clock.running_time() if running is None else running
+
+    def now(self) -> int | None:
+        """None where there is no anchor."""
+        if self._read is None:
+            return None
+        passed = (clock.running_time() - self._read[1]) // _MILLION
+        return self._read[0] + passed - passed // _SLOWER - 1
+
+
 class Tended:
-    """One license's account in one process. `problem` is why the lease cannot be renewed, `refusal` why nothing starts."""
+    """One license's account in one process. `problem`: why the lease cannot be renewed; `refusal`: why nothing starts."""
 
     def __init__(
-        self, grant: Grant, like: Account, ledger: Ledger, anchor: Anchor | None, clock_ms: Callable[[], int]
+        self, grant: Grant, like: Account, ledger: Ledger, anchor: Anchor | None, anchor_clock: AnchorClock
     ) -> None:
-        """`ledger` is taken over; the account in it is recovered already. `clock_ms` is the anchor's clock now."""
-        self._grant, self._like, self._ledger, self._anchor, self._clock_ms = grant, like, ledger, anchor, clock_ms
+        """`ledger` is taken over; the account in it is recovered already."""
+        self._grant, self._like, self._ledger = grant, like, ledger
+        self._anchor, self._anchor_clock = anchor, anchor_clock
         self.offset = like.words[Field.OFFSET_NS]
         self.refusal: HwlicenseError | None = None
         self.problem: HwlicenseError | None = None
@@ -104,7 +127,7 @@ class Tended:
         return account, account.advance(clock.boot_time() + self.offset)
 
     def _moment(self) -> leases.Moment:
-        return leases.Moment(clock.running_time(), self._clock_ms())
+        return leases.Moment(clock.running_time(), self._anchor_clock.now() or 0)
 
     def _recorded(self, change: Callable[[Account], bool]) -> bool:
         """Change the lease, write that down, and only then let it be used; others go on booking meanwhile."""
@@ -121,7 +144,7 @@ class Tended:
 
     def _write(self, write: Callable[[bytes], None], account: Account) -> None:
         # With the time: windows go on from it after a restart
-        calendar.progress(account.words, clock.boot_time(), self._clock_ms() if self._anchor else None)
+        calendar.progress(account.words, clock.boot_time(), self._anchor_clock.now())
         write(account.encode())
 
     def ask(self, count: int) -> None:
@@ -161,6 +184,7 @@ class Tended:
             self._recorded(announce)
             if planned:
                 reading = anchor.step()
+                self._anchor_clock.set(reading.clock)
                 moment = leases.Moment(clock.running_time(), reading.clock)
                 self._recorded(lambda account: leases.take(account, planned[0], reading.steps, moment))
 
@@ -225,8 +249,7 @@ class Tended:
         self._calendar_at = now + _CHECKED
         account, _ = self.look()
         before = account.words[Field.MARK]
-        anchor = self._clock_ms() if self._anchor else None
-        clocks = calendar.Clocks(clock.wall(), clock.boot_time(), same_boot=True, anchor=anchor)
+        clocks = calendar.Clocks(clock.wall(), clock.boot_time(), same_boot=True, anchor=self._anchor_clock.now())
         try:
             today = calendar.day(calendar.present(account.words, clocks, calendar.seconds(self._grant.issued)))
             check_validity(self._grant, today, calendar.day(account.words[Field.FIRST]))

@@ -95,6 +95,7 @@ def test_processes_that_come_and_die_never_hold_more(tmp_path):
         for pid in list(children):
             if children[pid] and chance.random() < 0.2:
                 os.kill(pid, signal.SIGKILL)
+                children[pid] = False  # it holds nothing from here on
             if os.waitpid(pid, os.WNOHANG)[0]:
                 del children[pid]
     for pid in children:

@@ -1,0 +1,440 @@
+"""Limits of use: what spending costs, and whether they hold under load, sudden deaths, power cuts and slow hardware."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import signal
+import sqlite3
+import struct
+import threading
+import time
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+import hwlicense
+from benchmarks.measure import Failed
+from hwlicense.core.account import Field
+from hwlicense.device import instances
+from tests.metered import Machine, abandon, grant, limited, spend
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from benchmarks.scene import Scene
+    from hwlicense.device.metering import Metering
+
+TERMS: Final = 'licensee = "Acme Robotics"\nproduct = "reader"\n[require]\nanchor = true\n[limits]\n'
+FREE: Final = 'rates = ["1000000000/second", "10000000000/minute", "1000000000000/day"]\n'
+AT_ONCE: Final = 4
+SUDDEN: Final = 0.02
+REFUSED: Final = 7
+_NUMBER: Final = struct.Struct("<q")
+_MILLION: Final = 1_000_000
+
+
+class Limited:
+    """A license with limits for the scene's TPM, in a home of its own."""
+
+    def __init__(self, scene: Scene, name: str, limits: str) -> None:
+        self.scene, self.home = scene, scene.folder / f"home-{name}"
+        request, licensed, table = (scene.folder / f"{name}.{end}" for end in ("hwreq", "hwlic", "toml"))
+        table.write_text(TERMS + limits)
+        source = scene.folder / "weights.bin"
+        source.write_bytes(bytes(4096))
+        if not scene.package.exists():
+            scene.hwlicense(
+                "vendor", "pack", "--vendor", scene.vendor, "--name", "m", "--version", "1", "-o", scene.package, source
+            )
+        scene.hwlicense("device", "enroll", "--home", self.home, "--counted", "-o", request)
+        issue = ("--request", request, "--package", scene.package, "--terms", table, "-o", licensed)
+        scene.hwlicense(
+            "vendor", "issue", "--vendor", scene.vendor, *issue, "--ek-root", f"virtual={scene.tpm.ek_root}"
+        )
+        scene.hwlicense("device", "trust", "--home", self.home, scene.vendor / "vendor.pub.json")
+        scene.hwlicense("device", "install", "--home", self.home, licensed)
+
+    def open(self, tcti: str | None = None) -> hwlicense.Model:
+        """In this process."""
+        return hwlicense.open(
+            self.scene.package, vendor=self.scene.vendor_text, home=self.home, tpm=tcti or self.scene.tpm.tcti
+        )
+
+    def used(self) -> tuple[int, int]:
+        """What the account says was booked, and what of it was lost."""
+        with self.open() as model:
+            words = _metering(model)._tended.look()[0].words  # noqa: SLF001  # what no report shows to the last one
+            return words[Field.USED], words[Field.LOST]
+
+
+def _metering(model: hwlicense.Model) -> Metering:
+    found = model._metering  # noqa: SLF001  # as above
+    if found is None:
+        raise Failed("the model is not metered")
+    return found
+
+
+class Counters:
+    """Numbers that forked processes share."""
+
+    def __init__(self, count: int) -> None:
+        self._map = mmap.mmap(-1, 8 * count)
+
+    def add(self, place: int, number: int = 1) -> None:
+        """Each place has one writer."""
+        before = _NUMBER.unpack_from(self._map, 8 * place)[0]
+        _NUMBER.pack_into(self._map, 8 * place, before + number)
+
+    @property
+    def total(self) -> int:
+        """Of all."""
+        return sum(value for (value,) in _NUMBER.iter_unpack(self._map[:]))
+
+
+def fork(work: Callable[[], None]) -> int:
+    """A process that does that and nothing else."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    with suppress(BaseException):
+        work()
+        status = 0
+    os._exit(status)
+
+
+def spend_on(model: hwlicense.Model, count: int) -> None:
+    """So many, waiting where that is asked for."""
+    for _ in range(count):
+        while True:
+            try:
+                model.spend()
+            except hwlicense.ExceededError as error:
+                if error.wait is None:
+                    raise
+                time.sleep(min(error.wait, 0.01))
+            else:
+                break
+
+
+# ---- what it costs ------------------------------------------------------------------------------------------
+
+
+def costs(scene: Scene, runs: int, seconds: float) -> dict[str, Any]:
+    """Nanoseconds a use, and beside it a counter in SQLite and one in the TPM, in one run."""
+    license_ = Limited(scene, "costs", FREE)
+    found: dict[str, Any] = {}
+    with license_.open() as model:
+        spend_on(model, 3_000_000)
+        for name, threads, processes in (("one thread", 1, 1), ("eight threads", 8, 1), ("four processes", 1, 4)):
+            found[name] = sorted(_nanoseconds(model, threads, processes) for _ in range(runs))[runs // 2]
+    found["empty call"] = _empty()
+    found["SQLite, synced"] = _sqlite(license_.home / "counter.db")
+    found["NV increment"] = _increments(scene, license_)
+    found["at 1 kHz"] = _steady(scene, license_, seconds)
+    return found
+
+
+def _nanoseconds(model: hwlicense.Model, threads: int, processes: int, count: int = 1_000_000) -> float:
+    each = count // threads // processes
+
+    def work() -> None:
+        workers = [threading.Thread(target=spend_on, args=(model, each)) for _ in range(threads)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+
+    begun = time.perf_counter()
+    if processes == 1:
+        work()
+    else:
+        for pid in [fork(work) for _ in range(processes)]:
+            os.waitpid(pid, 0)
+    return (time.perf_counter() - begun) / count * 1e9
+
+
+def _empty() -> float:
+    class Nothing:
+        def spend(self, count: int = 1) -> None:
+            """Nothing."""
+
+    nothing = Nothing()
+    begun = time.perf_counter()
+    for _ in range(_MILLION):
+        nothing.spend()
+    return (time.perf_counter() - begun) * 1e3
+
+
+def _sqlite(path: Path, count: int = 300) -> float:
+    database = sqlite3.connect(path, isolation_level=None)
+    database.execute("PRAGMA synchronous = FULL")
+    database.execute("CREATE TABLE counter (used INTEGER)")
+    database.execute("INSERT INTO counter VALUES (0)")
+    begun = time.perf_counter()
+    for _ in range(count):
+        database.execute("UPDATE counter SET used = used + 1")
+    passed = time.perf_counter() - begun
+    database.close()
+    return passed / count * 1e9
+
+
+def _increments(scene: Scene, license_: Limited, count: int = 100) -> float:
+    """A step of the anchor for each use: what a count in the TPM alone would cost, on a simulated one."""
+    with license_.open(scene.tpm.tcti) as model:
+        anchor = _metering(model)._tended._anchor  # noqa: SLF001
+        if anchor is None:
+            raise Failed("the license is not anchored")
+        begun = time.perf_counter()
+        for _ in range(count):
+            anchor.step()
+        return (time.perf_counter() - begun) / count * 1e9
+
+
+def _steady(scene: Scene, license_: Limited, seconds: float) -> dict[str, float]:
+    """Microseconds a use in a 1 kHz loop: half of the time over a TPM that is slow, and half over one that hangs."""
+    taken: list[float] = []
+    refused = 0
+    with scene.tpm.tapped(record=False) as wire, license_.open(wire.tcti) as model:
+        spend_on(model, 20_000)
+        wire.delay(0.3, times=1 << 30)
+        begun = time.monotonic()
+        hung = False
+        for tick in range(int(seconds * 1000)):
+            if not hung and time.monotonic() - begun > seconds / 2:
+                hung = True
+                wire.delay(3600, times=1 << 30)
+            before = time.perf_counter()
+            try:
+                model.spend()
+            except hwlicense.ExceededError:
+                refused += 1
+            taken.append(time.perf_counter() - before)
+            time.sleep(max(0.0, begun + (tick + 1) / 1000 - time.monotonic()))
+        steps = _metering(model)._tended.look()[0].words[Field.SERIAL]  # noqa: SLF001
+    times = np.array(taken) * 1e6
+    named = {"median": 50.0, "p99": 99.0, "p99.99": 99.99}
+    found = {name: float(np.percentile(times, rank)) for name, rank in named.items()}
+    return found | {"most": float(times.max()), "uses": len(taken), "refused": refused, "serial": steps}
+
+
+# ---- whether it holds ---------------------------------------------------------------------------------------
+
+
+def kills(scene: Scene, count: int, seed: int = 1) -> dict[str, Any]:
+    """Processes that open the license and spend, each killed at a random moment; what was granted, spent and lost."""
+    license_ = Limited(scene, "kills", 'inferences = 1000000000000\nrates = ["1000000000/second", "50000000000/day"]\n')
+    granted, damaged, chance = Counters(count + 8), 0, random.Random(seed)  # noqa: S311
+    with license_.open() as model:
+        model.spend()
+
+    def work(place: int) -> None:
+        with license_.open() as mine:
+            while True:
+                try:
+                    mine.spend()
+                except hwlicense.ExceededError:
+                    time.sleep(0.0005)
+                else:
+                    granted.add(place)
+
+    alive: dict[int, float] = {}
+    done, opened = 0, 0
+    while done < count:
+        while len(alive) < AT_ONCE and opened < count:
+            alive[fork(partial(work, opened))] = time.monotonic() + chance.uniform(0, 0.3)
+            opened += 1
+        pid = min(alive, key=alive.__getitem__)
+        time.sleep(max(0.0, alive.pop(pid) - time.monotonic()))
+        os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        damaged += not os.WIFSIGNALED(status)  # it had ended by itself: something was refused
+        done += 1
+    used, lost = license_.used()
+    seen = granted.total + 1
+    return {
+        "kills": done,
+        "granted": seen,
+        "spent": used,
+        "lost": used - seen,
+        "charged for crashes": lost,
+        "gained": max(0, seen - used),
+        "ended by themselves": damaged,
+    }
+
+
+RATES: Final = [(100_000, 1), (270_000, 3), (2_400_000, 30)]
+
+
+def _timed(model: hwlicense.Model, count: int, path: Path) -> None:
+    """Spend so many, and write down when each was granted."""
+    times = np.zeros(count, np.int64)
+    for at in range(count):
+        while True:
+            try:
+                model.spend()
+            except hwlicense.ExceededError as error:
+                time.sleep(min(error.wait or 0.01, 0.05))
+            else:
+                break
+        times[at] = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    times.tofile(path)
+
+
+def soak(scene: Scene, count: int) -> dict[str, Any]:
+    """Many inferences with several rates over four processes of two threads: the largest excess over any window."""
+    texts = ", ".join(f'"{number}/{seconds}s"' for number, seconds in RATES)
+    license_ = Limited(scene, "soak", f"rates = [{texts}]\n")
+    each, parts = count // 8, [scene.folder / f"times-{place}" for place in range(8)]
+
+    def process(number: int) -> None:
+        with license_.open() as model:
+            pair = parts[2 * number : 2 * number + 2]
+            threads = [threading.Thread(target=_timed, args=(model, each, path)) for path in pair]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+
+    begun = time.monotonic()
+    for pid in [fork(partial(process, number)) for number in range(4)]:
+        if os.waitpid(pid, 0)[1]:
+            raise Failed("a process of the soak failed")
+    passed = time.monotonic() - begun
+    times = np.sort(np.concatenate([np.fromfile(path, np.int64) for path in parts]))
+    found: dict[str, Any] = {"inferences": len(times), "seconds": passed}
+    for number, seconds in RATES:
+        inside = np.arange(len(times)) + 1 - np.searchsorted(times, times - seconds * 10**9, side="right")
+        found[f"most in any {seconds} s, of {number}"] = int(inside.max())
+        found[f"excess in any {seconds} s"] = max(0, int(inside.max()) - number)
+    return found
+
+
+def year(days: int, rate: int = 30, step: int = 5) -> dict[str, Any]:
+    """A year of days at so many inferences a second, each ended by a power cut. Time is simulated, the account real."""
+    import tempfile  # noqa: PLC0415
+    from pathlib import Path  # noqa: PLC0415
+
+    from hwlicense.device.ledger import Ledger  # noqa: PLC0415
+
+    chance, written, shared = random.Random(3), 0, 0  # noqa: S311
+    record, share = Ledger._write, Ledger.share  # noqa: SLF001
+
+    def counted(ledger: Ledger, raw: bytes) -> None:
+        nonlocal written
+        written += 1
+        record(ledger, raw)
+
+    def seen(ledger: Ledger, raw: bytes) -> None:
+        nonlocal shared
+        shared += 1
+        share(ledger, raw)
+
+    import pytest  # noqa: PLC0415
+
+    spent, steps = 0, 0
+    granted = grant(limited((1000, 5), (200_000_000, 86400), inferences=10**12))
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ledger, "_write", counted)
+        patch.setattr(Ledger, "share", seen)
+        with Machine().running(patch) as machine:
+            for _ in range(days):
+                metering = machine.open(Path(folder), granted)
+                until = machine.wall + 8 * 3600 + chance.uniform(0, 600)
+                while machine.wall < until:
+                    spent += spend(metering, rate * step, rate * step)
+                    machine.passes(step)
+                    metering._tended.tend()  # noqa: SLF001
+                abandon(metering)
+                machine.restarts(16 * 3600, cut=True)
+            metering = machine.open(Path(folder), granted)
+            words = metering._tended.look()[0].words  # noqa: SLF001
+            lost, steps = words[Field.LOST], machine.steps
+            if words[Field.USED] - lost > spent or words[Field.USED] < spent:
+                raise Failed("the account is wrong")
+            abandon(metering)
+    return {
+        "days": days,
+        "inferences": spent,
+        "lost": lost,
+        "lost a cut": lost / days,
+        "seconds of use a cut": lost / days / rate,
+        "part": lost / spent,
+        "records a day": written / days,
+        "bytes synced a day": written / days * 4096,
+        "steps of the anchor a day": steps / days,
+    }
+
+
+def places(scene: Scene, seconds: float, limit: int = 3, count: int = 20, seed: int = 5) -> dict[str, Any]:
+    """Twenty processes that start, end and are killed at random: the most that ever held a place."""
+    folder, chance = scene.folder / "places", random.Random(seed)  # noqa: S311
+    folder.mkdir()
+    ends = os.pipe()
+    os.set_blocking(ends[0], False)
+    holding: dict[int, bool] = {}
+    worst, held, refused, killed, end = 0, 0, 0, 0, time.monotonic() + seconds
+
+    def work() -> None:
+        try:
+            place = instances.Instance(folder, limit)
+        except hwlicense.ExceededError:
+            os._exit(REFUSED)
+        os.write(ends[1], _NUMBER.pack(os.getpid()))
+        time.sleep(chance.uniform(0, 2))
+        os.write(ends[1], _NUMBER.pack(-os.getpid()))
+        place.close()
+
+    while time.monotonic() < end:
+        while len(holding) < count:
+            chance.random()
+            holding[fork(work)] = False
+        time.sleep(0.002)
+        with suppress(BlockingIOError):
+            for (number,) in _NUMBER.iter_unpack(os.read(ends[0], 1 << 13)):
+                holding[abs(number)] = number > 0
+                held += number > 0
+        worst = max(worst, sum(holding.values()))
+        for pid in list(holding):
+            if holding[pid] and chance.random() < SUDDEN:
+                os.kill(pid, signal.SIGKILL)
+                killed += 1
+                holding[pid] = False
+            gone, status = os.waitpid(pid, os.WNOHANG)
+            if gone:
+                refused += os.WIFEXITED(status) and os.WEXITSTATUS(status) == REFUSED
+                del holding[pid]
+    for pid in holding:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    return {"limit": limit, "held a place": held, "refused": refused, "killed": killed, "most at once": worst}
+
+
+def measure(scene: Scene, options: Any) -> dict[str, Any]:  # noqa: ANN401  # the program's options
+    """All of it."""
+    return {
+        "costs": costs(scene, 5, options.seconds),
+        "kills": kills(scene, options.kills),
+        "soak": soak(scene, options.inferences),
+        "year of power cuts": year(options.cuts),
+        "instances": places(scene, min(60.0, options.seconds)),
+    }
+
+
+def table(found: dict[str, Any]) -> list[str]:
+    """For people."""
+    lines = []
+    for name, part in found.items():
+        lines.append(name)
+        for key, value in part.items():
+            if isinstance(value, dict):
+                shown = ", ".join(f"{inner} {number:,.1f}" for inner, number in value.items())
+            else:
+                shown = f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if value < 1 else f"{value:,.1f}"
+            lines.append(f"  {key:<34} {shown}")
+    return lines
