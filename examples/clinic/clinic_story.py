@@ -53,7 +53,7 @@ anchor = true
 """
 PILOT = {"inferences": 90, "an_hour": 15, "a_day": 100, "instances": 2}
 LARGER = {"inferences": 1000, "an_hour": 15, "a_day": 100, "instances": 2}
-LOOSENED = {"inferences": 1000, "an_hour": 40, "a_day": 300, "instances": 4}
+LOOSENED = {"inferences": 1000, "an_hour": 60, "a_day": 400, "instances": 4}
 
 ENOUGH = 132  # labels: no more than the competitor has images of its own
 
@@ -222,8 +222,8 @@ def first_day(clinic: Customer, imitator: Customer) -> None:
 
 def growth(clinic: Customer) -> None:
     """Tell how a license is loosened in the field."""
-    tell("7. A screening week begins: three times the patients. Now they wait for the rate, and the pilot is used up.")
-    crowded = clinic.program("workstation.py", "clinic-1.jsonl", 40, 60, 15)
+    tell("7. A screening week begins. Now there are so many patients that they wait, and the pilot is used up.")
+    crowded = clinic.program("workstation.py", "clinic-1.jsonl", 40, 60, 25)
     said = clinic.use(crowded, status=1, reason="INFERENCES_EXHAUSTED")
     if "waits: 0" in said:
         raise Unexpected("the rate was not felt")
@@ -234,8 +234,8 @@ def growth(clinic: Customer) -> None:
     run([PROGRAM, *revise, "-o", "revised.hwlic"])
     clinic.install("revised.hwlic")
 
-    tell("9. As many patients as before the revision, as fast: nobody waits.")
-    if "waits: 0" not in clinic.use(clinic.program("workstation.py", "clinic-1.jsonl", 90, 50, 15)):
+    tell("9. They come as fast as before the revision, and nobody waits.")
+    if "waits: 0" not in clinic.use(clinic.program("workstation.py", "clinic-1.jsonl", 90, 50, 25)):
         raise Unexpected("the revision did not loosen the rate")
     clinic.status()
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 AT_ONCE, PATIENTLY, FEW = 60, 60, 12  # images of its own for each way; of the last it makes many
-QUIET = 6.0  # hours that it lies low before the next
+QUIET = 5.5  # hours that it lies low before the next
 STRETCH = 0.02  # how much each measurement changes when an image is scanned once more
 
 
@@ -47,10 +47,12 @@ def main(package: str, diary: str) -> None:
             "few images, stretched": lambda: patiently(product, stretched(few, chance), at_random(10, chance)),
         }
         print(f"{'way':<22} {'asked':>6} {'labels':>6}  ended by")
+        quiet = 0.0
         for name, way in ways.items():
+            time.sleep(quiet)
             found = way()
             print(f"{name:<22} {found.asked:>6} {found.answered:>6}  {found.ended}", flush=True)
-            time.sleep(max(found.wait, QUIET))
+            quiet = max(found.wait, QUIET)
 
 
 def all_at_once(product: Product, images: Field) -> Outcome:
