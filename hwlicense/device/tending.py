@@ -62,7 +62,7 @@ class AnchorClock:
 
 
 class Tended:
-    """One license's account in one process. `problem`: why the lease cannot be renewed; `refusal`: why nothing starts."""
+    """One license's account in one process. `problem`: why no lease is renewed; `refusal`: why nothing starts."""
 
     def __init__(
         self, grant: Grant, like: Account, ledger: Ledger, anchor: Anchor | None, anchor_clock: AnchorClock
