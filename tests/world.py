@@ -17,6 +17,7 @@ from hwlicense.core.envelope import unverified
 from hwlicense.core.keys import wrap_for_vendor
 from hwlicense.core.terms import parse_terms
 from hwlicense.core.tpm.pcrs import Selection
+from hwlicense.device.counters import Counters
 from hwlicense.device.enrolling import enroll
 from hwlicense.device.installing import install
 from hwlicense.vendor import approving, evidence, issuing, packing, signing
@@ -125,11 +126,11 @@ class Device(NamedTuple):
 
     def connect(self, kind: str = "tpm") -> TpmHardware:
         assert kind == "tpm"
-        return TpmHardware(self.tpm.tcti)
+        return TpmHardware(self.tpm.tcti, Counters(self.home))
 
-    def request(self, selection: Selection = PCRS) -> bytes:
+    def request(self, selection: Selection = PCRS, *, counted: bool = False) -> bytes:
         with self.connect() as hardware:
-            return enroll([hardware], selection, "controller", NOW.date())
+            return enroll([hardware], selection, "controller", NOW.date(), counted=counted)
 
     def install(self, raw: bytes, vendor: Vendor):
         self.home.trust(vendor.public)
@@ -141,9 +142,9 @@ class Device(NamedTuple):
         )
 
 
-def licensed(vendor: Vendor, device: Device, terms: str = WITH_PCRS, **options) -> bytes:
+def licensed(vendor: Vendor, device: Device, terms: str = WITH_PCRS, *, counted: bool = False, **options) -> bytes:
     """The whole way: request, license, installation. The license as it was sent."""
-    raw = vendor.issue(device.request(), device.tpm, terms, **options).raw
+    raw = vendor.issue(device.request(counted=counted), device.tpm, terms, **options).raw
     device.install(raw, vendor)
     return raw
 

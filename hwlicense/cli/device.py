@@ -51,6 +51,11 @@ def device() -> None:
 @click.option(
     "--new-key", type=click.Choice(NEW_KEYS), help="Make a key on the token first; without, one that is there."
 )
+@click.option(
+    "--counted",
+    is_flag=True,
+    help="Make a counter in the TPM, for licenses with opens, hours or an anchored account. Takes some NV memory.",
+)
 @secrets.pin_options
 @click.option("--name", default=platform.node, help="A label for the vendor.  [default: the host name]")
 @click.option("-o", "--output", "target", type=FILE, required=True, metavar="OUT.hwreq")
@@ -63,6 +68,7 @@ def enroll(
     dongles: tuple[str, ...],
     pcrs: tuple[str, ...],
     new_key: NewKey | None,
+    counted: bool,
     pin_file: Path | None,
     last_try: bool,
     name: str,
@@ -72,7 +78,7 @@ def enroll(
     """Write a request for a license: what this device's hardware says of itself.
 
     Without --token and --usb that is the TPM, which quotes the request. With them the TPM is among the hardware only if
-    --tpm or --pcrs is given.
+    --tpm, --pcrs or --counted is given.
     """
     place = selecting.home(home, state)
     selection = Selection.parse(*pcrs)
@@ -82,7 +88,7 @@ def enroll(
     if len(uris) > 1 and pin_file:
         what = "A file holds the PIN of one token, and several are to be enrolled."
         raise UsageError(Reason.USAGE, what, "Enroll them one at a time; `vendor issue` takes several requests.")
-    with_tpm = bool(tpm or pcrs or not (tokens or dongles))
+    with_tpm = bool(tpm or pcrs or counted or not (tokens or dongles))
     # Begun first: a wrong path costs nothing, and changes nothing
     with storage.new_file(target, force=force) as file, ExitStack() as stack:
         hardware: list[AnyHardware] = []
@@ -92,14 +98,13 @@ def enroll(
             source = secrets.pin_source(pin_file, last_try=last_try)
             hardware.append(stack.enter_context(enrolled_token(uri, source, new_key)))
         hardware += [stack.enter_context(found_dongle(selector)) for selector in dongles]
-        file.write(make_request(hardware, selection, name, opening.utc_today()))
+        file.write(make_request(hardware, selection, name, opening.utc_today(), counted=counted))
         file.flush()
         before = place.enrolled()
         kept = tpm if with_tpm else before.tpm if before else None
         place.keep_enrolled(kept, str(selection), [str(uri) for uri in uris], dongles)
-    kinds = (
-        [f"the TPM ({str(selection) or 'no PCRs'})"] * with_tpm + ["a token"] * len(uris) + ["a dongle"] * len(dongles)
-    )
+    tpm_part = f"the TPM ({str(selection) or 'no PCRs'}{', with a counter' if counted else ''})"
+    kinds = [tpm_part] * with_tpm + ["a token"] * len(uris) + ["a dongle"] * len(dongles)
     output.note(f"Wrote the request {target} for {', '.join(kinds)}. Send it to the vendor.")
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SESSIONS: Final = 32
 """Sessions with reserved allowances that can be under way at once."""
 
-_LEAST: Final = 64
+_LEAST, _FEW, _PARTS = 64, 16, 1024
 _FREQUENT: Final = 60  # seconds of a rate's frame from which on a loss to it would be felt
 _LAYOUT: Final = 1
 
@@ -87,10 +87,10 @@ class Account:
         self._rates = [*limits.rates, *([throttle] if throttle else [])]
         self._windows = windows(self._rates, _WINDOWS_AT)
         self.words = array("q", raw or bytes(8 * (_WINDOWS_AT + len(self._windows) * WORDS)))
-        small = [rate.count // 16 for rate in limits.rates if rate.seconds >= _FREQUENT]
-        if self.total:
-            small.append(self.total // 1024)
-        self.least = max(2, min([_LEAST, *small]))
+        small = [rate.count for rate in limits.rates if rate.seconds >= _FREQUENT]
+        smallest = min([*small, self.total or _LEAST * _PARTS])
+        # What a crash may cost: a thousandth of the total, and yet enough for a first few calls.
+        self.least = max(1, min(_LEAST, max(smallest // _PARTS, min(_FEW, smallest // 8))))
         if raw is None:
             self.words[Field.LAYOUT] = _LAYOUT
             self.words[Field.STEP] = self.least

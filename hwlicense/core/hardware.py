@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
 
-    from hwlicense.core.documents import Approval, TpmBinding
+    from hwlicense.core.documents import Approval, TpmBinding, TpmCounter
     from hwlicense.core.secret import Secret
     from hwlicense.core.tpm.pcrs import Selection
 
@@ -158,6 +158,9 @@ class Hardware(Protocol[E, B_contra]):
 @runtime_checkable
 class Counting(Protocol):
     """What hardware does, besides, that counts for licenses: a TPM."""
+
+    def provide_counter(self) -> TpmCounter:
+        """A counter for a license to come, at an odd value."""
 
     def commit(self, binding: TpmBinding, held: bytes, approvals: Sequence[Approval]) -> None:
         """Put a revision in force whose `held` is kept: older ones open nothing from here on. Again, it does nothing.

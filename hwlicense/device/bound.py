@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Final, Self
 
-from hwlicense.core.documents import UsbBinding
+from hwlicense.core.documents import TpmBinding, UsbBinding
 from hwlicense.core.errors import AbsentError, HardwareError, HwlicenseError, Reason, RefusedError, UsageError
-from hwlicense.core.hardware import PinPrompt
+from hwlicense.core.hardware import Counting, PinPrompt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -171,6 +171,22 @@ def install(
                 done = len(held) - len(problems)
                 raise _lacking(problems, done, licensed.need, len(licensed.bindings)) from error
     return held, problems
+
+
+def commit(connect: Connect, licensed: License, held: Sequence[bytes | None], approvals: Sequence[Approval]) -> None:
+    """Put a revision in force that its hardware counts: older ones end here. Raises as `Counting.commit`."""
+    for binding, kept in zip(licensed.bindings, held, strict=True):
+        if kept is not None and isinstance(binding, TpmBinding) and binding.counter:
+            with connect("tpm") as hardware:
+                if isinstance(hardware, Counting):
+                    hardware.commit(binding, kept, approvals)
+
+
+def retire(connect: Connect, binding: TpmBinding, held: bytes) -> None:
+    """Take away the counter of a binding that nothing uses any more."""
+    with connect("tpm") as hardware:
+        if isinstance(hardware, Counting):
+            hardware.retire(binding, held)
 
 
 def _lacking(problems: list[HwlicenseError], done: int, need: int, count: int) -> HwlicenseError:

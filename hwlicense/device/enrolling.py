@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from hwlicense.core.documents import Request, TpmEvidence
 from hwlicense.core.envelope import Signature, assemble, statement
+from hwlicense.core.hardware import Counting
 from hwlicense.core.schema import SCHEMA, check
 from hwlicense.core.tpm.structures import Public
 
@@ -17,12 +20,25 @@ if TYPE_CHECKING:
     from hwlicense.core.tpm.pcrs import Selection
 
 
-def enroll(hardware: Sequence[AnyHardware], selection: Selection, device: str, today: datetime.date) -> bytes:
+def enroll(
+    hardware: Sequence[AnyHardware],
+    selection: Selection,
+    device: str,
+    today: datetime.date,
+    *,
+    counted: bool = False,
+) -> bytes:
     """A request for all of `hardware`, as the bytes of a `.hwreq` file. `device` is a label for people.
 
+    `counted` makes a counter in the TPM, for licenses with limits that a TPM holds.
     Raises HardwareError, RefusedError PCR_UNUSABLE for PCRs that were never extended, UsageError for a bad label.
     """
     evidence = [one.describe(selection) for one in hardware]
+    if counted:
+        evidence = [
+            msgspec.structs.replace(found, counter=one.provide_counter()) if isinstance(one, Counting) else found
+            for one, found in zip(hardware, evidence, strict=True)
+        ]
     request = Request(SCHEMA, today, device, evidence)
     check(request)
     signatures = [

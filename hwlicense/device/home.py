@@ -3,6 +3,7 @@
     device.json                             how the device was enrolled
     trust.json                              vendors, for the command line only: applications bring their own
     licenses/ID/license.hwlic               the file as the vendor sent it; its arrival completes an installation
+    counters/HANDLE                         what the TPM's counters take to be used; mode 0600
     licenses/ID/held/KIND-DIGEST            what a binder keeps for the binding with this digest; mode 0600
     licenses/ID/approvals/POLICY.hwapp      platform states approved since
 
@@ -120,11 +121,8 @@ class Home:
 
         `held` is None for hardware that was not here; what was kept of it before stays.
         """
+        self.prepare_license(licensed, held)
         folder = self.path / "licenses" / licensed.grant.license
-        storage.make_folders(folder / "held", 0o700)
-        for binding, content in zip(licensed.bindings, held, strict=True):
-            if content:
-                storage.atomic_write(folder / "held" / _held_name(binding), content, 0o600)
         storage.atomic_write(folder / "license.hwlic", raw, 0o600)
         current = {_held_name(binding) for binding in licensed.bindings}
         for stale in (folder / "held").iterdir():
@@ -143,6 +141,26 @@ class Home:
             return unverified(storage.read_limited(path, FILE_LIMIT), License)[0].grant.vendor
         except DamagedError:  # it may be replaced
             return None
+
+    def counters_in_use(self) -> set[int]:
+        """Handles of the TPM's counters that installed licenses name, whoever signed them."""
+        found: set[int] = set()
+        for folder in self._folders():
+            try:
+                licensed = unverified(storage.read_limited(folder / "license.hwlic", FILE_LIMIT), License)[0]
+            except DamagedError:
+                continue  # it opens nothing as it is
+            bindings = (binding for binding in licensed.bindings if isinstance(binding, TpmBinding))
+            found |= {binding.counter.handle for binding in bindings if binding.counter}
+        return found
+
+    def prepare_license(self, licensed: License, held: Sequence[bytes | None]) -> None:
+        """Keep what the binders hold, beside the license that is in force still."""
+        folder = self.path / "licenses" / licensed.grant.license
+        storage.make_folders(folder / "held", 0o700)
+        for binding, content in zip(licensed.bindings, held, strict=True):
+            if content:
+                storage.atomic_write(folder / "held" / _held_name(binding), content, 0o600)
 
     def held(self, licensed: License, binding: Binding) -> bytes:
         """What the binder kept at installation: nothing, for tokens and dongles.

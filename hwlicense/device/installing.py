@@ -16,6 +16,7 @@ from hwlicense.device.resetting import install_clock_reset
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from hwlicense.core.documents import Binding
     from hwlicense.core.errors import HwlicenseError
     from hwlicense.device.bound import Connect
     from hwlicense.device.home import Home
@@ -48,8 +49,12 @@ def install(
 def _install_license(home: Home, raw: bytes, connect: Connect, absent: Callable[[HwlicenseError], None]) -> License:
     licensed, vendor = verified_by_any(raw, License, home.trusted())
     check_license(licensed, vendor)
+    before = None
     for other, _ in home.licenses([vendor])[0]:
-        if other.grant.license == licensed.grant.license and other.grant.revision > licensed.grant.revision:
+        if other.grant.license != licensed.grant.license:
+            continue
+        before = other
+        if other.grant.revision > licensed.grant.revision:
             older, newer = licensed.grant.revision, other.grant.revision
             what = f"Revision {newer} of this license is installed; the file is revision {older}."
             raise RefusedError(
@@ -59,10 +64,28 @@ def _install_license(home: Home, raw: bytes, connect: Connect, absent: Callable[
         what = f"Another vendor's license {licensed.grant.license} is installed here, which this one would replace."
         raise RefusedError(Reason.WRONG_VENDOR, what, "Ask the vendor for a license with an identifier of its own.")
     held, missing = bound.install(connect, licensed, licensed.approvals)
+    retired = [(old, home.held(before, old)) for old in _ended(before, licensed)] if before else []
+    if any(_counted(binding) for binding in licensed.bindings):
+        # Kept before the older revision ends: a cut leaves what installing again brings to its end.
+        home.prepare_license(licensed, held)
+        bound.commit(connect, licensed, held, home.approvals(licensed, vendor))
     home.keep_license(licensed, raw, held)
+    for old, kept in retired:
+        bound.retire(connect, old, kept)
     for error in missing:
         absent(error)
     return licensed
+
+
+def _counted(binding: Binding) -> bool:
+    return isinstance(binding, TpmBinding) and binding.counter is not None
+
+
+def _ended(before: License, licensed: License) -> list[TpmBinding]:
+    """Bindings of the older revision whose counter the new one does without."""
+    kept = {b.counter.handle for b in licensed.bindings if isinstance(b, TpmBinding) and b.counter}
+    old = [b for b in before.bindings if isinstance(b, TpmBinding) and b.counter]
+    return [binding for binding in old if binding.counter and binding.counter.handle not in kept]
 
 
 def _install_approval(home: Home, raw: bytes, connect: Connect) -> Approval:

@@ -15,6 +15,7 @@ from hwlicense.core.errors import HwlicenseError, Reason, RefusedError, UsageErr
 from hwlicense.core.hardware import last_try_refused
 from hwlicense.core.secret import Secret
 from hwlicense.core.uri import TokenUri
+from hwlicense.device.counters import Counters
 from hwlicense.device.home import Home, read_vendor
 from hwlicense.storage import reporting
 
@@ -95,7 +96,7 @@ def hardware(
             case "tpm":
                 from hwlicense.binders.tpm import TpmHardware  # noqa: PLC0415
 
-                return TpmHardware(tpm_address(tpm, place))
+                return TpmHardware(tpm_address(tpm, place), Counters(place))
             case "pkcs11":
                 from hwlicense.binders.pkcs11 import TokenHardware  # noqa: PLC0415
 

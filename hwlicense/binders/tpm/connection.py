@@ -34,6 +34,8 @@ from hwlicense.core.tpm.wire import number, sized
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from hwlicense.core.tpm.nv import NvPublic
+
 DEFAULT_TCTI: Final = "device:/dev/tpmrm0"
 """The kernel's resource manager: programs share the TPM, and it flushes what a killed one leaves behind."""
 
@@ -43,7 +45,7 @@ PATIENCE: Final = 20.0
 _TCTI: Final = re.compile(r"device:/[^:]+|(swtpm|mssim):[^:]*")
 _FLUSH_CONTEXT: Final = 0x165
 _TRANSIENT, _LOADED_SESSIONS = 0x80000000, 0x02000000
-_KEY_RESOURCE: Final = 1  # IESYSC_KEY_RSRC in the metadata that tpm2-tss serializes
+_KEY_RESOURCE, _NV_RESOURCE = 1, 2  # IESYSC_KEY_RSRC and IESYSC_NV_RSRC in the metadata that tpm2-tss serializes
 
 
 _turns: set[str] = set()  # sockets at which this process has its turn
@@ -103,7 +105,7 @@ class Connection:
         """
         with self._alone(), _turn(self.tcti):
             opened = self.open()
-            work = Work(*opened)
+            work = Work(*opened, self.tcti)
             try:
                 yield work
             except TSS2_Exception as error:
@@ -177,8 +179,8 @@ os.register_at_fork(after_in_child=_forget_all)
 class Work:
     """Sends commands, and knows what they have left in the TPM."""
 
-    def __init__(self, tcti: TCTILdr, esapi: ESAPI) -> None:
-        self._tcti, self._esapi = tcti, esapi
+    def __init__(self, tcti: TCTILdr, esapi: ESAPI, address: str) -> None:
+        self._tcti, self._esapi, self._address = tcti, esapi, address
         self._live: dict[ESYS_TR, int | None] = {}  # with the TPM's handle, None where nothing is to be flushed
         self.command = ""
 
@@ -198,6 +200,19 @@ class Work:
                     pause = min(2 * pause, 1.0)
                 else:
                     raise
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """For what is done once and by one program alone. With a simulator every work is alone: it has its turn."""
+        kind, _, path = self._address.partition(":")
+        node = os.open(path, os.O_RDWR | os.O_CLOEXEC) if kind == "device" else -1
+        try:
+            if node >= 0:
+                fcntl.flock(node, fcntl.LOCK_EX)
+            yield
+        finally:
+            if node >= 0:
+                os.close(node)
 
     # ---- what is loaded ----
 
@@ -221,27 +236,42 @@ class Work:
 
         Sessions salted to it reach this key or fail.
         """
-        metadata = number(handle, 4) + sized(public.name) + number(_KEY_RESOURCE, 4) + sized(public.raw)
-        key = self.borrow(self.call("tr_deserialize", metadata))
-        if bytes(self.call("tr_get_name", key)) != public.name:
-            raise HardwareError(
-                Reason.TPM_UNSUPPORTED, "This release of tpm2-tss keeps key metadata in an unknown form."
-            )
-        return key
+        return self._known(handle, public.name, _KEY_RESOURCE, public.raw)
+
+    def known_index(self, public: NvPublic) -> ESYS_TR:
+        """An NV index whose public area is known, as `known`: authorizations by HMAC reach this index or fail."""
+        return self._known(public.handle, public.name, _NV_RESOURCE, public.raw)
+
+    def _known(self, handle: int, name: bytes, kind: int, area: bytes) -> ESYS_TR:
+        metadata = number(handle, 4) + sized(name) + number(kind, 4) + sized(area)
+        known = self.borrow(self.call("tr_deserialize", metadata))
+        if bytes(self.call("tr_get_name", known)) != name:
+            raise HardwareError(Reason.TPM_UNSUPPORTED, "This release of tpm2-tss keeps metadata in an unknown form.")
+        return known
 
     def session(
-        self, salt: ESYS_TR, kind: TPM2_SE, attributes: TPMA_SESSION, auth_hash: int = TPM2_ALG.SHA256
+        self,
+        salt: ESYS_TR,
+        kind: TPM2_SE,
+        attributes: TPMA_SESSION,
+        auth_hash: int = TPM2_ALG.SHA256,
+        *,
+        bind: ESYS_TR = ESYS_TR.NONE,
     ) -> ESYS_TR:
-        """A session salted to a key, with parameter encryption where `attributes` ask for it."""
+        """A session salted to a key, with parameter encryption where `attributes` ask for it.
+
+        Bound to an object it also proves that object's authValue, with whatever it authorizes.
+        """
         aes = TPMT_SYM_DEF.parse("aes128cfb")
-        handle = self.call("start_auth_session", salt, ESYS_TR.NONE, kind, aes, TPM2_ALG(auth_hash))
+        handle = self.call("start_auth_session", salt, bind, kind, aes, TPM2_ALG(auth_hash))
         self.hold(handle)
         self.call("trsess_set_attributes", handle, attributes)
         return handle
 
-    def ended(self, session: ESYS_TR) -> None:
-        """The TPM has ended this session with the command that it authorised."""
-        self._live.pop(session, None)
+    def ended(self, *handles: ESYS_TR) -> None:
+        """The TPM has ended these sessions, or taken away these indexes, with the command that named them."""
+        for handle in handles:
+            self._live.pop(handle, None)
 
     def flush(self, *handles: ESYS_TR) -> None:
         """Flush before the end of the work what is not needed any more."""

@@ -109,6 +109,22 @@ def hardware_error(error: TSS2_Exception, command: str) -> HardwareError:
     return HardwareError(reason, f"{meaning} {what}.", hint)
 
 
+def defining_error(error: TSS2_Exception) -> HardwareError:
+    """Why an NV index could not be made."""
+    match code(error):
+        case TPM2_RC.NV_SPACE:
+            what = "The TPM has no room for a further counter or index"
+            hint = "`hwlicense device doctor` shows what is used; the TPM's owner may free some (tpm2_nvundefine)."
+            reason = Reason.TPM_NV_FULL
+        case TPM2_RC.ATTRIBUTES:
+            what = "The TPM knows no index that counts its uses (PIN_PASS, from revision 1.38 of the specification on)"
+            hint = "Update the TPM's firmware, or ask the vendor for a license without limits that a TPM counts."
+            reason = Reason.TPM_UNSUPPORTED
+        case _:
+            return hardware_error(error, "nv_define_space")
+    return HardwareError(reason, f"{what} (response code 0x{error.rc:x}: {error}).", hint)
+
+
 def connect_error(error: TSS2_Exception, tcti: str) -> HardwareError:
     """Why no connection came about: the library does not say, so the file or socket is asked again."""
     number = _errno(*tcti.split(":", 1))

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Final, Self
 
 from tpm2_pytss import TPM2_RC, TPM2_SE, TPMA_SESSION, TSS2_Exception
 
-from hwlicense.binders.tpm import installing, keys, opening, probing
+from hwlicense.binders.tpm import counting, installing, keys, opening, probing, standing
+from hwlicense.binders.tpm.anchoring import TpmAnchor
+from hwlicense.binders.tpm.committing import Commitment
 from hwlicense.binders.tpm.connection import DEFAULT_TCTI, Connection, Work
 from hwlicense.binders.tpm.failures import NOT_ITS_OWN, WRONG_AUTHORIZATION, code
 from hwlicense.binders.tpm.held import Held, Ticket
 from hwlicense.binders.tpm.sealed import Sealed
 from hwlicense.core.documents import TpmEvidence
-from hwlicense.core.errors import AbsentError, Reason, RefusedError
-from hwlicense.core.hardware import Unwrapped
+from hwlicense.core.errors import AbsentError, DamagedError, Reason, RefusedError, UsageError
+from hwlicense.core.hardware import Counted, Unwrapped
 from hwlicense.core.secret import Secret
 from hwlicense.core.tpm.duplicate import member_secret, pin_value
 from hwlicense.core.tpm.pcrs import Selection
@@ -24,8 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
 
-    from hwlicense.core.documents import Approval, TpmBinding
-    from hwlicense.core.hardware import PinSource
+    from hwlicense.core.documents import Approval, TpmBinding, TpmCounter
+    from hwlicense.core.hardware import CounterStore, PinSource
 
 
 class TpmHardware:
@@ -34,8 +37,9 @@ class TpmHardware:
     Connects when first used, and closes at the end of a `with` block. Raises UsageError for another kind of TCTI.
     """
 
-    def __init__(self, tcti: str | None = None) -> None:
-        self._connection = Connection(tcti or DEFAULT_TCTI)
+    def __init__(self, tcti: str | None = None, store: CounterStore | None = None) -> None:
+        """`store` is where authValues of counters are kept; without one, counted licenses are not for this hardware."""
+        self._connection, self._store = Connection(tcti or DEFAULT_TCTI), store
 
     def __enter__(self) -> Self:
         return self
@@ -105,7 +109,7 @@ class TpmHardware:
         HardwareError, AbsentError.
         """
         sealed, kept = Sealed.check(binding, approvals), Held.read(held, binding)
-        if sealed.policy_key and not sealed.approvals:
+        if binding.platform and not sealed.approvals:
             what = "There is no approval of a platform state for this license's product and generation."
             hint = "Ask the vendor for one, then: hwlicense device install APPROVAL."
             raise RefusedError(Reason.PLATFORM_UNAPPROVED, what, hint)
@@ -114,8 +118,11 @@ class TpmHardware:
             root, loaded = opening.load(work, kept, sealed)
             if binding.pin:
                 work.call("tr_set_auth", loaded, bytes(auth.buffer))  # a copy that only the collector can take away
-            with opening.unseal(work, root, loaded, sealed, kept) as value:
-                return Unwrapped(member_secret(value, *kept.shares))
+            with (
+                self._index_auth(binding) as indexes,
+                opening.Opening(work, root, loaded, sealed, kept, indexes).unseal() as value,
+            ):
+                return Unwrapped(member_secret(value, *kept.shares), self._anchor(sealed, kept))
 
     def present(self, binding: TpmBinding, held: bytes, number: int = 0) -> None:  # noqa: ARG002  # each proof is fresh
         """Prove with two commands that the storage root key is here. Raises AbsentError, and HardwareError."""
@@ -132,6 +139,76 @@ class TpmHardware:
                     raise
                 what = "The TPM that this license was issued for is not here, or it was cleared."
                 raise AbsentError(Reason.TPM_ABSENT, what, "After a clear, enroll the device again.") from error
+
+    # ---- counted licenses
+
+    def provide_counter(self) -> TpmCounter:
+        """A counter for a license to come. Raises HardwareError TPM_NV_FULL, TPM_AUTHORIZATION."""
+        if self._store is None:
+            raise _nowhere()
+        with self._connection.work() as work:
+            root, _, _ = keys.storage_root_key(work)
+            return counting.provide(work, root, self._store)
+
+    def commit(self, binding: TpmBinding, held: bytes, approvals: Sequence[Approval]) -> None:
+        """Put a revision in force. Raises as `Commitment.commit`."""
+        if binding.counter is None:
+            return
+        sealed, kept = Sealed.check(binding, approvals), Held.read(held, binding)
+        with self._index_auth(binding) as auth, self._connection.work() as work:
+            root, _ = opening.storage_root_key(work, kept)
+            Commitment(work, root, sealed, kept, auth).commit(binding.counter)
+
+    def retire(self, binding: TpmBinding, held: bytes) -> None:
+        """Take away counter and indexes of a binding that a later one does without. Raises HardwareError."""
+        if binding.counter is None:
+            return
+        sealed, kept = Sealed.check(binding, []), Held.read(held, binding)
+        with Secret(bytearray()) as nothing, self._connection.work() as work:
+            root, _ = opening.storage_root_key(work, kept)
+            Commitment(work, root, sealed, kept, nothing).retire(binding.counter)
+
+    def use(self, binding: TpmBinding, held: bytes) -> Counted:
+        """What is spent of a counted license, and whether it is in force. Spends nothing. Raises HardwareError."""
+        sealed, kept = Sealed.check(binding, []), Held.read(held, binding)
+        with self._index_auth(binding) as auth, self._connection.work() as work:
+            root, _ = opening.storage_root_key(work, kept)
+            indexes = counting.Indexes(work, root, auth)
+            state, now, opens = standing.of(indexes, sealed), counting.time(work, root), None
+            index = next((index for index in binding.indexes if index.purpose == "opens"), None)
+            if index is not None and state == "current":
+                asked = sealed.conditions
+                try:
+                    opens, now = indexes.counted(asked.public(index), asked.branches(index))
+                except TSS2_Exception as error:
+                    if code(error) not in (*counting.GONE, TPM2_RC.POLICY_FAIL):
+                        raise
+                    state = "lost"
+            return Counted(state, opens, index.limit if index else None, now.clock, binding.deadline)
+
+    def _anchor(self, sealed: Sealed, held: Held) -> TpmAnchor | None:
+        index = next((index for index in sealed.binding.indexes if index.purpose == "anchor"), None)
+        if index is None:
+            return None
+        return TpmAnchor(self._connection, sealed, held, index, partial(self._index_auth, sealed.binding))
+
+    def _index_auth(self, binding: TpmBinding) -> Secret:
+        """The authValue of the license's counter and indexes; empty where it has none. Raises DamagedError."""
+        if binding.counter is None:
+            return Secret(bytearray())
+        if self._store is None:
+            raise _nowhere()
+        auth = self._store.read(binding.counter.handle)
+        if auth is None:
+            what = f"The home lacks what lets the device use the counter 0x{binding.counter.handle:08x} of its license."
+            hint = "Restore the home from a copy; or enroll again (--counted) and ask for a license for that request."
+            raise DamagedError(Reason.HOME_DAMAGED, what, hint)
+        return auth
+
+
+def _nowhere() -> UsageError:
+    what = "This license is counted by a TPM, and there is no home that keeps what that takes."
+    return UsageError(Reason.USAGE, what, "Give the device's home.")
 
 
 _NOT_HERE: Final = (*NOT_ITS_OWN, *WRONG_AUTHORIZATION, TPM2_RC.HANDLE)
@@ -152,4 +229,4 @@ def _tickets(work: Work, sealed: Sealed) -> list[Ticket]:
     if sealed.policy_key is None or sealed.binding.platform is None:
         return []
     key, platform = sealed.policy_key, sealed.binding.platform
-    return [Ticket(a.policy, installing.ticket(work, key, a, platform)) for a in sealed.approvals]
+    return [Ticket(a.policy, installing.ticket(work, key, a.policy, platform, a.signature)) for a in sealed.approvals]

@@ -28,7 +28,7 @@ from hwlicense.core.tpm.structures import Attributes, Public
 if TYPE_CHECKING:
     from hwlicense.binders.tpm.connection import Work
     from hwlicense.binders.tpm.sealed import Sealed
-    from hwlicense.core.documents import Approval, Credential
+    from hwlicense.core.documents import Credential
 
 
 def import_sealed(work: Work, root: ESYS_TR, sealed: Sealed) -> bytes:
@@ -84,13 +84,12 @@ def _share(
     return taken(share)
 
 
-def ticket(work: Work, key: Public, approval: Approval, reference: bytes) -> bytes:
-    """TPMT_TK_VERIFIED for an approval whose signature has been found good: what PolicyAuthorize asks for."""
+def ticket(work: Work, key: Public, policy: bytes, reference: bytes, signature: bytes) -> bytes:
+    """TPMT_TK_VERIFIED for a policy whose signature has been found good: what PolicyAuthorize asks for."""
     # In the owner hierarchy: a ticket of the null hierarchy satisfies no PolicyAuthorize.
     loaded = work.hold(work.call("load_external", keys.tpm_public(key), None, ESYS_TR.OWNER))
-    signature, _ = TPMT_SIGNATURE.unmarshal(approval.signature)
-    message = hashlib.sha256(approval.policy + reference).digest()
-    verified = work.call("verify_signature", loaded, message, signature)
+    signed, _ = TPMT_SIGNATURE.unmarshal(signature)
+    verified = work.call("verify_signature", loaded, hashlib.sha256(policy + reference).digest(), signed)
     work.flush(loaded)
     return bytes(verified.marshal())
 

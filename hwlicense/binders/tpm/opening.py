@@ -1,16 +1,43 @@
-"""Unsealing: seven commands where nothing is cold, and none that costs the license anything if it fails."""
+"""Unsealing: seven commands where nothing is cold and nothing is limited, twelve with every limit.
+
+What can be wrong is found before the last step of the policy, which is the only one that costs the license an open.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from tpm2_pytss import ESYS_TR, TPM2_RC, TPM2_SE, TPM2B_PRIVATE, TPMA_SESSION, TPMT_TK_VERIFIED, TSS2_Exception
+from tpm2_pytss import (
+    ESYS_TR,
+    TPM2_EO,
+    TPM2_RC,
+    TPM2_SE,
+    TPM2B_PRIVATE,
+    TPMA_SESSION,
+    TPML_DIGEST,
+    TPMT_TK_VERIFIED,
+    TSS2_Exception,
+)
 
-from hwlicense.binders.tpm import installing, keys
+from hwlicense.binders.tpm import capping, installing, keys, standing
+from hwlicense.binders.tpm.counting import GONE, Indexes, make_safe
 from hwlicense.binders.tpm.failures import NOT_ITS_OWN, WRONG_AUTHORIZATION, code
 from hwlicense.core.errors import DamagedError, HardwareError, Reason, RefusedError
 from hwlicense.core.tpm.pcrs import Selection
-from hwlicense.core.tpm.policy import PolicyAuthorize, PolicyAuthValue, PolicyCommandCode, PolicyPCR, Step, pcr_step
+from hwlicense.core.tpm.policy import (
+    SAFE,
+    PolicyAuthorize,
+    PolicyAuthValue,
+    PolicyCommandCode,
+    PolicyCounterTimer,
+    PolicyCpHash,
+    PolicyNV,
+    PolicyOR,
+    PolicyPCR,
+    PolicySecret,
+    Step,
+    pcr_step,
+)
 
 if TYPE_CHECKING:
     from hwlicense.binders.tpm.connection import Work
@@ -18,6 +45,8 @@ if TYPE_CHECKING:
     from hwlicense.binders.tpm.sealed import Sealed
     from hwlicense.core.documents import Approval
     from hwlicense.core.secret import Secret
+    from hwlicense.core.tpm.nv import NvPublic
+    from hwlicense.core.tpm.structures import Public
 
 _ATTEMPTS: Final = 3  # where measurements go on, they change PCRs between policy and use
 
@@ -49,42 +78,118 @@ def load(work: Work, held: Held, sealed: Sealed) -> tuple[ESYS_TR, ESYS_TR]:
         raise keys.wrong_device("this TPM does not know its sealed part, or that is damaged") from error
 
 
-def unseal(work: Work, root: ESYS_TR, loaded: ESYS_TR, sealed: Sealed, held: Held) -> Secret:
-    """The sealed value. Raises RefusedError: PCR_MISMATCH, PIN_WRONG."""
-    attempts = _ATTEMPTS
-    while True:
-        # Salted, so that neither the value nor anything that helps to guess the PIN is seen on the bus.
-        session = work.session(root, TPM2_SE.POLICY, TPMA_SESSION.ENCRYPT)
-        try:
-            approval = _approved_state(work, session, sealed)
-            for step in sealed.steps:
-                _run(work, session, step, sealed, approval, held)
-            value = work.call("unseal", loaded, session1=session)
-        except TSS2_Exception as error:
-            attempts -= 1
-            if code(error) in WRONG_AUTHORIZATION:
-                raise _unauthorized(sealed) from error
-            if code(error) != TPM2_RC.PCR_CHANGED:
-                raise
-            if not attempts:
-                what = "PCRs keep changing while the license is opened."
-                raise HardwareError(Reason.TPM_BUSY, what, "Open it once the system has started.") from error
-            work.flush(session)
-        else:
-            work.ended(session)
-            return installing.taken(value)
+class Opening:
+    """One opening of a license: everything but the sealed object's use, which is the last command."""
+
+    def __init__(self, work: Work, root: ESYS_TR, loaded: ESYS_TR, sealed: Sealed, held: Held, auth: Secret) -> None:
+        self._work, self._root, self._loaded, self._sealed, self._held = work, root, loaded, sealed, held
+        self._indexes = Indexes(work, root, auth)
+        self._proof: ESYS_TR | None = None
+
+    def unseal(self) -> Secret:
+        """The sealed value. Raises RefusedError: PCR_MISMATCH, PIN_WRONG, OPENS_EXHAUSTED, HOURS_EXHAUSTED, ...
+
+        Measurements that go on change PCRs between policy and use: then it is tried again, but only once where opens
+        are counted, as each time costs one.
+        """
+        costly = any(isinstance(step, PolicySecret) for step in self._sealed.steps)
+        attempts, mended = 2 if costly else _ATTEMPTS, set[Step]()
+        while True:
+            self._proof = None
+            # Salted, so that neither the value nor anything that helps to guess the PIN is seen on the bus.
+            session = self._work.session(self._root, TPM2_SE.POLICY, TPMA_SESSION.ENCRYPT)
+            at: list[Step] = []
+            try:
+                approval = approved_state(self._work, session, self._sealed)
+                for step in self._sealed.steps:
+                    at[:] = [step]
+                    self._run(session, step, approval)
+                at.clear()
+                value = self._work.call("unseal", self._loaded, session1=session)
+            except TSS2_Exception as error:
+                if code(error) == TPM2_RC.PCR_CHANGED:
+                    attempts -= 1
+                    if not attempts:
+                        what = "PCRs keep changing while the license is opened."
+                        raise HardwareError(Reason.TPM_BUSY, what, "Open it once the system has started.") from error
+                elif not at or at[0] in mended or not self._mended(at[0], error):
+                    raise
+                else:
+                    mended.update(at)
+                self._work.flush(session, *([self._proof] if self._proof is not None else []))
+            else:
+                self._work.ended(session)
+                return installing.taken(value)
+
+    def _run(self, session: ESYS_TR, step: Step, approval: Approval | None) -> None:
+        work = self._work
+        match step:
+            case PolicyNV(index, operand):
+                known = self._indexes.handle(index)
+                work.call("policy_nv", known, known, session, operand, TPM2_EO.EQ, session1=self._proved())
+            case PolicySecret(index):
+                # The last step: what it proves it with ends here, and it counts whatever becomes of the opening.
+                proof = self._proved()
+                work.call("trsess_set_attributes", proof, TPMA_SESSION(0))
+                work.call("policy_secret", self._indexes.handle(index), session, expiration=0, session1=proof)
+                work.ended(proof)
+                self._proof = None
+            case _:
+                run(work, session, step, self._sealed, approval, self._held)
+
+    def _proved(self) -> ESYS_TR:
+        """One session for counter and index, bound to the sealed object where there is a PIN: a wrong one spends
+        nothing, and the TPM counts it as wrong.
+        """
+        if self._proof is None:
+            bind = self._loaded if self._sealed.binding.pin else ESYS_TR.NONE
+            self._proof = self._work.session(self._root, TPM2_SE.HMAC, TPMA_SESSION.CONTINUESESSION, bind=bind)
+        return self._proof
+
+    def _mended(self, step: Step, error: TSS2_Exception) -> bool:
+        """Whether the opening may be tried again; False where the error says it all. Raises what it means."""
+        answer = code(error)
+        match step:
+            case PolicyPCR() if answer == TPM2_RC.VALUE and self._sealed.binding.cap is not None:
+                capping.extend(self._work, self._sealed.binding.cap)
+                return True
+            case PolicyNV(index) if answer == TPM2_RC.POLICY or answer in GONE:
+                raise self._outdated(index, error) from error
+            case PolicyCounterTimer(offset) if answer == TPM2_RC.POLICY and offset == SAFE:
+                make_safe(self._work, self._root)
+                return True
+            case PolicyCounterTimer() if answer == TPM2_RC.POLICY:
+                what = "The license's hours of powered-on time are over."
+                hint = "Ask the vendor for a revision of the license with more hours."
+                raise RefusedError(Reason.HOURS_EXHAUSTED, what, hint) from error
+            case PolicySecret(index) if answer == TPM2_RC.AUTH_UNAVAILABLE or answer in GONE:
+                if self._indexes.name(index.handle) != index.name:
+                    raise standing.lost("the index of its opens") from error
+                if answer == TPM2_RC.AUTH_UNAVAILABLE:
+                    raise standing.exhausted(self._sealed) from error
+        if answer in WRONG_AUTHORIZATION:
+            raise self._unauthorized() from error
+        return False
+
+    def _outdated(self, index: NvPublic, error: TSS2_Exception) -> Exception:
+        if code(error) in WRONG_AUTHORIZATION and self._indexes.name(index.handle) == index.name:
+            return self._unauthorized()
+        return standing.refusal(standing.of(self._indexes, self._sealed), self._sealed)
+
+    def _unauthorized(self) -> RefusedError | HardwareError:
+        if self._sealed.binding.pin:
+            hint = "The TPM counts wrong PINs and locks after a few: be sure of the next one."
+            return RefusedError(Reason.PIN_WRONG, "The PIN is wrong.", hint)
+        what = "A command to the TPM was changed on its way: the TPM refuses its authentication."
+        hint = "Inspect the device: something tampers with its TPM's bus."
+        return HardwareError(Reason.TPM_ANSWER_FORGED, what, hint)
 
 
-def _unauthorized(sealed: Sealed) -> RefusedError | HardwareError:
-    if sealed.binding.pin:
-        hint = "The TPM counts wrong PINs and locks after a few: be sure of the next one."
-        return RefusedError(Reason.PIN_WRONG, "The PIN is wrong.", hint)
-    what = "A command to the TPM was changed on its way: the TPM refuses its authentication."
-    return HardwareError(Reason.TPM_ANSWER_FORGED, what, "Inspect the device: something tampers with its TPM's bus.")
+def approved_state(work: Work, session: ESYS_TR, sealed: Sealed) -> Approval | None:
+    """The approval that agrees with the platform, its PolicyPCR done; None where the license asks for none.
 
-
-def _approved_state(work: Work, session: ESYS_TR, sealed: Sealed) -> Approval | None:
-    """The approval that agrees with the platform, its PolicyPCR done; None where the license asks for none."""
+    Raises RefusedError PCR_MISMATCH.
+    """
     for approval in sealed.approvals:
         step = pcr_step(approval.pcrs)
         try:
@@ -112,7 +217,8 @@ def _mismatch(work: Work, sealed: Sealed) -> RefusedError:
     return RefusedError(Reason.PCR_MISMATCH, what, hint)
 
 
-def _run(work: Work, session: ESYS_TR, step: Step, sealed: Sealed, approval: Approval | None, held: Held) -> None:
+def run(work: Work, session: ESYS_TR, step: Step, sealed: Sealed, approval: Approval | None, held: Held) -> None:
+    """A step that needs no authorization. Raises DamagedError LICENSE_DAMAGED for one that is none."""
     match step:
         case PolicyPCR(selection, values):
             work.call("policy_pcr", session, values, keys.tpm_selection(selection))
@@ -120,22 +226,33 @@ def _run(work: Work, session: ESYS_TR, step: Step, sealed: Sealed, approval: App
             work.call("policy_command_code", session, command)
         case PolicyAuthValue():
             work.call("policy_auth_value", session)
+        case PolicyCounterTimer(offset, operand, operation):
+            work.call("policy_counter_timer", session, operand, operation, offset)
+        case PolicyCpHash(parameters):
+            work.call("policy_cp_hash", session, parameters)
+        case PolicyOR(branches):
+            work.call("policy_or", session, TPML_DIGEST(list(branches)))
         case PolicyAuthorize() if approval is not None and sealed.policy_key is not None:
             kept = held.ticket(approval.policy)
             try:
-                ticket = kept or installing.ticket(work, sealed.policy_key, approval, step.reference)
-                _authorize(work, session, step, approval, ticket)
+                ticket = kept or _ticket(work, sealed.policy_key, approval, step)
+                authorize(work, session, step, approval.policy, ticket)
             except TSS2_Exception as error:
                 if kept is None or code(error) not in (TPM2_RC.VALUE, TPM2_RC.TICKET):
                     raise
-                ticket = installing.ticket(work, sealed.policy_key, approval, step.reference)
-                _authorize(work, session, step, approval, ticket)
+                ticket = _ticket(work, sealed.policy_key, approval, step)
+                authorize(work, session, step, approval.policy, ticket)
         case _:
             what = f"The license asks the TPM for a step that this release cannot take: {type(step).__name__}."
             raise DamagedError(Reason.LICENSE_DAMAGED, what, "Update hwlicense, or ask for the license again.")
 
 
-def _authorize(work: Work, session: ESYS_TR, step: PolicyAuthorize, approval: Approval, ticket: bytes) -> None:
+def _ticket(work: Work, key: Public, approval: Approval, step: PolicyAuthorize) -> bytes:
+    return installing.ticket(work, key, approval.policy, step.reference, approval.signature)
+
+
+def authorize(work: Work, session: ESYS_TR, step: PolicyAuthorize, policy: bytes, ticket: bytes) -> None:
+    """The vendor has signed the policy so far."""
     verified, _ = TPMT_TK_VERIFIED.unmarshal(ticket)
-    signed = {"approved_policy": approval.policy, "policy_ref": step.reference, "key_sign": step.key}
+    signed = {"approved_policy": policy, "policy_ref": step.reference, "key_sign": step.key}
     work.call("policy_authorize", session, check_ticket=verified, **signed)  # by keyword: the order varies by release

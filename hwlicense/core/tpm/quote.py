@@ -1,4 +1,4 @@
-"""Quotes: what the TPM says of its PCRs and clock, signed by its attestation key (Part 2, 10.12.12)."""
+"""Quotes: what the TPM says of its PCRs and clock, signed by its attestation key (Part 2, 10.12.12); and its time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hwlicense.core.documents import Pcr
 
 _GENERATED: Final = 0xFF544347  # only a TPM signs, with a restricted key, what starts with this
-_ATTEST_QUOTE: Final = 0x8018
+_ATTEST_QUOTE, _ATTEST_TIME = 0x8018, 0x8019
 
 
 class Quoted(NamedTuple):
@@ -62,3 +62,28 @@ def check_quote(attestation_key: Public, quote: bytes, statement: bytes, pcrs: S
         raise reader.damaged("the PCR values are not those that the TPM quoted")
     reader.end()
     return quoted
+
+
+class Time(NamedTuple):
+    """Milliseconds of powered-on time: since power-up (`uptime`), and ever; `safe` as in a quote."""
+
+    uptime: int
+    clock: int
+    safe: bool
+
+
+def read_time(attest: bytes) -> Time:
+    """What TPM2_GetTime attests (TPMS_ATTEST with TPMS_TIME_ATTEST_INFO). Raises DamagedError QUOTE_INVALID.
+
+    Nothing is signed: the caller had it over a session that authenticates the answer.
+    """
+    reader = Reader(attest, "TPM's time", Reason.QUOTE_INVALID)
+    if reader.number(4) != _GENERATED or reader.number(2) != _ATTEST_TIME:
+        raise reader.damaged("it is no time of a TPM")
+    reader.sized(68)
+    reader.sized(64)
+    reader.take(17 + 8)  # clock information and firmware, as in every attestation; the former comes once more
+    uptime, clock, _, _, safe = (reader.number(size) for size in (8, 8, 4, 4, 1))
+    reader.take(8)
+    reader.end()
+    return Time(uptime, clock, bool(safe))
