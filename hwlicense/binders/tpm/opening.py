@@ -93,7 +93,8 @@ class Opening:
         are counted, as each time costs one.
         """
         costly = any(isinstance(step, PolicySecret) for step in self._sealed.steps)
-        attempts, mended = 2 if costly else _ATTEMPTS, set[Step]()
+        attempts: int = 2 if costly else _ATTEMPTS
+        mended = set[Step]()
         while True:
             self._proof = None
             # Salted, so that neither the value nor anything that helps to guess the PIN is seen on the bus.
