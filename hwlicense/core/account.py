@@ -38,7 +38,7 @@ class Field(IntEnum):
     BASE = auto()  # allowances before the lease
     RESERVED = auto()  # of the lease
     STEP = auto()  # the most of one reservation
-    ANNOUNCED = auto()  # the most of the next lease
+    ANNOUNCED = auto()  # the most of one reservation of the next lease
     SETTLED = auto()  # 1: nothing more is reserved in this lease
     CLOCK_MS = auto()  # of the anchor, at the last reservation
     RAISED_NS = auto()  # running time, at the last reservation
@@ -94,6 +94,7 @@ class Account:
         if raw is None:
             self.words[Field.LAYOUT] = _LAYOUT
             self.words[Field.STEP] = self.least
+            self.words[Field.ANNOUNCED] = 4 * self.least
 
     def encode(self) -> bytes:
         """The numbers as bytes of this machine's order: the account never leaves the device."""

@@ -4,8 +4,9 @@ The account is written to the disk as a record. What is written down as reserved
 as spent. The anchor (a count in hardware) gives each *lease* a serial. A record is trusted to be the last one of its
 lease only as far as hardware says: further reservations in a lease are at least `SPACING` apart and at most `STEP`
 each, so that the powered-on time since the record bounds what may have been reserved since. An older record that is
-put back is charged all of that; serials that the account does not know are charged what the last known one announced,
-or `LARGEST`. So whoever crashes, deletes or restores loses, and never gains.
+put back is charged all of that, and so are later leases: the first record of a lease announces the most of the next
+one's reservations, which are `GROWTH` times as large at the most. So whoever crashes, deletes or restores loses, and
+never gains.
 
 Without an anchor, a record is taken for the latest.
 """
@@ -25,19 +26,17 @@ LARGEST: Final = 1 << 28
 SPACING: Final = 10_000
 """Milliseconds between reservations in one lease, at the least."""
 
+_BITS: Final = 2
+GROWTH: Final = 1 << _BITS
+"""How many times as large the reservations of the next lease can be."""
+
+_DOUBLINGS: Final = 64
 _NANOSECONDS: Final = SPACING * 1_000_000
 _RESERVATIONS: Final = 128  # in a lease: about twenty minutes of use, with one writing in the anchor
 _OF_LEASE: Final = (
     *(Field.SERIAL, Field.SIZE, Field.BASE, Field.RESERVED, Field.STEP, Field.ANNOUNCED, Field.SETTLED),
     *(Field.CLOCK_MS, Field.RAISED_NS, Field.PACE, Field.COUNTED),
 )
-
-
-class Plan(NamedTuple):
-    """A lease to take: its first reservation, and its size."""
-
-    step: int
-    size: int
 
 
 class Moment(NamedTuple):
@@ -92,35 +91,28 @@ def settle(account: Account, moment: Moment, keep: int) -> bool:
     return True
 
 
-def plan(account: Account, moment: Moment, demand: int = 0) -> Plan | None:
-    """The next lease, as large as use asks for; None where the total leaves nothing to lease."""
+def plan(account: Account, moment: Moment, demand: int = 0) -> int:
+    """The reservations of the next lease, as large as use asks for; 0 where the total leaves nothing to lease."""
     words = account.words
     _measure(account, moment)
     surge = moment.running - words[Field.RAISED_NS] < _NANOSECONDS
     step = max(demand, _step(account, surge=surge and not words[Field.SETTLED]))
-    free = LARGEST if account.total is None else account.total - words[Field.USED]
-    return Plan(min(step, free), min(_RESERVATIONS * step, free, LARGEST)) if free > 0 else None
+    return min(step, words[Field.ANNOUNCED]) if account.total is None or account.total > words[Field.USED] else 0
 
 
-def announce(account: Account, planned: Plan) -> bool:
-    """Say how large the next lease may be. True where that is to be written down before the lease is taken."""
-    if planned.size <= account.words[Field.ANNOUNCED]:
-        return False
-    account.words[Field.ANNOUNCED] = planned.size
-    return True
-
-
-def take(account: Account, planned: Plan, serial: int, moment: Moment) -> bool:
+def take(account: Account, step: int, serial: int, moment: Moment) -> bool:
     """Begin the lease `serial`; those between are charged. To be written down before any of it is booked: True."""
     words = account.words
     if missing := max(0, serial - words[Field.SERIAL] - 1):
-        account.charge(min(words[Field.ANNOUNCED] + (missing - 1) * LARGEST, LARGEST))
-    free = planned.size if account.total is None else max(0, account.total - words[Field.USED])
-    kept = min(words[Field.LEFT], free)  # others may be about to book it
-    words[Field.SERIAL], words[Field.BASE] = serial, words[Field.USED]
-    words[Field.SIZE] = min(planned.size + kept, free) if account.total is not None else planned.size + kept
-    words[Field.LEFT] = words[Field.RESERVED] = min(kept + planned.step, words[Field.SIZE])
-    words[Field.STEP], words[Field.ANNOUNCED], words[Field.SETTLED] = planned.step, planned.size, 0
+        account.charge(_unknown(account, missing, _RESERVATIONS))
+    kept = words[Field.LEFT]  # others may be about to book it
+    size = kept + step * _RESERVATIONS
+    if account.total is not None:
+        size = min(size, max(0, account.total - words[Field.USED]))
+    words[Field.SERIAL], words[Field.BASE], words[Field.SIZE] = serial, words[Field.USED], size
+    words[Field.LEFT] = words[Field.RESERVED] = min(kept + step, size)
+    words[Field.STEP], words[Field.SETTLED] = max(step, 1), 0
+    words[Field.ANNOUNCED] = min(max(step, account.least) * GROWTH, LARGEST // _RESERVATIONS)
     _raised(account, moment)
     return True
 
@@ -144,14 +136,14 @@ def recover(account: Account, serial: int | None, elapsed: int) -> int:
     words = account.words
     charge = words[Field.RESERVED] - (words[Field.USED] - words[Field.BASE])
     if serial is not None:
+        more = max(0, elapsed) * 17 // (16 * SPACING)  # a little more, as clocks may differ
         if not words[Field.SETTLED]:
-            more = max(0, elapsed) * 17 // (16 * SPACING)  # a little more, as clocks may differ
             charge += min(words[Field.SIZE] - words[Field.RESERVED], words[Field.STEP] * more)
         missing = serial - words[Field.SERIAL]
         if missing < 0:
             charge += LARGEST  # that anchor never gave out the record's serial
         elif missing > 0:
-            charge += words[Field.ANNOUNCED] + (missing - 1) * LARGEST
+            charge += _unknown(account, missing, min(1 + more, _RESERVATIONS))
         words[Field.SERIAL] = serial
     charge = min(max(0, charge), LARGEST)
     account.charge(charge)
@@ -164,6 +156,13 @@ def lose(account: Account, serial: int) -> None:
     account.charge(min(serial * LARGEST, LARGEST))
     account.words[Field.SERIAL] = serial
     _begin(account)
+
+
+def _unknown(account: Account, leases: int, reservations: int) -> int:
+    """What later leases than the account's may have reserved, each with so many reservations."""
+    first = account.words[Field.ANNOUNCED] * reservations
+    charges = (min(LARGEST, first << _BITS * place) for place in range(min(leases, _DOUBLINGS)))
+    return min(LARGEST, sum(charges))
 
 
 def _begin(account: Account) -> None:

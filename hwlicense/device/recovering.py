@@ -107,8 +107,7 @@ class _Opening:
         self._charge(account, reading, recorded=recorded, same_boot=before == self._boot)
         if reading and self._grant.terms_of_use.metered:
             moment = leases.Moment(clock.running_time(), reading.clock)
-            planned = leases.plan(account, moment) or leases.Plan(account.least, 0)
-            leases.take(account, planned, reading.steps, moment)
+            leases.take(account, leases.plan(account, moment), reading.steps, moment)
         elif reading:
             account.words[Field.SERIAL] = reading.steps
         write(account.encode())

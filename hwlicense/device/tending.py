@@ -169,24 +169,17 @@ class Tended:
 
     def _renew_lease(self, anchor: Anchor) -> None:
         """Take a further lease from the anchor. Raises HwlicenseError."""
-        planned: list[leases.Plan] = []
-
-        def announce(account: Account) -> bool:
-            found = leases.plan(account, self._moment(), self._demand)
-            if found is None or not leases.low(account, self._demand):  # another process was quicker
-                return False
-            planned.append(found)
-            return leases.announce(account, found)
-
         with self._ledger.renewing() as mine:
             if not mine:
                 return
-            self._recorded(announce)
-            if planned:
-                reading = anchor.step()
-                self._anchor_clock.set(reading.clock)
-                moment = leases.Moment(clock.running_time(), reading.clock)
-                self._recorded(lambda account: leases.take(account, planned[0], reading.steps, moment))
+            account, _ = self.look()
+            step = leases.plan(account, self._moment(), self._demand)
+            if not step or not leases.low(account, self._demand):  # another process was quicker
+                return
+            reading = anchor.step()
+            self._anchor_clock.set(reading.clock)
+            moment = leases.Moment(clock.running_time(), reading.clock)
+            self._recorded(lambda account: leases.take(account, step, reading.steps, moment))
 
     # ---- the thread
 

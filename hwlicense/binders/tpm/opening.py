@@ -84,7 +84,7 @@ class Opening:
     def __init__(self, work: Work, root: ESYS_TR, loaded: ESYS_TR, sealed: Sealed, held: Held, auth: Secret) -> None:
         self._work, self._root, self._loaded, self._sealed, self._held = work, root, loaded, sealed, held
         self._indexes = Indexes(work, root, auth)
-        self._proof: ESYS_TR | None = None
+        self._proofs: list[ESYS_TR] = []
 
     def unseal(self) -> Secret:
         """The sealed value. Raises RefusedError: PCR_MISMATCH, PIN_WRONG, OPENS_EXHAUSTED, HOURS_EXHAUSTED, ...
@@ -96,7 +96,7 @@ class Opening:
         attempts: int = 2 if costly else _ATTEMPTS
         mended = set[Step]()
         while True:
-            self._proof = None
+            self._proofs.clear()
             # Salted, so that neither the value nor anything that helps to guess the PIN is seen on the bus.
             session = self._work.session(self._root, TPM2_SE.POLICY, TPMA_SESSION.ENCRYPT)
             at: list[Step] = []
@@ -110,14 +110,14 @@ class Opening:
             except TSS2_Exception as error:
                 if code(error) == TPM2_RC.PCR_CHANGED:
                     attempts -= 1
-                    if not attempts:
+                    if attempts < 1:
                         what = "PCRs keep changing while the license is opened."
                         raise HardwareError(Reason.TPM_BUSY, what, "Open it once the system has started.") from error
                 elif not at or at[0] in mended or not self._mended(at[0], error):
                     raise
                 else:
                     mended.update(at)
-                self._work.flush(session, *([self._proof] if self._proof is not None else []))
+                self._work.flush(session, *self._proofs)
             else:
                 self._work.ended(session)
                 return installing.taken(value)
@@ -134,7 +134,7 @@ class Opening:
                 work.call("trsess_set_attributes", proof, TPMA_SESSION(0))
                 work.call("policy_secret", self._indexes.handle(index), session, expiration=0, session1=proof)
                 work.ended(proof)
-                self._proof = None
+                self._proofs.clear()
             case _:
                 run(work, session, step, self._sealed, approval, self._held)
 
@@ -142,10 +142,10 @@ class Opening:
         """One session for counter and index, bound to the sealed object where there is a PIN: a wrong one spends
         nothing, and the TPM counts it as wrong.
         """
-        if self._proof is None:
+        if not self._proofs:
             bind = self._loaded if self._sealed.binding.pin else ESYS_TR.NONE
-            self._proof = self._work.session(self._root, TPM2_SE.HMAC, TPMA_SESSION.CONTINUESESSION, bind=bind)
-        return self._proof
+            self._proofs.append(self._work.session(self._root, TPM2_SE.HMAC, TPMA_SESSION.CONTINUESESSION, bind=bind))
+        return self._proofs[0]
 
     def _mended(self, step: Step, error: TSS2_Exception) -> bool:
         """Whether the opening may be tried again; False where the error says it all. Raises what it means."""
