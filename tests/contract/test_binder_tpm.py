@@ -243,7 +243,7 @@ def test_a_step_that_cannot_be_taken_is_refused_and_not_left_out(machine):
         later: Any = object()  # of a later release
         for step in (sealed.steps[0], later):  # the first is an approval's, and there is none
             with pytest.raises(DamagedError, match="cannot take") as caught:
-                opening._run(work, ESYS_TR.NONE, step, sealed, None, kept)
+                opening.run(work, ESYS_TR.NONE, step, sealed, None, kept)
             assert caught.value.reason == Reason.LICENSE_DAMAGED
     assert machine.wire.commands == []
 

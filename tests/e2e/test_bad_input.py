@@ -401,6 +401,6 @@ def test_no_option_takes_a_secret_itself():
             yield from command.params
 
     named = {p.name for p in options(root) if any(word in p.name for word in ("pin", "pass", "secret", "key"))}
-    allowed = {"pin_file", "token_pin_file", "with_pin", "passphrase_file", "no_passphrase"}
+    allowed = {"pin_file", "token_pin_file", "with_pin", "no_pin", "passphrase_file", "no_passphrase", "recorded_keys"}
     assert named == allowed | {"new_key"}  # which is a choice of algorithms
     assert all(p.envvar is None for p in options(root))

@@ -113,6 +113,8 @@ class Opening:
                     if attempts < 1:
                         what = "PCRs keep changing while the license is opened."
                         raise HardwareError(Reason.TPM_BUSY, what, "Open it once the system has started.") from error
+                elif not at and code(error) in WRONG_AUTHORIZATION:
+                    raise self._unauthorized() from error
                 elif not at or at[0] in mended or not self._mended(at[0], error):
                     raise
                 else:
