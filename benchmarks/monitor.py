@@ -62,13 +62,13 @@ VECTORS: Final[dict[str, tuple[Callable[[Trace], tuple[traces.Rows, traces.Label
 }
 
 PRODUCTS: Final = {
-    "camera on a line": Product(traces.camera, "500ms", 64),
+    "camera on a line": Product(traces.camera, "500ms", 200),
     "voice device": Product(traces.voice, "30m", 200),
     "document scanner": Product(traces.scanner, "10s", 250),
 }
 MISTAKES: Final = {
-    "camera, pause longer than its cycle": Product(traces.camera, "30s", 64),
-    "camera, a vector of each frame": Product(traces.frames, "10ms", 64),
+    "camera, pause longer than its cycle": Product(traces.camera, "30s", 200),
+    "camera, a vector of each frame": Product(traces.frames, "10ms", 200),
 }
 
 
