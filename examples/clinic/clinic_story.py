@@ -40,14 +40,14 @@ instances = {instances}
 lasting = "4s"
 [monitor.regularity]
 action = "deny"
-calls = 16
+calls = 32
 variation = 0.15
 pause = "1s"
 [monitor.distances]
 action = "deny"
 features = 30
-queries = 40
-normality = 0.7
+queries = 20
+normality = 0.75
 [require]
 anchor = true
 """

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 AT_ONCE, PATIENTLY, FEW = 60, 60, 12  # images of its own for each way; of the last it makes many
 QUIET = 5.5  # hours that it lies low before the next
-STRETCH = 0.02  # how much each measurement changes when an image is scanned once more
+STEP = 0.05  # how far each measurement is moved, up or down
 
 
 class Outcome(NamedTuple):
@@ -99,11 +99,11 @@ def at_random(rate: float, chance: np.random.Generator) -> Iterator[float]:
 
 
 def stretched(images: Field, chance: np.random.Generator) -> Iterator[Field]:
-    """The few images, and then the same ones again and again, never quite alike."""
+    """The few images, and then others that are made from them, each a step away: to see where the answer changes."""
     yield from images
     for _ in range(200):
         image = images[chance.integers(len(images))]
-        yield image * np.exp(STRETCH * chance.normal(size=image.shape))
+        yield image * np.exp(STEP * chance.choice([-1.0, 1.0], size=image.shape))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ WRITTEN: Final = 60.0
 MOST: Final = 4096
 """Calls that a process keeps for the next writing: more are looked at, and not told to others."""
 
-_WAITING: Final = 256  # calls that are looked at together, at the most
+_WAITING: Final = 64  # calls after which they are looked at at once
 _LIMIT: Final = 512 << 10
 _MILLION: Final = 1_000_000
 
@@ -81,7 +81,9 @@ class Watch:
         seen = None if features is None else monitoring.check_features(self._terms, features)
         millis = now // _MILLION
         self._waiting.append(Observation(millis, count, seen, label))
-        if len(self._waiting) >= _WAITING:
+        if len(self._waiting) == _WAITING:
+            self._tended.wake()
+        elif len(self._waiting) >= MOST:  # nobody looks after it: so be it here
             self._look()
         verdict = self.verdict
         if verdict.until is None or millis >= verdict.until or verdict.action in {"none", "flag"}:
@@ -133,6 +135,9 @@ class Watch:
             number, state = self._read(account.words[Field.MONITOR], now // _MILLION)
             if self._untold:
                 state = monitoring.fold(self._terms, state, self._untold)
+                # What this process found stays found, though others' calls lie between its own now.
+                found = {name: max(end, state.found.get(name, 0)) for name, end in self._state.found.items()}
+                state = msgspec.structs.replace(state, found={**state.found, **found})
                 storage.atomic_write(self._path, self._sealed(number + 1, state.encode()), 0o600)
                 with self._tended.sharing() as (present, _):
                     present.words[Field.MONITOR] = number + 1

@@ -1,0 +1,143 @@
+"""Abnormal use is found by all processes together, and a restart, a deleted or restored state does not clear it."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from hwlicense.core.errors import ExceededError, Reason, UsageError
+from hwlicense.core.limits import Distances, Limits, Monitor, Rate, Regularity, Use
+from hwlicense.core.secret import Secret
+from hwlicense.device import recovering
+from hwlicense.device.metering import Metering
+from hwlicense.device.watching import Watch
+from tests.metered import Machine, grant
+
+REGULAR = Regularity(64, 250, 30_000, "deny")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    with Machine().running(monkeypatch) as machine:
+        yield machine
+
+
+def use(action="deny", throttled=None) -> Use:
+    regular = Regularity(REGULAR.calls, REGULAR.variation, REGULAR.pause, action)
+    return Use(limits=Limits(inferences=10**6), monitor=Monitor(3600, regular, None, throttled))
+
+
+def opened(machine, state, granted) -> Metering:
+    folder = recovering.account_folder(state, granted)
+    tended = recovering.open_account(folder, granted, Secret(bytearray(b"k" * 32)), machine, None)
+    watch = Watch(folder / "monitor", granted.terms_of_use.monitor, Secret(bytearray(b"m" * 32)), tended)
+    return Metering(granted, tended, watch)
+
+
+def run(machine, metering, count, seconds=0.5) -> int:
+    done = 0
+    for _ in range(count):
+        machine.passes(seconds)
+        metering._tended.tend()
+        try:
+            metering.spend()
+        except ExceededError as error:
+            if error.reason == Reason.LEASE_PENDING:
+                continue
+            break
+        done += 1
+    return done
+
+
+def test_a_machine_is_denied_and_for_how_long_is_said(machine, tmp_path):
+    metering = opened(machine, tmp_path, grant(use()))
+    assert 60 <= run(machine, metering, 500) < 200
+    with pytest.raises(ExceededError) as error:
+        metering.spend()
+    assert error.value.reason == Reason.ABNORMAL_USE
+    assert 0 < error.value.wait <= 3600
+    machine.passes(3601)
+    metering._tended.tend()
+    metering.spend()
+    metering.close()
+
+
+def test_a_restart_does_not_clear_it(machine, tmp_path):
+    granted = grant(use())
+    metering = opened(machine, tmp_path, granted)
+    run(machine, metering, 500)
+    metering.close()
+    machine.restarts()
+    metering = opened(machine, tmp_path, granted)
+    with pytest.raises(ExceededError):
+        metering.spend()
+    metering.close()
+
+
+def test_runs_that_are_cut_short_add_up(machine, tmp_path):
+    granted, done = grant(use()), 0
+    for _ in range(12):
+        metering = opened(machine, tmp_path, granted)
+        done += run(machine, metering, 20)
+        metering.close()
+    assert done < 200
+
+
+@pytest.mark.parametrize("how", ["deleted", "restored", "changed"])
+def test_a_state_that_was_tampered_with_has_found_all(machine, tmp_path, how):
+    granted = grant(use())
+    metering = opened(machine, tmp_path, granted)
+    run(machine, metering, 10)
+    metering.close()
+    path = next(tmp_path.rglob("monitor"))
+    shutil.copy(path, tmp_path / "saved")
+    metering = opened(machine, tmp_path, granted)
+    run(machine, metering, 10)
+    metering.close()
+    if how == "deleted":
+        path.unlink()
+    elif how == "restored":
+        shutil.copy(tmp_path / "saved", path)
+    else:
+        path.write_bytes(path.read_bytes().replace(b'"number":', b'"number":9'))
+    metering = opened(machine, tmp_path, granted)
+    with pytest.raises(ExceededError) as error:
+        metering.spend()
+    assert error.value.reason == Reason.ABNORMAL_USE
+    metering.close()
+
+
+def test_throttled_it_goes_on_slowly(machine, tmp_path):
+    metering = opened(machine, tmp_path, grant(use("throttle", Rate(5, 60))))
+    run(machine, metering, 150)
+    machine.passes(120)
+    done = 0
+    with pytest.raises(ExceededError) as error:
+        while done < 50:
+            metering.spend()
+            done += 1
+    assert error.value.reason == Reason.RATE_EXCEEDED
+    assert done == 5
+    metering.close()
+
+
+def test_flagged_it_goes_on_and_says_so(machine, tmp_path):
+    metering = opened(machine, tmp_path, grant(use("flag")))
+    assert run(machine, metering, 300) == 300
+    assert metering.verdict.action == "flag"
+    assert metering.verdict.detectors == ("regularity",)
+    metering.close()
+
+
+def test_features_of_the_wrong_size_are_wrong_usage(machine, tmp_path):
+    monitor = Monitor(3600, None, Distances(100, 950, 4, "flag"))
+    metering = opened(machine, tmp_path, grant(Use(limits=Limits(inferences=100), monitor=monitor)))
+    with pytest.raises(UsageError):
+        metering.spend(1, [1.0, 2.0])
+    with pytest.raises(UsageError):
+        metering.spend(1, [1.0, 2.0, 3.0, float("nan")])
+    with pytest.raises(UsageError):
+        metering.spend(1, [1.0, 2.0, 3.0, 4.0], -1)
+    metering.spend(1, [1.0, 2.0, 3.0, 4.0], 1)
+    metering.close()
