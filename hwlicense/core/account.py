@@ -89,12 +89,13 @@ class Account:
         self.words = array("q", raw or bytes(8 * (_WINDOWS_AT + len(self._windows) * WORDS)))
         small = [rate.count for rate in limits.rates if rate.seconds >= _FREQUENT]
         smallest = min([*small, self.total or _LEAST * _PARTS])
-        # What a crash may cost: a thousandth of the total, and yet enough for a first few calls.
+        self.first = max(1, min(_LEAST, smallest))
+        # What a crash of an idle process may cost: a thousandth of the total, and yet enough for a first few calls.
         self.least = max(1, min(_LEAST, max(smallest // _PARTS, min(_FEW, smallest // 8))))
         if raw is None:
             self.words[Field.LAYOUT] = _LAYOUT
             self.words[Field.STEP] = self.least
-            self.words[Field.ANNOUNCED] = 4 * self.least
+            self.words[Field.ANNOUNCED] = self.first
 
     def encode(self) -> bytes:
         """The numbers as bytes of this machine's order: the account never leaves the device."""

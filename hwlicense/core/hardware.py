@@ -168,8 +168,8 @@ class Counting(Protocol):
         A cut at any point leaves what doing it again brings to its end.
         """
 
-    def retire(self, binding: TpmBinding, held: bytes) -> None:
-        """Take away counter and indexes of a binding that a later one does without."""
+    def retire(self, binding: TpmBinding) -> None:
+        """Take away counter and indexes of a binding that a later one does without; from here on it opens nothing."""
 
     def use(self, binding: TpmBinding, held: bytes) -> Counted:
         """What is spent of a counted license, and whether it is in force. Spends nothing."""

@@ -112,7 +112,7 @@ def take(account: Account, step: int, serial: int, moment: Moment) -> bool:
     words[Field.SERIAL], words[Field.BASE], words[Field.SIZE] = serial, words[Field.USED], size
     words[Field.LEFT] = words[Field.RESERVED] = min(kept + step, size)
     words[Field.STEP], words[Field.SETTLED] = max(step, 1), 0
-    words[Field.ANNOUNCED] = min(max(step, account.least) * GROWTH, LARGEST // _RESERVATIONS)
+    words[Field.ANNOUNCED] = min(max(step * GROWTH, account.first), LARGEST // _RESERVATIONS)
     _raised(account, moment)
     return True
 

@@ -182,11 +182,11 @@ def commit(connect: Connect, licensed: License, held: Sequence[bytes | None], ap
                     hardware.commit(binding, kept, approvals)
 
 
-def retire(connect: Connect, binding: TpmBinding, held: bytes) -> None:
+def retire(connect: Connect, binding: TpmBinding) -> None:
     """Take away the counter of a binding that nothing uses any more."""
     with connect("tpm") as hardware:
         if isinstance(hardware, Counting):
-            hardware.retire(binding, held)
+            hardware.retire(binding)
 
 
 def _lacking(problems: list[HwlicenseError], done: int, need: int, count: int) -> HwlicenseError:

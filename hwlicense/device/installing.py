@@ -64,14 +64,13 @@ def _install_license(home: Home, raw: bytes, connect: Connect, absent: Callable[
         what = f"Another vendor's license {licensed.grant.license} is installed here, which this one would replace."
         raise RefusedError(Reason.WRONG_VENDOR, what, "Ask the vendor for a license with an identifier of its own.")
     held, missing = bound.install(connect, licensed, licensed.approvals)
-    retired = [(old, home.held(before, old)) for old in _ended(before, licensed)] if before else []
     if any(_counted(binding) for binding in licensed.bindings):
         # Kept before the older revision ends: a cut leaves what installing again brings to its end.
         home.prepare_license(licensed, held)
         bound.commit(connect, licensed, held, home.approvals(licensed, vendor))
+    for old in _ended(before, licensed) if before else []:
+        bound.retire(connect, old)
     home.keep_license(licensed, raw, held)
-    for old, kept in retired:
-        bound.retire(connect, old, kept)
     for error in missing:
         absent(error)
     return licensed

@@ -36,6 +36,7 @@ BATCH: Final = 1024
 _TICKET: Final = True
 _SOON: Final = 0.5  # seconds after which a lease is expected to be renewed
 _MOST: Final = 1 << 31
+_WAITED, _POLL = 2.0, 0.01  # seconds
 _LONGEST: Final = 86400  # seconds of a session that nothing else ends
 
 
@@ -171,9 +172,15 @@ class Metering:
     # ---- sessions
 
     def hold(self, count: int, seconds: int | None) -> Session:
-        """Reserve `count` allowances for a session of at most so many seconds. Raises as `spend` does."""
+        """Reserve `count` allowances for a session of at most so many seconds. Raises as `spend` does.
+
+        Where the lease must be renewed for that, it is waited for: two seconds at the most.
+        """
+        if type(count) is not int or not 1 <= count < _MOST:
+            raise UsageError(Reason.USAGE, f"{count!r} is no number of inferences.", "Reserve a whole number of them.")
         self._tended.start()
-        for _ in range(3):
+        give_up = time.monotonic() + _WAITED
+        while True:
             with self._turn, self._tended.sharing() as (account, now):
                 self._take_back(account)
                 held = account.hold(now, count, now + (seconds or _LONGEST) * 10**9)
@@ -184,8 +191,9 @@ class Metering:
             if held.rate or held.exhausted or held.wait:
                 raise self._exceeded(held, count)
             if not self._tended.reserve(count):
-                break
-        raise self._pending()
+                if self._tended.problem or time.monotonic() > give_up:
+                    raise self._pending()
+                time.sleep(_POLL)
 
     def let_go(self, session: Session) -> None:
         """The session is over."""
@@ -212,8 +220,8 @@ class Metering:
             return None
         if short.rate or short.exhausted or short.wait:
             return self._exceeded(short, count)
-        self._tended.ask(count)
-        return self._pending()
+        self._tended.ask(count)  # so that the session need not wait for it
+        return self._pending() if self._tended.problem else None
 
     def _on_look(self) -> None:
         if self._instance:

@@ -61,7 +61,7 @@ def open_account(folder: Path, grant: Grant, key: Secret, anchor: Anchor | None,
             ledger.enter()
         tended = Tended(grant, account, ledger, anchor, opened.clock)
         if anchor is None and use.metered:
-            tended.raise_reservation()
+            tended.reserve(account.first)
     except BaseException:
         ledger.close()
         raise
@@ -107,7 +107,7 @@ class _Opening:
         self._charge(account, reading, recorded=recorded, same_boot=before == self._boot)
         if reading and self._grant.terms_of_use.metered:
             moment = leases.Moment(clock.running_time(), reading.clock)
-            leases.take(account, leases.plan(account, moment), reading.steps, moment)
+            leases.take(account, leases.plan(account, moment, account.first), reading.steps, moment)
         elif reading:
             account.words[Field.SERIAL] = reading.steps
         write(account.encode())

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tpm2_pytss import ESYS_TR, TPM2_EO, TPM2_SE, TPMA_SESSION, TPML_DIGEST, TSS2_Exception
+from tpm2_pytss import ESYS_TR, TPM2_EO, TPM2_RC, TPM2_SE, TPMA_SESSION, TPML_DIGEST, TSS2_Exception
 
 from hwlicense.binders.tpm import capping, installing, opening, standing
 from hwlicense.binders.tpm.counting import GONE, Indexes
 from hwlicense.binders.tpm.failures import code
+from hwlicense.core.secret import Secret
 from hwlicense.core.tpm.composing import PLACES
 from hwlicense.core.tpm.nv import counter_public, limit_data
 from hwlicense.core.tpm.policy import PolicyNV, digest
@@ -22,7 +23,15 @@ if TYPE_CHECKING:
     from hwlicense.binders.tpm.held import Held
     from hwlicense.binders.tpm.sealed import Sealed
     from hwlicense.core.documents import TpmCounter, TpmIndex
-    from hwlicense.core.secret import Secret
+
+
+def retire(work: Work, counter: TpmCounter) -> None:
+    """Take away a counter and its indexes. Whoever took them before is no error."""
+    with Secret(bytearray()) as nothing:  # which the owner's authorization makes unnecessary
+        indexes = Indexes(work, ESYS_TR.NONE, nothing)
+        for handle in (counter.handle, *(counter.handle + place for place in PLACES.values())):
+            if indexes.name(handle) is not None:
+                indexes.undefine(handle)
 
 
 class Commitment:
@@ -47,20 +56,23 @@ class Commitment:
         if value > counter.value:
             raise standing.superseded()
         if value == counter.value:
+            self._check_written()
             return
         self._check_state()
+        stale = self._make_room(counter)
         for _ in range(counter.value - 1 - value):
             self._indexes.increment(public)
-        self._remove_others(counter)
+        for handle in stale:
+            self._indexes.undefine(handle)
         for index in self._sealed.conditions.indexes:
             self._write(index)
         self._indexes.increment(public)
 
-    def retire(self, counter: TpmCounter) -> None:
-        """Take away counter and indexes. Whoever took them before is no error."""
-        for handle in (counter.handle, *(counter.handle + place for place in PLACES.values())):
-            if self._indexes.name(handle) is not None:
-                self._indexes.undefine(handle)
+    def _check_written(self) -> None:
+        """That no index was taken away since: nothing can be written any more."""
+        for index in self._sealed.conditions.indexes:
+            if self._indexes.name(index.handle) != self._sealed.conditions.public(index).name:
+                raise standing.lost(f"its index ({index.purpose})")
 
     def _check_state(self) -> None:
         self._sealed.check_writes()
@@ -71,13 +83,25 @@ class Commitment:
         opening.approved_state(self._work, session, self._sealed)
         self._work.flush(session)
 
-    def _remove_others(self, counter: TpmCounter) -> None:
-        """Indexes that this revision does without, or that are of another one."""
+    def _make_room(self, counter: TpmCounter) -> list[int]:
+        """Make the indexes whose handles are free. Handles of those that another revision left, to be made again.
+
+        So whatever the TPM refuses of it (no room, no such index, an owner's password) it refuses while the older
+        revision is alive: an index is of use only when it is written.
+        """
+        stale = list[int]()
         wanted = {index.handle: self._sealed.conditions.public(index) for index in self._sealed.conditions.indexes}
         for handle in (counter.handle + place for place in PLACES.values()):
             name, public = self._indexes.name(handle), wanted.get(handle)
-            if name is not None and (public is None or name not in (public.name, public.unwritten.name)):
-                self._indexes.undefine(handle)
+            if name is None and public is not None:
+                self._indexes.define(public)
+            elif name is not None and (public is None or name not in (public.name, public.unwritten.name)):
+                stale.append(handle)
+        if stale:
+            session = self._work.session(self._root, TPM2_SE.POLICY, TPMA_SESSION(0))
+            self._work.call("policy_secret", ESYS_TR.OWNER, session, expiration=0)
+            self._work.flush(session)
+        return stale
 
     def _write(self, index: TpmIndex) -> None:
         public = self._sealed.conditions.public(index)
@@ -86,11 +110,18 @@ class Commitment:
             return
         if name is None:
             self._indexes.define(public)
-        target = self._indexes.handle(public.unwritten)
-        session = self._permitted(index)
-        data = limit_data(index.limit)
-        self._work.call("nv_write", target, data, auth_handle=target, session1=session)
-        self._work.ended(session)
+        target, data = self._indexes.handle(public.unwritten), limit_data(index.limit)
+        for last in (False, False, True):
+            session = self._permitted(index)
+            try:
+                self._work.call("nv_write", target, data, auth_handle=target, session1=session)
+            except TSS2_Exception as error:
+                if last or code(error) != TPM2_RC.PCR_CHANGED:  # as where measurements go on
+                    raise
+                self._work.flush(session)
+            else:
+                self._work.ended(session)
+                return
 
     def _permitted(self, index: TpmIndex) -> ESYS_TR:
         """A session that may write the index: the vendor's signature comes last, before the choice of the branch."""

@@ -9,7 +9,7 @@ from tpm2_pytss import TPM2_RC, TPM2_SE, TPMA_SESSION, TSS2_Exception
 
 from hwlicense.binders.tpm import counting, installing, keys, opening, probing, standing
 from hwlicense.binders.tpm.anchoring import TpmAnchor
-from hwlicense.binders.tpm.committing import Commitment
+from hwlicense.binders.tpm.committing import Commitment, retire
 from hwlicense.binders.tpm.connection import DEFAULT_TCTI, Connection, Work
 from hwlicense.binders.tpm.failures import NOT_ITS_OWN, WRONG_AUTHORIZATION, code
 from hwlicense.binders.tpm.held import Held, Ticket
@@ -159,14 +159,11 @@ class TpmHardware:
             root, _ = opening.storage_root_key(work, kept)
             Commitment(work, root, sealed, kept, auth).commit(binding.counter)
 
-    def retire(self, binding: TpmBinding, held: bytes) -> None:
+    def retire(self, binding: TpmBinding) -> None:
         """Take away counter and indexes of a binding that a later one does without. Raises HardwareError."""
-        if binding.counter is None:
-            return
-        sealed, kept = Sealed.check(binding, []), Held.read(held, binding)
-        with Secret(bytearray()) as nothing, self._connection.work() as work:
-            root, _ = opening.storage_root_key(work, kept)
-            Commitment(work, root, sealed, kept, nothing).retire(binding.counter)
+        if binding.counter is not None:
+            with self._connection.work() as work:
+                retire(work, binding.counter)
 
     def use(self, binding: TpmBinding, held: bytes) -> Counted:
         """What is spent of a counted license, and whether it is in force. Spends nothing. Raises HardwareError."""
