@@ -210,6 +210,7 @@ def first_day(clinic: Customer, imitator: Customer) -> None:
             if "waits: 0" not in finish(process):
                 raise Unexpected("the license let a patient wait")
         clinic.status()
+        shutil.copytree(FOLDER / clinic.folder, FOLDER / "first-evening")
 
         tell("6. Meanwhile at Imitation Ltd.: too fast; then too regular; then too much alike. None of its ways lasts.")
         table = finish(labelling)
@@ -239,8 +240,11 @@ def growth(clinic: Customer) -> None:
         raise Unexpected("the revision did not loosen the rate")
     clinic.status()
 
-    tell("10. The old license, put back, is dead: the TPM's counter has moved on.")
-    clinic.install(f"{clinic.folder}.hwlic", status=1, reason="LICENSE_SUPERSEDED")
+    tell("10. Somebody puts the home of the first evening back, with its 50 images left. The TPM has moved on.")
+    shutil.rmtree(FOLDER / clinic.folder)
+    (FOLDER / "first-evening").rename(FOLDER / clinic.folder)
+    restored = clinic.program("workstation.py", "clinic-1.jsonl", 140, 1, 25)
+    clinic.use(restored, status=1, reason="LICENSE_SUPERSEDED")
 
 
 def main() -> None:

@@ -21,14 +21,13 @@ if TYPE_CHECKING:
 
     from classifier import Field
 
-
 AT_ONCE, PATIENTLY, FEW = 60, 60, 12  # images of its own for each way; of the last it makes many
 QUIET = 5.5  # hours that it lies low before the next
 STEP = 0.05  # how far each measurement is moved, up or down
 
 
 class Outcome(NamedTuple):
-    """How many images were asked about and answered, what ended it, and for how many seconds that lasts."""
+    """How many images were asked about and answered, what ended it, and how many seconds to wait then."""
 
     asked: int
     answered: int

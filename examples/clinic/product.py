@@ -70,6 +70,7 @@ class Product:
         """
         standing = self._model.standing(horizon=seconds, inferences=images)  # touches no hardware, promises nothing
         if standing.refusal:
+            self._write(standing.refusal.reason)
             raise standing.refusal
         with self._model.session(inferences=images):
             yield
