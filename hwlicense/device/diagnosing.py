@@ -15,6 +15,7 @@ from hwlicense.core.errors import HwlicenseError
 from hwlicense.core.tpm.pcrs import Selection
 from hwlicense.device import grace, memory, plugged, selecting
 from hwlicense.device.bound import kind_of
+from hwlicense.device.counters import Counters
 from hwlicense.device.opening import utc_today
 from hwlicense.device.plugged import Finding, user_name, whole
 from hwlicense.device.reporting import status
@@ -134,6 +135,26 @@ def _tpm(home: Home, tcti: str | None) -> Iterator[Finding]:
         "ok", "TPM", f"{facts['manufacturer']}, firmware {facts['firmware']}, specification {facts['revision']}"
     )
     yield from _keys(facts)
+    yield from _nv(home, facts)
+
+
+_PIN_PASS: Final = 1.38  # the revision of the specification that brought indexes that count their uses
+
+
+def _nv(home: Home, facts: dict[str, Any]) -> Iterator[Finding]:
+    """What licenses that a TPM counts take of its memory."""
+    used, left, most = (facts[f"nv_counters{which}"] for which in ("", "_left", "_most"))
+    text = f"{used} counters{f' of {most}' if most else ''}, room for {left} more; {facts['nv_indexes']} indexes in all"
+    text += f", {facts['nv_ours']} of them by enrolments with --counted"
+    if float(facts["revision"]) < _PIN_PASS:
+        old = f"; revision {facts['revision']} knows no index that counts opens or anchors an account (PIN_PASS)"
+        yield Finding("note", "TPM memory", text + old, "Update the TPM's firmware before enrolling with --counted")
+    else:
+        mend = "" if left else "The TPM's owner may remove what nothing uses (tpm2_nvundefine)"
+        yield Finding("ok" if left else "note", "TPM memory", text, mend)
+    for handle in Counters(home).spare():
+        text = f"the counter 0x{handle:08x} was made by an enrolment and serves no license yet"
+        yield Finding("note", "TPM memory", text, "The next enrolment with --counted uses it")
 
 
 def _keys(facts: dict[str, Any]) -> Iterator[Finding]:

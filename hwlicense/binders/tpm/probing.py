@@ -8,6 +8,8 @@ from tpm2_pytss import TPM2_CAP
 
 from hwlicense.binders.tpm import keys
 from hwlicense.binders.tpm.connection import DEFAULT_TCTI, Connection
+from hwlicense.binders.tpm.counting import index_handles
+from hwlicense.core.tpm.nv import FIRST, LAST
 from hwlicense.core.tpm.pcrs import BANKS
 
 if TYPE_CHECKING:
@@ -18,11 +20,18 @@ if TYPE_CHECKING:
 # TPM_PT (Part 2, 6.13)
 _REVISION, _MANUFACTURER, _FIRMWARE_VERSION = 0x102, 0x105, 0x10B
 _PERMANENT, _LOCKOUT_COUNTER, _MAX_AUTH_FAIL, _LOCKOUT_INTERVAL, _LOCKOUT_RECOVERY = 0x200, 0x20E, 0x20F, 0x210, 0x211
+_NV_COUNTERS_MOST, _CLOCK_UPDATE = 0x116, 0x119
+_NV_COUNTERS, _NV_COUNTERS_LEFT = 0x20A, 0x20B
 _IN_LOCKOUT: Final = 1 << 9  # of TPMA_PERMANENT (Part 2, 8.6)
 
 
 class Facts(NamedTuple):
-    """`wrong_pins` of `wrong_pins_allowed` are counted; one is forgiven after `forgiven_after` seconds."""
+    """`wrong_pins` of `wrong_pins_allowed` are counted; one is forgiven after `forgiven_after` seconds.
+
+    `nv_counters` of `nv_counters_most` are defined, and `nv_counters_left` more find room now; `nv_most` and `left` are
+    0 where the TPM does not say. `nv_indexes` are defined in all, `nv_ours` of them this project's.
+    `clock_update` is how many milliseconds the clock can lose at a power cut.
+    """
 
     manufacturer: str
     firmware: str
@@ -35,6 +44,12 @@ class Facts(NamedTuple):
     wrong_pins_allowed: int
     forgiven_after: int
     lockout_recovery: int
+    nv_counters: int
+    nv_counters_left: int
+    nv_counters_most: int
+    nv_indexes: int
+    nv_ours: int
+    clock_update: int
     pcrs: list[Pcr]
 
 
@@ -45,6 +60,7 @@ def probe(tcti: str | None, selection: Selection) -> Facts:
         with connection.work() as work:
             fixed, variable = _properties(work, 0x100), _properties(work, 0x200)
             _, banks = work.call("get_capability", TPM2_CAP.PCRS, 0, 1)
+            indexes = index_handles(work)
             allocated = {
                 int(bank.hash) for bank in banks.data.assignedPCR if any(bytes(bank.pcrSelect)[: bank.sizeofSelect])
             }
@@ -59,6 +75,12 @@ def probe(tcti: str | None, selection: Selection) -> Facts:
                 wrong_pins_allowed=variable.get(_MAX_AUTH_FAIL, 0),
                 forgiven_after=variable.get(_LOCKOUT_INTERVAL, 0),
                 lockout_recovery=variable.get(_LOCKOUT_RECOVERY, 0),
+                nv_counters=variable.get(_NV_COUNTERS, 0),
+                nv_counters_left=variable.get(_NV_COUNTERS_LEFT, 0),
+                nv_counters_most=fixed.get(_NV_COUNTERS_MOST, 0),
+                nv_indexes=len(indexes),
+                nv_ours=sum(FIRST <= index <= LAST for index in indexes),
+                clock_update=fixed.get(_CLOCK_UPDATE, 0),
                 pcrs=keys.read_pcrs(work, selection),
             )
     finally:
