@@ -87,11 +87,20 @@ class Metering:
                 return
             self._refill(count)
         else:
-            throttled = self._watch.admit(_now(_boot) + self._offset, count, features, label)
+            self._spend_watched(self._watch, count, features, label)
+
+    def _spend_watched(self, watch: Watch, count: int, features: Sequence[float] | None, label: int) -> None:
+        """As `spend`, seen by the monitor: what it denies is still granted from what a session has reserved."""
+        now = self._tended.now()
+        seen = watch.observation(now, count, features, label)
+        refusal, throttled = watch.refusal(now), watch.throttled(now)
+        if refusal is None:
             tickets, end = self._tickets
-            if not throttled and count == 1 and _now(_boot) < end and next(tickets, False):
-                return
-            self._refill(count, throttled=throttled)
+            if throttled or count != 1 or now - self._offset >= end or not next(tickets, False):
+                self._refill(count, throttled=throttled)
+        elif not self._spend_held(count):
+            raise refusal
+        watch.saw(seen)
 
     def _refill(self, count: int, *, throttled: bool = False) -> None:
         """The slow way: spend, and book the next batch."""
@@ -209,8 +218,9 @@ class Metering:
 
     def may_start(self, count: int) -> HwlicenseError | None:
         """Why a session that spends so many could not start now; None if it may."""
-        if self._tended.refusal:
-            return self._tended.refusal
+        denied = self._watch.refusal(self._tended.now()) if self._watch else None
+        if refusal := self._tended.refusal or denied:
+            return refusal
         if not count:
             return None
         with self._turn, self._tended.sharing() as (account, now):

@@ -71,28 +71,38 @@ class Watch:
         """In a forked child: what the parent has seen, the parent tells."""
         self._new_process()
 
-    def admit(self, now: int, count: int, features: Sequence[float] | None, label: int) -> bool:
-        """See a call. `now` in nanoseconds of the meter's clock. Whether use is throttled.
-
-        Raises ExceededError ABNORMAL_USE where it is denied; UsageError for features that do not fit.
-        """
+    def observation(self, now: int, count: int, features: Sequence[float] | None, label: int) -> Observation:
+        """A call as it would be seen, `now` in nanoseconds of the meter's clock. Raises UsageError."""
         if type(label) is not int or label < 0:
             raise UsageError(Reason.USAGE, f"{label!r} is no label of a class.", "Give a number from 0 on.")
         seen = None if features is None else monitoring.check_features(self._terms, features)
-        millis = now // _MILLION
-        self._waiting.append(Observation(millis, count, seen, label))
+        return Observation(now // _MILLION, count, seen, label)
+
+    def saw(self, observation: Observation) -> None:
+        """The call was granted."""
+        self._waiting.append(observation)
         if len(self._waiting) == _WAITING:
             self._tended.wake()
         elif len(self._waiting) >= MOST:  # nobody looks after it: so be it here
             self._look()
-        verdict = self.verdict
-        if verdict.until is None or millis >= verdict.until or verdict.action in {"none", "flag"}:
-            return False
-        if verdict.action == "throttle":
-            return True
+
+    def throttled(self, now: int) -> bool:
+        """Whether use is throttled now."""
+        return self._in_force(now // _MILLION) == "throttle"
+
+    def refusal(self, now: int) -> ExceededError | None:
+        """Why use is denied now; None if it is not."""
+        verdict, millis = self.verdict, now // _MILLION
+        if verdict.until is None or self._in_force(millis) != "deny":
+            return None
         wait = (verdict.until - millis) / 1000
         what = f"Use is abnormal ({', '.join(verdict.detectors)}), so the license denies it for {wait:,.0f} s."
-        raise ExceededError(Reason.ABNORMAL_USE, what, "Wait, or ask the vendor for a revision with other terms.", wait)
+        hint = "Wait, or ask the vendor for a revision with other terms."
+        return ExceededError(Reason.ABNORMAL_USE, what, hint, wait)
+
+    def _in_force(self, millis: int) -> str:
+        verdict = self.verdict
+        return verdict.action if verdict.until is not None and millis < verdict.until else "none"
 
     def present(self) -> Verdict:
         """What has been found and is in force now."""

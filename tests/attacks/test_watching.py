@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 
 import pytest
 
@@ -112,13 +113,11 @@ def test_throttled_it_goes_on_slowly(machine, tmp_path):
     metering = opened(machine, tmp_path, grant(use("throttle", Rate(5, 60))))
     run(machine, metering, 150)
     machine.passes(120)
-    done = 0
+    for _ in range(5):
+        metering.spend()
     with pytest.raises(ExceededError) as error:
-        while done < 50:
-            metering.spend()
-            done += 1
+        metering.spend()
     assert error.value.reason == Reason.RATE_EXCEEDED
-    assert done == 5
     metering.close()
 
 
@@ -140,4 +139,29 @@ def test_features_of_the_wrong_size_are_wrong_usage(machine, tmp_path):
     with pytest.raises(UsageError):
         metering.spend(1, [1.0, 2.0, 3.0, 4.0], -1)
     metering.spend(1, [1.0, 2.0, 3.0, 4.0], 1)
+    metering.close()
+
+
+def test_a_denial_interrupts_no_session_and_starts_none(machine, tmp_path):
+    metering = opened(machine, tmp_path, grant(use()))
+    session = metering.hold(10, 3600)
+    run(machine, metering, 500)
+    assert metering.may_start(0).reason == Reason.ABNORMAL_USE
+    session.end()
+    with pytest.raises(ExceededError):
+        metering.spend()
+    metering.close()
+
+
+def test_refused_calls_are_not_seen(machine, tmp_path):
+    """Who obeys the wait and asks again with the same input is no machine for that."""
+    monitor = Monitor(3600, Regularity(64, 250, 30_000, "deny"))
+    limits = Limits(rates=[Rate(5, 60)])
+    metering = opened(machine, tmp_path, grant(Use(limits=limits, monitor=monitor)))
+    for _ in range(300):
+        machine.passes(0.5)
+        with suppress(ExceededError):
+            metering.spend()
+        metering._tended.tend()
+    assert metering.verdict.action == "none"
     metering.close()
