@@ -301,10 +301,8 @@ def spread(intervals: Sequence[int]) -> float:
             wide = sums[len(sums) * 3 // 4] - sums[len(sums) // 4]
             least = min(least, wide / _DEVIATIONS / middle * math.sqrt(span))
         span *= 2
-    if (
-        least == math.inf
-    ):  # too fast for the clock's steps: 2,000 calls a second are a machine's, a short burst may not be
-        return 0.0 if 2 * ends[-1] < len(intervals) else 1.0
+    if least == math.inf:  # too fast for the clock's steps throughout: a machine, or a short burst
+        return 0.0 if len(intervals) >= 2 * _BLOCKS else 1.0
     return least
 
 
