@@ -99,7 +99,7 @@ def unlock(
         if today:
             check_validity(licensed.grant, today)
         else:
-            foreseeable(folder, licensed.grant)
+            foreseeable(folder, licensed.grant, resetting.pending(home, licensed, signer))
         check_license(licensed, signer)
         bound = Bound(connect, licensed, home, home.approvals(licensed, signer))
         limit = licensed.grant.terms_of_use.limits.instances

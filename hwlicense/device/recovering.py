@@ -203,7 +203,7 @@ class _Opening:
         return account.words[Field.BOOT_HIGH], account.words[Field.BOOT_LOW]
 
 
-def foreseeable(folder: Path, grant: Grant) -> None:
+def foreseeable(folder: Path, grant: Grant, reset: ClockReset | None) -> None:
     """Refuse by the clock and what the account says, unchecked, before hardware is asked: that costs no open.
 
     Raises RefusedError as `open_account`.
@@ -211,6 +211,8 @@ def foreseeable(folder: Path, grant: Grant) -> None:
     like, floor = Account(grant.terms_of_use.limits, throttle(grant)), calendar.seconds(grant.issued)
     if account := seen(folder, like):
         clocks = calendar.Clocks(clock.wall(), clock.boot_time(), same_boot=True, anchor=None)
+        if reset:
+            calendar.reset(account.words, clocks, reset.time)
         calendar.present(account.words, clocks, floor)
     if not calendar.unset(clock.wall(), floor):
         check_validity(grant, calendar.day(clock.wall()))

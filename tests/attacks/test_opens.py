@@ -17,8 +17,10 @@ from hwlicense.core.terms import parse_terms
 from hwlicense.core.tpm.composing import Conditions
 from hwlicense.core.tpm.nv import NvAttributes, NvPublic, counter_public
 from hwlicense.core.tpm.wire import number, sized
+from hwlicense.device import clock
 from hwlicense.device.counters import Counters
 from hwlicense.vendor import basis, evidence, issuing
+from hwlicense.vendor.resetting import reset_clock
 from tests.world import NOW, TERMS, WITH_PCRS, licensed
 
 LIMIT = 4
@@ -349,3 +351,16 @@ def test_nothing_is_left_in_the_tpm(vendor, device):
         for first in (0x80000000, 0x02000000, 0x03000000):
             _, capability = esapi.get_capability(TPM2_CAP.HANDLES, first, 64)
             assert not list(capability.data.handles)
+
+
+def test_a_clock_reset_mends_what_was_set_far_forward(vendor, device, monkeypatch):
+    """Through the whole of an opening, of which the first checks ask no hardware."""
+    raw = licensed(vendor, device, OPENS + "inferences = 100\n", counted=True)
+    right, ahead = clock.wall(), 300 * 86400
+    monkeypatch.setattr(clock, "wall", lambda: right + ahead)
+    device.open(vendor).close()
+    monkeypatch.setattr(clock, "wall", lambda: right)
+    assert reason(device, vendor) == Reason.CLOCK_SET_BACK
+    _, reset = reset_clock(vendor.keys, unverified(raw, License)[0], datetime.datetime.now(datetime.UTC))
+    device.install(reset, vendor)
+    assert opened(device, vendor) == LIMIT - 1, "what was refused by the clock cost no open"
