@@ -64,7 +64,8 @@ class Bound:
     def members(self, pin: PinSource | None) -> dict[int, Secret]:
         """Member secrets of as many bindings as the license takes, by their places; for whoever asked to wipe.
 
-        Those without a PIN are tried first. Raises what the most telling of the others said.
+        Those without a PIN are tried first, and one that counts opens last. Raises what the most telling of the others
+        said.
         """
         found: dict[int, Secret] = {}
 
@@ -115,8 +116,14 @@ class Bound:
 
     def _enough(self, act: Callable[[int, AnyHardware], None]) -> None:
         bindings, need = self._licensed.bindings, self._licensed.need
-        # Those that answered last go first: none that is away or busy is waited for while they suffice
-        places = sorted(range(len(bindings)), key=lambda place: (place not in self._answered, bindings[place].pin))
+
+        def order(place: int) -> tuple[bool, bool, bool]:
+            """What counts goes last: an open is not given back where another piece is missing. Then those that answered
+            last go first: none that is away or busy is waited for while they suffice.
+            """
+            return _counts_opens(bindings[place]), place not in self._answered, bindings[place].pin
+
+        places = sorted(range(len(bindings)), key=order)
         done, problems = list[int](), list[HwlicenseError]()
         for place in places:
             try:
@@ -141,6 +148,10 @@ class Bound:
         else:
             with self._connect(kind) as hardware:
                 act(hardware)
+
+
+def _counts_opens(binding: Binding) -> bool:
+    return isinstance(binding, TpmBinding) and any(index.purpose == "opens" for index in binding.indexes)
 
 
 def exhausted() -> RefusedError:
