@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hwlicense.core.secret import Secret
-    from hwlicense.device.model import Model, Session, Standing
+    from hwlicense.device.model import Model
+    from hwlicense.device.starting import Session, Standing
 
 __version__ = "0.1.0"
 

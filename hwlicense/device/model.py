@@ -7,12 +7,13 @@ import threading
 import weakref
 from collections import Counter
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn, Self
+from typing import TYPE_CHECKING, Final, NoReturn, Self
 
 from hwlicense.core import package
 from hwlicense.core.errors import ClosedError, DamagedError, HwlicenseError, Reason, RefusedError, UsageError
 from hwlicense.core.secret import SIZE
 from hwlicense.device.memory import Memory, Protection, SealedFile, lend, protection
+from hwlicense.device.starting import Session, Standing
 from hwlicense.device.streaming import MemberReader
 
 if TYPE_CHECKING:
@@ -30,41 +31,6 @@ if TYPE_CHECKING:
 
 THREADED: Final = 8
 """Chunks from which on several threads are worth their start."""
-
-
-class Session(NamedTuple):
-    """A procedure under way. The license keeps it from interruption for `continuity` seconds; None: to its end.
-
-    `inferences` were reserved for it: what its thread spends beyond the license's limits is taken from them.
-    """
-
-    continuity: int | None
-    inferences: int = 0
-
-
-class Standing(NamedTuple):
-    """What may start now: nothing, for the reason of `refusal`, or anything where that is None. True where it may.
-
-    `present`: whether the hardware proved within its interval that it is here; not so while the grace bridges its
-    absence, of which `grace_left` seconds are left. Without a presence term, opening was the proof.
-    """
-
-    refusal: HwlicenseError | None
-    present: bool
-    grace_left: float
-
-    def __bool__(self) -> bool:
-        return self.may_start
-
-    @property
-    def may_start(self) -> bool:
-        """Whether `session` would begin."""
-        return self.refusal is None
-
-    @property
-    def reason(self) -> Reason | None:
-        """The stable code of the refusal."""
-        return self.refusal.reason if self.refusal else None
 
 
 class Model:
