@@ -157,6 +157,11 @@ class Customer:
         with ESAPI(self.wire.tcti) as esapi:
             return [h for first in (0x80000000, 0x02000000, 0x03000000) for h in handles(esapi, first)]
 
+    def flush(self, left: list[int]) -> None:
+        with ESAPI(self.wire.tcti) as esapi:
+            for handle in left:
+                esapi.flush_context(esapi.tr_from_tpmpublic(handle))
+
     def indexes(self) -> list[int]:
         """NV handles that are defined."""
         with ESAPI(self.wire.tcti) as esapi:
@@ -187,7 +192,7 @@ class Root:
     """Everything that the home holds, and nothing of the binder's checks in the way."""
 
     def __init__(self, esapi: ESAPI, customer: Customer, licensed: License, pin: bytes) -> None:
-        self.e, self.customer, self.pin = esapi, customer, pin
+        self.e, self.pin, self.expecting = esapi, pin, False
         binding: Any = licensed.bindings[0]
         self.binding = binding
         self.approvals = customer.device.home.approvals(licensed, customer.vendor.public)
@@ -288,9 +293,9 @@ class Root:
         finally:
             self.e.flush_context(key)
 
-    def pcr(self, session: ESYS_TR, step: policy.PolicyPCR, *, expected: bool = False) -> None:
+    def pcr(self, session: ESYS_TR, step: policy.PolicyPCR) -> None:
         selection, _ = TPML_PCR_SELECTION.unmarshal(step.selection.marshal())
-        self.e.policy_pcr(session, step.values if expected else b"", selection)
+        self.e.policy_pcr(session, step.values if self.expecting else b"", selection)
 
     def platform(self, session: ESYS_TR) -> None:
         """PolicyPCR of the approved state, as it is now."""

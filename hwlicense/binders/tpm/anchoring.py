@@ -62,4 +62,7 @@ class TpmAnchor:
             except TSS2_Exception as error:
                 if code(error) not in GONE:
                     raise
-                raise standing.refusal(standing.of(indexes, self._sealed), self._sealed) from error
+                state, public = standing.of(indexes, self._sealed), self._sealed.conditions.public(self._index)
+                if state == "current" and indexes.name(public.handle) == public.name:
+                    raise standing.tampered() from error
+                raise standing.refusal(state, self._sealed) from error

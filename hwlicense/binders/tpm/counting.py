@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 LONGEST_LAPSE: Final = 1 << 22
 """Milliseconds: no TPM updates the clock that it keeps over power cuts less often (Part 1, 36.3)."""
 
-GONE: Final = (*WRONG_AUTHORIZATION, TPM2_RC.HANDLE, TPM2_RC.NV_UNINITIALIZED, TPM2_RC.AUTH_TYPE)
+GONE: Final = (*WRONG_AUTHORIZATION, TPM2_RC.HANDLE, TPM2_RC.NV_UNINITIALIZED, TPM2_RC.AUTH_TYPE, TPM2_RC.POLICY_FAIL)
 """What an index answers that is not there, was never written, or is another one at the same handle."""
 
 _FIRST_INDEX: Final = 0x01000000

@@ -178,7 +178,7 @@ class TpmHardware:
                 try:
                     opens, now = indexes.counted(asked.public(index), asked.branches(index))
                 except TSS2_Exception as error:
-                    if code(error) not in (*counting.GONE, TPM2_RC.POLICY_FAIL):
+                    if code(error) not in counting.GONE:
                         raise
                     state = "lost"
             return Counted(state, opens, index.limit if index else None, now.clock, binding.deadline)

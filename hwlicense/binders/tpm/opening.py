@@ -183,9 +183,7 @@ class Opening:
         if self._sealed.binding.pin:
             hint = "The TPM counts wrong PINs and locks after a few: be sure of the next one."
             return RefusedError(Reason.PIN_WRONG, "The PIN is wrong.", hint)
-        what = "A command to the TPM was changed on its way: the TPM refuses its authentication."
-        hint = "Inspect the device: something tampers with its TPM's bus."
-        return HardwareError(Reason.TPM_ANSWER_FORGED, what, hint)
+        return standing.tampered()
 
 
 def approved_state(work: Work, session: ESYS_TR, sealed: Sealed) -> Approval | None:

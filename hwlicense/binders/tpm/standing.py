@@ -8,7 +8,7 @@ from tpm2_pytss import TSS2_Exception
 
 from hwlicense.binders.tpm.counting import GONE
 from hwlicense.binders.tpm.failures import code
-from hwlicense.core.errors import Reason, RefusedError
+from hwlicense.core.errors import HardwareError, Reason, RefusedError
 from hwlicense.core.tpm.nv import counter_public
 
 if TYPE_CHECKING:
@@ -68,3 +68,9 @@ def exhausted(sealed: Sealed) -> RefusedError:
     limit = next((index.limit for index in sealed.conditions.indexes if index.purpose == "opens"), 0)
     what = f"All {limit:,} opens of the license are spent."
     return RefusedError(Reason.OPENS_EXHAUSTED, what, "Ask the vendor for a revision of the license with more.")
+
+
+def tampered() -> HardwareError:
+    """An index is what it should be, and refuses what it should take."""
+    what = "A command to the TPM was changed on its way: the TPM refuses its authentication."
+    return HardwareError(Reason.TPM_ANSWER_FORGED, what, "Inspect the device: something tampers with its TPM's bus.")
