@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -17,6 +18,7 @@ from hwlicense.binders.tpm.held import Held
 from hwlicense.core.secret import Secret
 from hwlicense.device.home import Home
 from hwlicense_simulators.measured_boot import DEFAULT_BOOT
+from tests.counted import Customer, limited
 from tests.world import TERMS, WITH_PCRS, Device, licensed, run
 
 if TYPE_CHECKING:
@@ -26,8 +28,14 @@ if TYPE_CHECKING:
     from hwlicense_simulators import Tpm, Wire
 
 NAMES = {  # TPM_CC (TPM 2.0 Library, part 2, 6.5.2): those that occur
+    0x122: "NV_UndefineSpace",
+    0x12A: "NV_DefineSpace",
     0x131: "CreatePrimary",
+    0x134: "NV_Increment",
+    0x137: "NV_Write",
     0x147: "ActivateCredential",
+    0x149: "PolicyNV",
+    0x14C: "GetTime",
     0x14E: "NV_Read",
     0x151: "PolicySecret",
     0x156: "Import",
@@ -40,12 +48,16 @@ NAMES = {  # TPM_CC (TPM 2.0 Library, part 2, 6.5.2): those that occur
     0x16A: "PolicyAuthorize",
     0x16B: "PolicyAuthValue",
     0x16C: "PolicyCommandCode",
+    0x16D: "PolicyCounterTimer",
+    0x16E: "PolicyCpHash",
+    0x171: "PolicyOR",
     0x173: "ReadPublic",
     0x176: "StartAuthSession",
     0x177: "VerifySignature",
     0x17A: "GetCapability",
     0x17E: "PCR_Read",
     0x17F: "PolicyPCR",
+    0x182: "PCR_Extend",
 }
 
 UNLIMITED = "Load StartAuthSession PolicyPCR PolicyCommandCode Unseal FlushContext"
@@ -55,6 +67,24 @@ APPROVED_PIN = "Load StartAuthSession PolicyPCR PolicyAuthorize PolicyCommandCod
 TICKET = "LoadExternal VerifySignature FlushContext"
 SHARE = "StartAuthSession StartAuthSession PolicySecret ActivateCredential"
 CERTIFIED = "NV_ReadPublic NV_ReadPublic NV_Read NV_Read CreatePrimary FlushContext"
+
+
+EVERYTHING = limited(9, hours=10)
+COUNTED = (
+    "Load StartAuthSession PolicyPCR PolicyAuthorize StartAuthSession PolicyNV PolicyCounterTimer PolicyCounterTimer "
+    "PolicyCommandCode PolicySecret Unseal FlushContext"
+)
+COUNTED_PIN = COUNTED.replace("PolicySecret", "PolicyAuthValue PolicySecret")
+WRITE = (
+    f"StartAuthSession PolicyPCR PolicyAuthorize StartAuthSession PolicyNV PolicyCpHash {TICKET} PolicyAuthorize "
+    "PolicyOR NV_Write"
+)
+DEFINE, INCREMENT, COUNTER = (
+    "StartAuthSession NV_DefineSpace",
+    "StartAuthSession NV_Increment",
+    "StartAuthSession NV_Read",
+)
+READ, STEP = "StartAuthSession PolicyCommandCode PolicyOR NV_Read GetTime", "StartAuthSession NV_Read GetTime"
 
 
 class Behind(NamedTuple):
@@ -208,3 +238,88 @@ def test_what_can_be_refused_without_the_tpm_asks_it_nothing(vendor, tapped):
     own.sent()
     run("device", "check", "--open", "--home", own.device.home.path, "--tpm", own.wire.tcti, vendor.package, status=1)
     assert own.sent() == ""
+
+
+# ---- licenses that the TPM counts ----
+
+
+@pytest.mark.parametrize("warm", [True, False], ids=["persistent", "transient"])
+@pytest.mark.parametrize(("number", "expected"), [(None, COUNTED), (b"2468", COUNTED_PIN)], ids=["no PIN", "PIN"])
+def test_an_open_with_opens_hours_and_pcrs(own_vendor, tapped, warm, number, expected):
+    own = tapped(warm=warm)
+    licensed(own_vendor, own.device, EVERYTHING, counted=True, pin=pin() if number else None)
+    own.sent()
+    # As for Unseal above: the first command that proves a PIN is sent twice.
+    first = expected.replace("PolicyNV", "PolicyNV PolicyNV") if number else expected
+    for each in (first, expected, expected):
+        own.device.open(own_vendor, pin=pin if number else None).close()
+        assert own.sent() == (each if warm else cold(each))
+    assert len(expected.split()) == (13 if number else 12)  # what the design promises where nothing is cold
+
+
+def test_an_open_with_a_cap(own_vendor, tapped):
+    own = tapped(warm=True)
+    licensed(own_vendor, own.device, WITH_PCRS + "cap_pcr = 15\n[limits]\nopens = 9\n", counted=True)
+    own.sent()
+    expected = COUNTED.replace("PolicyCounterTimer PolicyCounterTimer ", "")
+    expected = expected.replace("PolicyAuthorize", "PolicyAuthorize PolicyPCR")
+    tried, _, rest = expected.partition(" StartAuthSession PolicyNV")
+    again = tried.removeprefix("Load ")
+    first = f"{tried} PCR_Read PCR_Extend FlushContext {again} StartAuthSession PolicyNV{rest}"
+    for each in (first, expected):  # once in a boot
+        own.device.open(own_vendor).close()
+        assert own.sent() == each
+
+
+@pytest.mark.parametrize("warm", [True, False], ids=["persistent", "transient"])
+def test_an_anchor(own_vendor, tapped, warm):
+    own = tapped(warm=warm)
+    licensed(own_vendor, own.device, EVERYTHING.replace("[limits]", "anchor = true\n[limits]"), counted=True)
+    (installed,), _ = own.device.home.licenses([own_vendor.public])
+    (binding,) = installed.license.bindings
+    held, approvals = own.device.home.held(installed.license, binding), installed.license.approvals
+    with own.device.connect() as hardware:
+        anchor = hardware.unwrap(binding, held, approvals, None).anchor
+        own.sent()
+        for act, expected, count in (
+            (anchor.read, f"{READ} StartAuthSession GetCapability", 7),  # and once, how far the clock can be trusted
+            (anchor.read, READ, 5),
+            (anchor.step, STEP, 3),
+            (partial(hardware.use, binding, held), f"{COUNTER} StartAuthSession GetTime {READ}", 9),
+        ):
+            act()
+            assert own.sent() == (expected if warm else cold(expected))
+            assert len(expected.split()) == count
+
+
+@pytest.mark.parametrize("warm", [True, False], ids=["persistent", "transient"])
+def test_enrolling_installing_and_revising(own_vendor, tapped, tmp_path, warm):
+    own = tapped(warm=warm)
+    root, end = ("ReadPublic ReadPublic", "") if warm else ("ReadPublic CreatePrimary", " FlushContext")
+    customer = Customer(own_vendor, tmp_path / "customer", own.tpm, own.wire)
+    customer.device.request()
+    plain = own.sent()
+    request = customer.device.request(counted=True)
+    last = " CreatePrimary Quote FlushContext"
+    made = f" {root} GetCapability {DEFINE} {INCREMENT} {COUNTER}{end}"
+    assert own.sent() == plain.removesuffix(last) + made + last
+    customer.device.request(counted=True)  # it is made once
+    again = f" {root} GetCapability NV_ReadPublic {COUNTER}{end}"
+    assert own.sent() == plain.removesuffix(last) + again + last
+
+    shares = f"CreatePrimary {SHARE} CreatePrimary {SHARE} FlushContext FlushContext {TICKET}"
+    imported = f"{root} StartAuthSession Import GetCapability {shares}{end}"
+    checked = f"{imported}{'' if warm else ' CreatePrimary'} {COUNTER}"
+    state, owner = "StartAuthSession PolicyPCR FlushContext", "StartAuthSession PolicySecret FlushContext"
+    replaced = f"{INCREMENT} NV_ReadPublic NV_UndefineSpace NV_ReadPublic {DEFINE} {WRITE} {INCREMENT}"
+    for terms, expected, count in (
+        (EVERYTHING, f"{state} NV_ReadPublic {DEFINE} NV_ReadPublic NV_ReadPublic {WRITE} {INCREMENT}", 44),
+        (EVERYTHING, f"{state} NV_ReadPublic NV_ReadPublic {owner} {replaced}", 51),
+    ):
+        raw = customer.revise(terms) if customer.files else customer.issue(terms, request=request)
+        own.sent()
+        customer.install(raw)
+        assert own.sent() == f"{checked} {expected}{end}"
+        assert len(f"{checked} {expected}{end}".split()) == (count if warm else count + 3)
+        customer.install(raw)  # again: it finds that all is done
+        assert own.sent() == f"{checked} NV_ReadPublic{end}"
