@@ -15,6 +15,7 @@ from hwlicense.core.hardware import Counting
 from hwlicense.core.secret import Secret
 from hwlicense.core.tpm import policy
 from hwlicense.core.tpm.nv import BLOCK, FIRST, LAST, UNCOUNTABLE, counter_public
+from hwlicense_simulators import wire
 from tests.counted import Customer, limited
 from tests.forging import flipped, refused
 
@@ -29,8 +30,8 @@ def pin(_prompt="", **_options):
 @pytest.fixture
 def customer(own_vendor, tmp_path, hwlicense_tpms):
     tpm = hwlicense_tpms()
-    with tpm.tapped() as wire:
-        own = Customer(own_vendor, tmp_path, tpm, wire)
+    with tpm.tapped() as tap:
+        own = Customer(own_vendor, tmp_path, tpm, tap)
         yield own
         assert own.loaded() == []
 
@@ -226,7 +227,18 @@ def test_a_command_to_the_anchor_that_was_changed_on_the_bus_is_told_as_that(cus
     assert anchor.read().steps == 0
 
 
-# ---- a TPM that fails, at each command ----
+# ---- a TPM that is busy, or fails at each command ----
+
+
+def test_a_tpm_that_limits_its_writes_is_waited_for(customer):
+    raw = customer.issue(limited(2))
+    for command in (TPM2_CC.NV_DefineSpace, TPM2_CC.NV_Write, TPM2_CC.NV_Increment):
+        customer.wire.inject(wire.NV_RATE, command, times=3)
+    customer.install(raw)
+    for command in (TPM2_CC.PolicyNV, TPM2_CC.PolicySecret):
+        customer.wire.inject(wire.NV_RATE, command, times=3)
+        customer.wire.inject(wire.RETRY, command, after=3)
+    assert customer.drain() == 2  # a command that was put off has counted nothing
 
 
 def failing(customer, act):
