@@ -65,7 +65,7 @@ def _install_license(home: Home, raw: bytes, connect: Connect, absent: Callable[
         raise RefusedError(Reason.WRONG_VENDOR, what, "Ask the vendor for a license with an identifier of its own.")
     held, missing = bound.install(connect, licensed, licensed.approvals)
     if any(_counted(binding) for binding in licensed.bindings):
-        # Kept before the older revision ends: a cut leaves what installing again brings to its end.
+        # Before the older revision ends: a full disk is to be found out now. Installing again mends a cut from here on.
         home.prepare_license(licensed, held)
         bound.commit(connect, licensed, held, home.approvals(licensed, vendor))
     for old in _ended(before, licensed) if before else []:

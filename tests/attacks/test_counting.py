@@ -183,6 +183,12 @@ def test_what_counts_and_what_does_not_at_the_index_itself(customer):
                 with pytest.raises(TSS2_Exception):
                     root.run(session, [root.asked.branches(root.opens)])
             root.flush(session)
+        session = root.session()
+        root.platform(session)
+        root.run(session, [root.asked.first])
+        with pytest.raises(TSS2_Exception):  # the platform's approval alone
+            root.run(session, [root.asked.branches(root.opens)])
+        root.flush(session)
         assert customer.opens == 0
         session = root.session()
         root.run(session, [policy.PolicyCommandCode(policy.NV_CERTIFY), root.asked.branches(root.opens)])

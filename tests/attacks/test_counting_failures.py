@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+import time
 
 import pytest
 from tpm2_pytss import (
@@ -16,6 +17,7 @@ from tpm2_pytss import (
     TSS2_Exception,
 )
 
+from hwlicense.device.home import Home
 from tests.counted import Customer, limited
 from tests.forging import refused
 
@@ -64,17 +66,40 @@ def test_a_full_nv_is_told_before_anything_ends(customer):
     assert customer.drain() == 2
 
 
-def test_an_owner_with_a_password_is_told_before_anything_ends(customer):
+def test_an_owner_with_a_password_is_told_before_anything_ends(own_vendor, tmp_path, hwlicense_tpms):
+    """Where the storage root key is persistent, only what changes NV takes the owner's password."""
+    tpm = hwlicense_tpms(storage_key="ecc")
+    with tpm.tapped() as wire:
+        customer = Customer(own_vendor, tmp_path, tpm, wire).sell(limited(3))
+        with ESAPI(wire.tcti) as esapi:
+            esapi.hierarchy_change_auth(ESYS_TR.OWNER, b"the owner's")
+        for terms in (limited(2), ANCHORED):
+            with refused("TPM_AUTHORIZATION"):
+                customer.install(customer.revise(terms))
+        assert customer.drain() == 3
+
+
+def test_an_owner_with_a_password_is_no_way_to_more_hours(own_vendor, tmp_path, hwlicense_tpms):
+    """After a power cut the device cannot set the clock on, and says how long to wait: then the TPM vouches for it."""
+    tpm = hwlicense_tpms(storage_key="ecc")
+    with tpm.tapped() as wire:
+        customer = Customer(own_vendor, tmp_path, tpm, wire).sell(limited(3, hours=1))
+        with ESAPI(wire.tcti) as esapi:
+            esapi.hierarchy_change_auth(ESYS_TR.OWNER, b"the owner's")
+        tpm.power_cut()
+        with refused("TPM_AUTHORIZATION", words="clock"):
+            customer.open()
+        assert customer.opens == 0
+        time.sleep(4.2)
+        assert customer.drain() == 3
+
+
+def test_a_full_disk_is_told_before_anything_ends(customer, monkeypatch):
     customer.sell(limited(3))
-    with ESAPI(customer.wire.tcti) as esapi:
-        esapi.hierarchy_change_auth(ESYS_TR.OWNER, b"the owner's")
-    for terms in (limited(2), ANCHORED):
-        with refused("TPM_AUTHORIZATION"):
-            customer.install(customer.revise(terms))
-    # This TPM has no persistent storage root key, so an owner's password is in the way of opening, too.
-    with ESAPI(customer.wire.tcti) as esapi:
-        esapi.tr_set_auth(ESYS_TR.OWNER, b"the owner's")
-        esapi.hierarchy_change_auth(ESYS_TR.OWNER, b"")
+    with monkeypatch.context() as patched:
+        patched.setattr(Home, "prepare_license", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+        with pytest.raises(OSError, match="no space"):
+            customer.install(customer.revise(limited(2)))
     assert customer.drain() == 3
 
 

@@ -116,6 +116,32 @@ def test_with_a_cap_kept_write_sessions_give_nothing(customer):
         assert replay(customer, kept) == 0
 
 
+def test_with_a_cap_the_window_is_shut_for_root_too_once_something_was_opened(customer):
+    """Holds: the write's policy asks for PCR 15 as it is after the boot."""
+    customer.sell(CAP)
+    customer.open()
+    with customer.root(customer.revise(CAP)) as root:
+        root.increment()
+        root.redefine(root.asked.public(root.opens))
+        with pytest.raises(TSS2_Exception):
+            root.writer()
+        customer.tpm.reboot()
+        root.write(root.writer())  # and that was what was missing
+
+
+def test_two_programs_that_open_at_once_extend_the_cap_once(customer):
+    customer.sell(CAP)
+
+    def meanwhile(command):
+        if int.from_bytes(command[6:10], "big") == TPM2_CC.PCR_Read:
+            customer.wire.on_command = None
+            customer.tpm.extend(15, b"hwlicense cap")
+        return command
+
+    customer.wire.on_command = meanwhile
+    assert customer.drain() == LIMIT
+
+
 def test_the_cap_is_extended_once_in_a_boot_and_asks_for_a_reboot_before_a_revision(customer):
     customer.sell(limited(5, require="cap_pcr = 15\n"))
     for _ in range(2):

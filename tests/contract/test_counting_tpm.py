@@ -1,6 +1,7 @@
 """Counters, indexes and policies of counted licenses: what the vendor computes is what a TPM makes of it."""
 
 import os
+import shutil
 import threading
 from contextlib import suppress
 from functools import partial
@@ -10,6 +11,8 @@ import pytest
 from tpm2_pytss import TPM2_CC, TPM2_RC, TPM2_SE
 
 from hwlicense.binders.tpm import TpmHardware, counting
+from hwlicense.core.documents import License
+from hwlicense.core.envelope import unverified
 from hwlicense.core.errors import HwlicenseError, UsageError
 from hwlicense.core.hardware import Counting
 from hwlicense.core.secret import Secret
@@ -140,6 +143,25 @@ def test_a_spare_counter_whose_index_is_gone_or_anothers_is_passed_over(customer
         assert hardware.provide_counter().handle != first.handle
 
 
+def test_another_request_leaves_a_license_without_indexes_alone(customer):
+    customer.sell(limited(0, hours=3))
+    with customer.device.connect() as hardware:
+        assert hardware.provide_counter().handle != customer.binding.counter.handle
+    customer.open()
+
+
+def test_the_counter_of_a_license_that_was_removed_serves_again(customer):
+    """From its next odd value on: so what is removed and put back is dead."""
+    customer.sell(limited(0, hours=3))
+    counter = customer.binding.counter
+    shutil.rmtree(customer.device.home.path / "licenses")
+    with customer.device.connect() as hardware:
+        again = hardware.provide_counter()
+    assert (again.handle, again.value) == (counter.handle, counter.value + 1)
+    with refused("LICENSE_SUPERSEDED"):
+        customer.install(customer.files[0])
+
+
 def test_a_counter_that_was_made_and_never_counted_is_brought_to_odd(customer):
     with customer.device.connect() as hardware:
         customer.wire.cut(TPM2_CC.NV_Increment)
@@ -225,6 +247,25 @@ def test_a_command_to_the_anchor_that_was_changed_on_the_bus_is_told_as_that(cus
     with refused("TPM_ANSWER_FORGED"):
         anchor.step()
     assert anchor.read().steps == 0
+
+
+# ---- what is needed before a revision ends another ----
+
+
+def test_without_an_approval_nothing_is_committed(customer, parts):
+    hardware, *_ = parts
+    customer.tpm.reboot()
+    raw = customer.revise(EVERYTHING)
+    customer.wire.cut(TPM2_CC.NV_Increment)
+    with pytest.raises(HwlicenseError):
+        customer.install(raw)  # all is there but the commitment
+    (binding,) = unverified(raw, License)[0].bindings
+    held = customer.device.home.held(unverified(raw, License)[0], binding)
+    customer.wire.forget()
+    with refused("PLATFORM_UNAPPROVED"):
+        hardware.commit(binding, held, [])
+    assert customer.wire.commands == []
+    customer.open()
 
 
 # ---- a TPM that is busy, or fails at each command ----

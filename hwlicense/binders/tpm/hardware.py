@@ -108,11 +108,7 @@ class TpmHardware:
         Raises RefusedError (PLATFORM_UNAPPROVED, PCR_MISMATCH, PIN_NEEDED, PIN_WRONG, WRONG_DEVICE), DamagedError,
         HardwareError, AbsentError.
         """
-        sealed, kept = Sealed.check(binding, approvals), Held.read(held, binding)
-        if binding.platform and not sealed.approvals:
-            what = "There is no approval of a platform state for this license's product and generation."
-            hint = "Ask the vendor for one, then: hwlicense device install APPROVAL."
-            raise RefusedError(Reason.PLATFORM_UNAPPROVED, what, hint)
+        sealed, kept = _approved(binding, approvals), Held.read(held, binding)
         auth = _authorization(binding, pin)  # before the TPM is taken: a person may think for a while
         with auth, self._connection.work() as work:
             root, loaded = opening.load(work, kept, sealed)
@@ -154,7 +150,7 @@ class TpmHardware:
         """Put a revision in force. Raises as `Commitment.commit`."""
         if binding.counter is None:
             return
-        sealed, kept = Sealed.check(binding, approvals), Held.read(held, binding)
+        sealed, kept = _approved(binding, approvals), Held.read(held, binding)
         with self._index_auth(binding) as auth, self._connection.work() as work:
             root, _ = opening.storage_root_key(work, kept)
             Commitment(work, root, sealed, kept, auth).commit(binding.counter)
@@ -201,6 +197,16 @@ class TpmHardware:
             hint = "Restore the home from a copy; or enroll again (--counted) and ask for a license for that request."
             raise DamagedError(Reason.HOME_DAMAGED, what, hint)
         return auth
+
+
+def _approved(binding: TpmBinding, approvals: Sequence[Approval]) -> Sealed:
+    """As `Sealed.check`. Raises RefusedError PLATFORM_UNAPPROVED, too, where one of the approvals is needed."""
+    sealed = Sealed.check(binding, approvals)
+    if binding.platform and not sealed.approvals:
+        what = "There is no approval of a platform state for this license's product and generation."
+        hint = "Ask the vendor for one, then: hwlicense device install APPROVAL."
+        raise RefusedError(Reason.PLATFORM_UNAPPROVED, what, hint)
+    return sealed
 
 
 def _nowhere() -> UsageError:
