@@ -192,7 +192,7 @@ class Root:
     """Everything that the home holds, and nothing of the binder's checks in the way."""
 
     def __init__(self, esapi: ESAPI, customer: Customer, licensed: License, pin: bytes) -> None:
-        self.e, self.pin, self.expecting = esapi, pin, False
+        self.e, self.pin, self.expecting, self.hierarchy = esapi, pin, False, ESYS_TR.OWNER
         binding: Any = licensed.bindings[0]
         self.binding = binding
         self.approvals = customer.device.home.approvals(licensed, customer.vendor.public)
@@ -227,7 +227,7 @@ class Root:
 
     def srk(self) -> ESYS_TR:
         template = tpm_public(STORAGE_ROOT_TEMPLATE)
-        key, *_ = self.e.create_primary(TPM2B_SENSITIVE_CREATE(), template, ESYS_TR.OWNER)
+        key, *_ = self.e.create_primary(TPM2B_SENSITIVE_CREATE(), template, self.hierarchy)
         self._live.append(key)
         return key
 
@@ -338,13 +338,17 @@ class Root:
     def ready(self) -> ESYS_TR:
         """A session that needs nothing but TPM2_Unseal: it has cost an open, if those are counted."""
         session = self.session()
-        self.platform(session)
-        self.run(session, self.asked.sealed)
+        try:
+            self.platform(session)
+            self.run(session, self.asked.sealed)
+        except BaseException:
+            self.flush(session)
+            raise
         return session
 
     def unseal(self, session: ESYS_TR | None = None, private: bytes | None = None) -> bytes:
-        loaded = self.load(private)
         session = session or self.ready()
+        loaded = self.load(private)
         try:
             return bytes(self.e.unseal(loaded, session1=session))
         finally:
