@@ -8,6 +8,7 @@ import random
 import signal
 import sqlite3
 import struct
+import sys
 import tempfile
 import threading
 import time
@@ -397,8 +398,9 @@ def places(scene: Scene, seconds: float, limit: int = 3, count: int = 20, seed: 
         time.sleep(0.002)
         with suppress(BlockingIOError):
             for (number,) in _NUMBER.iter_unpack(os.read(ends[0], 1 << 13)):
-                holding[abs(number)] = number > 0
                 held += number > 0
+                if abs(number) in holding:  # and not ended since
+                    holding[abs(number)] = number > 0
         worst = max(worst, sum(holding.values()))
         for pid in list(holding):
             if holding[pid] and chance.random() < SUDDEN:
@@ -416,14 +418,19 @@ def places(scene: Scene, seconds: float, limit: int = 3, count: int = 20, seed: 
 
 
 def measure(scene: Scene, options: Any) -> dict[str, Any]:  # noqa: ANN401  # the program's options
-    """All of it."""
-    return {
-        "costs": costs(scene, 5, options.seconds),
-        "kills": kills(scene, options.kills),
-        "soak": soak(scene, options.inferences),
-        "year of power cuts": year(options.cuts),
-        "instances": places(scene, min(60.0, options.seconds)),
+    """All of it; each part is shown as soon as it is known."""
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "costs": lambda: costs(scene, 5, options.seconds),
+        "kills": lambda: kills(scene, options.kills),
+        "soak": lambda: soak(scene, options.inferences),
+        "year of power cuts": lambda: year(options.cuts),
+        "instances": lambda: places(scene, min(60.0, options.seconds)),
     }
+    found: dict[str, Any] = {}
+    for name, part in parts.items():
+        found[name] = part()
+        print(*table({name: found[name]}), sep="\n", file=sys.stderr, flush=True)
+    return found
 
 
 def table(found: dict[str, Any]) -> list[str]:
