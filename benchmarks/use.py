@@ -372,7 +372,9 @@ def year(days: int, rate: int = 30, step: int = 5) -> dict[str, Any]:
     }
 
 
-def places(scene: Scene, seconds: float, limit: int = 3, count: int = 20, seed: int = 5) -> dict[str, Any]:
+def places(  # noqa: C901  # one loop that watches twenty processes
+    scene: Scene, seconds: float, limit: int = 3, count: int = 20, seed: int = 5
+) -> dict[str, Any]:
     """Twenty processes that start, end and are killed at random: the most that ever held a place."""
     folder, chance = scene.folder / "places", random.Random(seed)  # noqa: S311
     folder.mkdir()
