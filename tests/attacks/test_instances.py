@@ -68,7 +68,7 @@ def test_a_link_is_not_followed(tmp_path):
 
 def test_processes_that_come_and_die_never_hold_more(tmp_path):
     """Each that holds a place says so in a pipe while it does."""
-    chance, ends, children = random.Random(7), os.pipe(), {}
+    chance, ends, children = random.Random(7), os.pipe(), dict[int, bool]()
     os.set_blocking(ends[0], False)
     end, worst, held = time.monotonic() + 5, 0, 0
     while time.monotonic() < end:
@@ -77,7 +77,7 @@ def test_processes_that_come_and_die_never_hold_more(tmp_path):
             if not pid:
                 try:
                     instance = Instance(tmp_path, LIMIT)
-                    assert instance
+                    assert instance is not None
                     os.write(ends[1], os.getpid().to_bytes(8, "little"))
                     time.sleep(5)
                 finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from contextlib import suppress
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -17,7 +18,7 @@ from tests.metered import Machine, abandon, grant, limited, restore, save, spend
 TOTAL = 20_000
 
 
-def used(metering) -> int:
+def used(metering):
     return metering._tended.look()[0].words[Field.USED]
 
 
@@ -185,7 +186,7 @@ def test_truncating_what_is_shared_kills_no_process(machine, tmp_path):
 
 def excess(times: list[tuple[int, int]], limit: int, seconds: int) -> int:
     """By how much any window of so many seconds holds more than its limit. `times` are (nanoseconds, how many)."""
-    window, inside, worst = deque(), 0, 0
+    window, inside, worst = deque[tuple[int, int]](), 0, 0
     for when, count in times:
         window.append((when, count))
         inside += count
@@ -206,7 +207,7 @@ ACTIONS = st.lists(
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(actions=ACTIONS, seed=st.integers(0, 2**32), anchored=st.booleans(), lapse=st.sampled_from([512, 4096, 262144]))
-def test_no_sequence_of_events_gains(  # noqa: C901, PLR0912  # one branch an event
+def test_no_sequence_of_events_gains(  # noqa: C901, PLR0912, PLR0915  # one branch an event
     monkeypatch, tmp_path_factory, actions, seed, anchored, lapse
 ):
     """Spending, time, crashes, power cuts, and an attacker with copies of the state (where an anchor refuses them)."""
@@ -214,7 +215,8 @@ def test_no_sequence_of_events_gains(  # noqa: C901, PLR0912  # one branch an ev
     state, saved = folder / "state", folder / "saved"
     rates = [(200, 60), (900, 3600)]
     granted = grant(limited(*rates, inferences=5000))
-    spent, times, elapsed, metering = 0, [], 0, None
+    spent, times, elapsed = 0, [], 0
+    metering: Any = None
     with Machine(lapse, anchored=anchored).running(monkeypatch) as machine:
         for action in actions:
             if action in {"save", "restore", "delete"}:

@@ -60,11 +60,11 @@ class Revisable:
     """A device whose license can be revised: by the vendor, for the request that it was made for."""
 
     def __init__(self, vendor, device, terms: str) -> None:
-        self.vendor, self.device, self.raws = vendor, device, []
+        self.vendor, self.device, self.raws = vendor, device, list[bytes]()
         self.request = device.request(counted=True)
         trusted = evidence.Trusted(evidence.read_roots(device.tpm.ek_root.read_bytes(), "virtual"))
         self.parts = evidence.examine(self.request, trusted, datetime.datetime.now(datetime.UTC)).parts
-        self.identifier = None
+        self.identifier: str | None = None
         self.revise(terms)
 
     def make(self, terms: str) -> bytes:
