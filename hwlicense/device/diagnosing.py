@@ -13,7 +13,7 @@ from hwlicense.core import dongle
 from hwlicense.core.documents import License, TokenBinding, TpmBinding, UsbBinding
 from hwlicense.core.errors import HwlicenseError
 from hwlicense.core.tpm.pcrs import Selection
-from hwlicense.device import grace, memory, plugged, selecting
+from hwlicense.device import grace, memory, plugged, selecting, tpm_memory
 from hwlicense.device.bound import kind_of
 from hwlicense.device.counters import Counters
 from hwlicense.device.opening import utc_today
@@ -135,26 +135,7 @@ def _tpm(home: Home, tcti: str | None) -> Iterator[Finding]:
         "ok", "TPM", f"{facts['manufacturer']}, firmware {facts['firmware']}, specification {facts['revision']}"
     )
     yield from _keys(facts)
-    yield from _nv(home, facts)
-
-
-_PIN_PASS: Final = 1.38  # the revision of the specification that brought indexes that count their uses
-
-
-def _nv(home: Home, facts: dict[str, Any]) -> Iterator[Finding]:
-    """What licenses that a TPM counts take of its memory."""
-    used, left, most = (facts[f"nv_counters{which}"] for which in ("", "_left", "_most"))
-    text = f"{used} counters{f' of {most}' if most else ''}, room for {left} more; {facts['nv_indexes']} indexes in all"
-    text += f", {facts['nv_ours']} of them by enrolments with --counted"
-    if float(facts["revision"]) < _PIN_PASS:
-        old = f"; revision {facts['revision']} knows no index that counts opens or anchors an account (PIN_PASS)"
-        yield Finding("note", "TPM memory", text + old, "Update the TPM's firmware before enrolling with --counted")
-    else:
-        mend = "" if left else "The TPM's owner may remove what nothing uses (tpm2_nvundefine)"
-        yield Finding("ok" if left else "note", "TPM memory", text, mend)
-    for handle in Counters(home).spare():
-        text = f"the counter 0x{handle:08x} was made by an enrolment and serves no license yet"
-        yield Finding("note", "TPM memory", text, "The next enrolment with --counted uses it")
+    yield from tpm_memory.memory(facts, Counters(home).spare())
 
 
 def _keys(facts: dict[str, Any]) -> Iterator[Finding]:
@@ -251,6 +232,7 @@ def _license(home: Home, connect: Connect, tcti: str | None, subject: str, insta
     answers = [_answer(home, connect, licensed, binding) for binding in licensed.bindings]
     yield from _judged(subject, licensed, answers)
     yield from _presence(home, subject, licensed)
+    yield from _counted(home, connect, subject, licensed, answers)
     tpms = [isinstance(b, TpmBinding) and a == "here" for b, a in zip(licensed.bindings, answers, strict=True)]
     if licensed.grant.pcrs and any(tpms):
         present = probe(selecting.tpm_address(tcti, home), Selection.parse(*licensed.grant.pcrs))["pcrs"]
@@ -302,6 +284,15 @@ def _name(binding: Binding) -> str:
         return f"its token {binding.uri}"
     serial = f", serial number {binding.serial}" if binding.serial else ""
     return f"its dongle {binding.product}{serial}"
+
+
+def _counted(
+    home: Home, connect: Connect, subject: str, licensed: License, answers: Sequence[_Answer]
+) -> Iterator[Finding]:
+    for binding, answer in zip(licensed.bindings, answers, strict=True):
+        if isinstance(binding, TpmBinding) and binding.counter and answer == "here":
+            with connect("tpm") as hardware:
+                yield from tpm_memory.counted(subject, binding, home.held(licensed, binding), hardware)
 
 
 def _presence(home: Home, subject: str, licensed: License) -> Iterator[Finding]:

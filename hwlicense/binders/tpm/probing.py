@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from tpm2_pytss import TPM2_CAP
+from tpm2_pytss import TPM2_CAP, TPM2_RC, TSS2_Exception
 
 from hwlicense.binders.tpm import keys
 from hwlicense.binders.tpm.connection import DEFAULT_TCTI, Connection
 from hwlicense.binders.tpm.counting import index_handles
+from hwlicense.binders.tpm.failures import code
+from hwlicense.core.secret import SIZE
 from hwlicense.core.tpm.nv import FIRST, LAST
 from hwlicense.core.tpm.pcrs import BANKS
 
@@ -28,8 +30,9 @@ _IN_LOCKOUT: Final = 1 << 9  # of TPMA_PERMANENT (Part 2, 8.6)
 class Facts(NamedTuple):
     """`wrong_pins` of `wrong_pins_allowed` are counted; one is forgiven after `forgiven_after` seconds.
 
-    `nv_counters` of `nv_counters_most` are defined, and `nv_counters_left` more find room now; `nv_most` and `left` are
-    0 where the TPM does not say. `nv_indexes` are defined in all, `nv_ours` of them this project's.
+    `nv_counters` of `nv_counters_most` (0: no fixed number) are defined, and by the TPM's own estimate room is left for
+    `nv_counters_left` more. `nv_indexes` are defined in all; `nv_ours` are the handles of this project's, which take
+    `nv_ours_bytes` for public areas, authValues and data, besides what the TPM adds.
     `clock_update` is how many milliseconds the clock can lose at a power cut.
     """
 
@@ -48,7 +51,8 @@ class Facts(NamedTuple):
     nv_counters_left: int
     nv_counters_most: int
     nv_indexes: int
-    nv_ours: int
+    nv_ours: list[str]
+    nv_ours_bytes: int
     clock_update: int
     pcrs: list[Pcr]
 
@@ -61,6 +65,7 @@ def probe(tcti: str | None, selection: Selection) -> Facts:
             fixed, variable = _properties(work, 0x100), _properties(work, 0x200)
             _, banks = work.call("get_capability", TPM2_CAP.PCRS, 0, 1)
             indexes = index_handles(work)
+            ours = [index for index in indexes if FIRST <= index <= LAST]
             allocated = {
                 int(bank.hash) for bank in banks.data.assignedPCR if any(bytes(bank.pcrSelect)[: bank.sizeofSelect])
             }
@@ -79,7 +84,8 @@ def probe(tcti: str | None, selection: Selection) -> Facts:
                 nv_counters_left=variable.get(_NV_COUNTERS_LEFT, 0),
                 nv_counters_most=fixed.get(_NV_COUNTERS_MOST, 0),
                 nv_indexes=len(indexes),
-                nv_ours=sum(FIRST <= index <= LAST for index in indexes),
+                nv_ours=[f"0x{index:08x}" for index in ours],
+                nv_ours_bytes=sum(_size(work, index) for index in ours),
                 clock_update=fixed.get(_CLOCK_UPDATE, 0),
                 pcrs=keys.read_pcrs(work, selection),
             )
@@ -94,6 +100,17 @@ def identity(work: Work) -> tuple[str, str]:
     name = "".join(filter(str.isprintable, words[0] + " " + "".join(words[1:])))
     version = b"".join(facts.get(_FIRMWARE_VERSION + i, 0).to_bytes(4, "big") for i in range(2))
     return " ".join(name.split()), ".".join(str(int.from_bytes(version[at : at + 2], "big")) for at in range(0, 8, 2))
+
+
+def _size(work: Work, index: int) -> int:
+    try:
+        area, _ = work.call("nv_read_public", work.borrow(work.call("tr_from_tpmpublic", index)))
+    except TSS2_Exception as error:
+        if code(error) == TPM2_RC.HANDLE:  # taken away since it was listed
+            return 0
+        raise
+    public = area.nvPublic
+    return len(public.marshal()) + SIZE + int(public.dataSize)
 
 
 def _properties(work: Work, first: int) -> dict[int, int]:
