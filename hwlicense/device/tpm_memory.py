@@ -35,7 +35,8 @@ _ENDED: Final = {
 def memory(facts: dict[str, Any], spare: Sequence[int]) -> Iterator[Finding]:
     """`facts` are those of `diagnosing.probe`; `spare` are counters that no license of this home uses."""
     used, left, most = (facts[f"nv_counters{which}"] for which in ("", "_left", "_most"))
-    text = f"{used} counter{'s' * (used != 1)}{f' of {most}' if most else ''}, by its own estimate room for {left} more; "
+    text = f"{used} counter{'s' * (used != 1)}{f' of {most}' if most else ''}"
+    text += f", by its own estimate room for {left} more; "
     text += f"{facts['nv_indexes']} NV indexes, {len(facts['nv_ours'])} of them by enrolments with --counted"
     text += f" ({facts['nv_ours_bytes']} bytes)" if facts["nv_ours"] else ""
     if float(facts["revision"]) < _PIN_PASS:
