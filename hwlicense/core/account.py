@@ -19,9 +19,19 @@ if TYPE_CHECKING:
 SESSIONS: Final = 32
 """Sessions with reserved allowances that can be under way at once."""
 
-_LEAST, _FEW, _PARTS = 64, 16, 1024
+FOREVER: Final = 1 << 62
+"""Nanoseconds of the meter that never come."""
+
+RESERVATIONS: Final = 128
+"""Reservations in one lease."""
+
+LARGEST: Final = 1 << 28
+"""Allowances of the largest lease."""
+
+_LEAST, _FEW, _PARTS, _LEASED = 64, 16, 1024, 256
 _FREQUENT: Final = 60  # seconds of a rate's frame from which on a loss to it would be felt
-_LAYOUT: Final = 1
+_LAYOUT: Final = 2
+_MOST: Final = 1 << 60
 
 
 class Field(IntEnum):
@@ -38,7 +48,6 @@ class Field(IntEnum):
     BASE = auto()  # allowances before the lease
     RESERVED = auto()  # of the lease
     STEP = auto()  # the most of one reservation
-    ANNOUNCED = auto()  # the most of one reservation of the next lease
     SETTLED = auto()  # 1: nothing more is reserved in this lease
     CLOCK_MS = auto()  # of the anchor, at the last reservation
     RAISED_NS = auto()  # running time, at the last reservation
@@ -53,6 +62,12 @@ class Field(IntEnum):
     RESET = auto()  # the last clock reset
     UNSET = auto()  # 1: the wall clock was not set
     MONITOR = auto()  # the number of the monitor's state, which goes up
+    FRESH_NS = auto()  # until when what is reserved may be booked, by the meter
+    DOUBTED = auto()  # allowances that another may be about to spend
+    DOUBTED_NS = auto()  # until when, by the meter
+    ANCHOR_MS = auto()  # the anchor's clock when it was last asked
+    ANCHOR_NS = auto()  # running time then
+    WORN_NS = auto()  # the meter's time by which the anchor has rested from its steps
 
 
 _SESSIONS_AT: Final = range(len(Field), len(Field) + 2 * SESSIONS, 2)  # when it ends at the latest, and how many
@@ -92,10 +107,11 @@ class Account:
         self.first = max(1, min(_LEAST, smallest))
         # What a crash of an idle process may cost: a thousandth of the total, and yet enough for a first few calls.
         self.least = max(1, min(_LEAST, max(smallest // _PARTS, min(_FEW, smallest // 8))))
+        # Of any lease, whoever took it: so a lease of which nothing else is known is bounded.
+        self.most = min(LARGEST // RESERVATIONS, max(self.first, (self.total or LARGEST) // _LEASED))
         if raw is None:
             self.words[Field.LAYOUT] = _LAYOUT
             self.words[Field.STEP] = self.least
-            self.words[Field.ANNOUNCED] = self.first
 
     def encode(self) -> bytes:
         """The numbers as bytes of this machine's order: the account never leaves the device."""
@@ -121,31 +137,48 @@ class Account:
         now = words[Field.NEWEST_NS] = max(now, words[Field.NEWEST_NS])
         for window in self._windows:
             window.advance(words, now)
+        if words[Field.DOUBTED] and words[Field.DOUBTED_NS] <= now:
+            self._count(words[Field.DOUBTED], words[Field.DOUBTED_NS])
+            words[Field.DOUBTED] = words[Field.DOUBTED_NS] = 0
         for at in _SESSIONS_AT:
             if words[at + 1] and words[at] <= now:
-                for window in self._windows:
-                    window.book(words, window.slot(words[at]), words[at + 1])
+                self._count(words[at + 1], words[at])
                 words[at] = words[at + 1] = 0
         return now
 
+    def _count(self, count: int, when: int) -> None:
+        for window in self._windows:
+            window.book(self.words, window.slot(when), min(count, window.limit))
+
     def check(self, now: int, count: int, *, throttled: bool = False) -> Short | None:
         """Why `count` allowances could not be booked now; None if they could."""
-        words, held = self.words, self._held
+        words = self.words
         if self.total is not None and words[Field.USED] + count > self.total:
             return Short(None, None, exhausted=True)
         for rate, window in self._in_force(throttled=throttled):
-            if window.room(words) - held < count:
-                return Short(rate, window.wait(words, now, count + held))
-        return Short() if words[Field.LEFT] < count else None
+            if self._room(window) < count:
+                return Short(rate, self._wait(window, now, count))
+        return Short() if words[Field.LEFT] < count or words[Field.FRESH_NS] <= now else None
+
+    def _room(self, window: Window) -> int:
+        return window.room(self.words) - self._held - min(self.words[Field.DOUBTED], window.limit)
+
+    def _wait(self, window: Window, now: int, count: int) -> int | None:
+        """Nanoseconds until `count` would fit in a window, if nothing more is booked; None where they never do."""
+        words, taken = self.words, self._held + min(self.words[Field.DOUBTED], window.limit)
+        if count > window.limit or not taken or count + taken <= window.limit:
+            return window.wait(words, now, count + taken)
+        ends = [words[at] for at in _SESSIONS_AT if words[at + 1]]
+        return max(1, max(ends, default=0) - now, words[Field.DOUBTED_NS] - now)
 
     def book(self, now: int, least: int, most: int, *, throttled: bool = False) -> Booked | Short:
         """Book from `least` to `most` allowances, or none."""
         if short := self.check(now, least, throttled=throttled):
             return short
-        words, held = self.words, self._held
-        free, end = words[Field.LEFT], 1 << 62
+        words = self.words
+        free, end = words[Field.LEFT], words[Field.FRESH_NS]
         for _, window in self._in_force(throttled=throttled):
-            free, end = min(free, window.room(words) - held), min(end, window.end(now))
+            free, end = min(free, self._room(window)), min(end, window.end(now))
         taken = max(least, min(most, free // 4))  # near the limit, others get a share
         slots = tuple(window.slot(now) for window in self._windows)
         self._book(taken, slots)
@@ -168,39 +201,48 @@ class Account:
         words[Field.USED] += count
         return place
 
-    def let_go(self, place: int, now: int, unspent: int) -> None:
-        """The session is over: what it spent counts from now on, the rest is free."""
+    def let_go(self, place: int, end: int, now: int, count: int, unspent: int) -> None:
+        """The session of `count` until `end` is over: what it spent counts from now on, the rest is free."""
         words = self.words
-        held = words[place + 1]
-        if held:  # its time may have been over before
+        if (words[place], words[place + 1]) == (end, count):  # if not, its time was over before
             words[place] = words[place + 1] = 0
             words[Field.LEFT] += unspent
             words[Field.USED] -= unspent
-            for window in self._windows:
-                window.book(words, window.slot(now), held - unspent)
+            self._count(count - unspent, now)
 
-    def charge(self, count: int) -> None:
-        """Count `count` allowances as lost, now: as far as the total goes, and at most a full window of each rate."""
+    def charge(self, count: int, until: int = 0) -> None:
+        """Count `count` allowances as lost: as far as the total goes, and at most a full window of each rate.
+
+        They count in the windows from now on; or where others may be about to spend them, from `until` on.
+        """
         words = self.words
         if self.total is not None:
             count = min(count, max(0, self.total - words[Field.USED]))
-        words[Field.USED] += count
-        words[Field.LOST] += count
-        for window in self._windows:
-            window.book(words, words[window.at], min(count, window.limit))
+        words[Field.USED] = min(words[Field.USED] + count, _MOST)
+        words[Field.LOST] = min(words[Field.LOST] + count, _MOST)
+        if until > words[Field.NEWEST_NS]:
+            words[Field.DOUBTED] = min(words[Field.DOUBTED] + count, _MOST)
+            words[Field.DOUBTED_NS] = max(words[Field.DOUBTED_NS], until)
+        else:
+            for window in self._windows:
+                window.book(words, words[window.at], min(count, window.limit))
 
     def rooms(self, now: int) -> Iterator[tuple[Rate, int, int]]:
         """Each rate of the license, how much of it is left, and nanoseconds until there is more."""
-        words, held = self.words, self._held
         for rate, window in self._in_force(throttled=False):
-            room = max(0, window.room(words) - held)
-            yield rate, room, window.wait(words, now, room + held + 1) or 0
+            room = max(0, self._room(window))
+            yield rate, room, self._wait(window, now, room + 1) or 0
 
     def _book(self, count: int, slots: tuple[int, ...]) -> None:
         self.words[Field.LEFT] -= count
         self.words[Field.USED] += count
         for window, slot in zip(self._windows, slots, strict=True):
             window.book(self.words, slot, count)
+
+    @property
+    def rated(self) -> bool:
+        """Whether any use is limited by time."""
+        return bool(self._windows)
 
     @property
     def _held(self) -> int:

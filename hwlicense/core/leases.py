@@ -1,12 +1,14 @@
 """How allowances are leased to an account: charged in full before they are spent.
 
 The account is written to the disk as a record. What is written down as reserved may be spent; after a crash it counts
-as spent. The anchor (a count in hardware) gives each *lease* a serial. A record is trusted to be the last one of its
-lease only as far as hardware says: further reservations in a lease are at least `SPACING` apart and at most `STEP`
-each, so that the powered-on time since the record bounds what may have been reserved since. An older record that is
-put back is charged all of that, and so are later leases: the first record of a lease announces the most of the next
-one's reservations, which are `GROWTH` times as large at the most. So whoever crashes, deletes or restores loses, and
-never gains.
+as spent. The anchor (a count in hardware) gives each *lease* a serial, and only the holder of the latest reserves more:
+each reservation is at least `SPACING` after the one before, at most `STEP`, and comes after a look at the anchor. So
+the powered-on time since a record bounds what may have been reserved in its lease, and in later ones, whose
+reservations are `Account.most` at the most. An older record that is put back, or a copy that is used beside it, is
+charged all of that. Whoever crashes, deletes, restores or copies loses, and never gains.
+
+Rates need more: what is reserved is booked within `LASTING` after a look at the anchor. Until then what a copy may have
+reserved is kept free in all windows, and counts from then on.
 
 Without an anchor, a record is taken for the latest.
 """
@@ -15,35 +17,40 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from hwlicense.core.account import Field
+from hwlicense.core.account import FOREVER, RESERVATIONS, Field
 
 if TYPE_CHECKING:
     from hwlicense.core.account import Account
-
-LARGEST: Final = 1 << 28
-"""Allowances of the largest lease, and what a lease is charged of which nothing is known."""
+    from hwlicense.core.hardware import Reading
 
 SPACING: Final = 10_000
 """Milliseconds between reservations in one lease, at the least."""
 
-_BITS: Final = 2
-GROWTH: Final = 1 << _BITS
-"""How many times as large the reservations of the next lease can be."""
+LASTING: Final = 60 * 10**9
+"""Nanoseconds after a look at the anchor in which a license with rates books what is reserved."""
 
-_DOUBLINGS: Final = 64
 _NANOSECONDS: Final = SPACING * 1_000_000
-_RESERVATIONS: Final = 128  # in a lease: about twenty minutes of use, with one writing in the anchor
+_DIM: Final = 600_000
+_EVERYTHING: Final = 1 << 60
+_REST: Final = 675 * 10**9  # of the anchor for each step: 128 steps a day, ten years with 500,000 of them
+_LONGEST_IDLE: Final = 300 * 10**9
 _OF_LEASE: Final = (
-    *(Field.SERIAL, Field.SIZE, Field.BASE, Field.RESERVED, Field.STEP, Field.ANNOUNCED, Field.SETTLED),
-    *(Field.CLOCK_MS, Field.RAISED_NS, Field.PACE, Field.COUNTED),
+    *(Field.SERIAL, Field.SIZE, Field.BASE, Field.RESERVED, Field.STEP, Field.SETTLED),
+    *(Field.CLOCK_MS, Field.RAISED_NS, Field.PACE, Field.COUNTED, Field.FRESH_NS, Field.WORN_NS),
+    *(Field.ANCHOR_MS, Field.ANCHOR_NS),
 )
 
 
 class Moment(NamedTuple):
-    """When something is written down: running time in nanoseconds, and the anchor's clock in milliseconds."""
+    """When something is written down: running time and the meter's in nanoseconds, the anchor's clock in milliseconds.
+
+    `session` is the longest session in nanoseconds: what one has reserved may be spent until its end.
+    """
 
     running: int
     clock: int
+    meter: int
+    session: int = 0
 
 
 def low(account: Account, demand: int = 0) -> bool:
@@ -53,29 +60,88 @@ def low(account: Account, demand: int = 0) -> bool:
     return words[Field.LEFT] < max(demand, (enough + 1) // 2)
 
 
-def raise_reservation(account: Account, moment: Moment, demand: int = 0, *, anchored: bool) -> bool:
-    """Reserve more, as far as that is due and the lease has it. To be written down before any of it is booked."""
+def due(account: Account, running: int, demand: int = 0) -> bool:
+    """Whether this lease should and may reserve more, as far as the account says: the anchor has the last word."""
+    words = account.words
+    spaced = running - words[Field.RAISED_NS] >= _NANOSECONDS
+    return low(account, demand) and spaced and not words[Field.SETTLED] and words[Field.RESERVED] < words[Field.SIZE]
+
+
+def raise_reservation(account: Account, moment: Moment, demand: int = 0) -> bool:
+    """Reserve more where that is `due`, and the anchor was seen to be at this lease since. To be written down before
+    any of it is booked.
+    """
+    words = account.words
+    if not due(account, moment.running, demand):
+        return False
+    _measure(account, moment)
+    _reserve(account, min(words[Field.STEP], max(_step(account), demand), words[Field.SIZE] - words[Field.RESERVED]))
+    _raised(account, moment)
+    return True
+
+
+def reserve_freely(account: Account, moment: Moment, demand: int = 0) -> bool:
+    """Reserve more, where there is no anchor to lease it. To be written down before any of it is booked."""
     words = account.words
     if not low(account, demand):
         return False
-    spaced = moment.running - words[Field.RAISED_NS] >= _NANOSECONDS
-    if anchored and (words[Field.SETTLED] or not spaced):
-        return False
+    surge = moment.running - words[Field.RAISED_NS] < _NANOSECONDS
     _measure(account, moment)
-    if anchored:
-        more = min(words[Field.STEP], max(_step(account), demand), words[Field.SIZE] - words[Field.RESERVED])
-    else:
-        more = words[Field.STEP] = _step(account, surge=not spaced)
-        more = max(more, demand)
-        if account.total is not None:
-            more = min(more, account.total - words[Field.USED] - words[Field.LEFT])
-        words[Field.SETTLED] = 0
+    words[Field.STEP] = _step(account, surge=surge)
+    more = max(words[Field.STEP], demand)
+    if account.total is not None:
+        more = min(more, account.total - words[Field.USED] - words[Field.LEFT])
     if more <= 0:
         return False
-    words[Field.RESERVED] += more
-    words[Field.LEFT] += more
+    words[Field.SETTLED], words[Field.FRESH_NS] = 0, FOREVER
+    _reserve(account, more)
     _raised(account, moment)
     return True
+
+
+def refresh(account: Account, moment: Moment, looked: int) -> None:
+    """The anchor was at this lease when it was asked: after `looked`, by the meter."""
+    asked(account, moment)
+    account.words[Field.FRESH_NS] = looked + LASTING if account.rated else FOREVER
+
+
+def asked(account: Account, moment: Moment) -> None:
+    """The anchor was asked just now."""
+    account.words[Field.ANCHOR_MS], account.words[Field.ANCHOR_NS] = moment.clock, moment.running
+
+
+def old(account: Account, meter: int) -> bool:
+    """Whether the anchor should be looked at again."""
+    return account.words[Field.LEFT] > 0 and account.words[Field.FRESH_NS] - meter < LASTING // 2
+
+
+def dim(account: Account, anchors: int) -> bool:
+    """Whether the record is so old, by the anchor's clock, that a cut right after a step would be charged for long."""
+    words = account.words
+    ended = words[Field.SETTLED] or words[Field.RESERVED] >= words[Field.SIZE]
+    return bool(ended) and anchors - words[Field.CLOCK_MS] > _DIM
+
+
+def certify(account: Account, moment: Moment) -> bool:
+    """Note that no lease was taken after this one till now. To be written down: True; False where that is known."""
+    if not dim(account, moment.clock):
+        return False
+    _measure(account, moment)
+    _raised(account, moment)
+    return True
+
+
+def fence(account: Account) -> None:
+    """Another took a lease after this one: give up what is reserved and not booked."""
+    words = account.words
+    words[Field.LEFT] = words[Field.FRESH_NS] = 0
+    words[Field.RESERVED] = words[Field.SIZE] = words[Field.USED] - words[Field.BASE]
+    words[Field.SETTLED] = 1
+
+
+def idle(account: Account, meter: int) -> int:
+    """Nanoseconds without use after which a lease is settled: the longer, the more leases there were of late."""
+    return _NANOSECONDS + min(max(0, account.words[Field.WORN_NS] - meter) // 64, _LONGEST_IDLE)
 
 
 def settle(account: Account, moment: Moment, keep: int) -> bool:
@@ -87,7 +153,7 @@ def settle(account: Account, moment: Moment, keep: int) -> bool:
     words[Field.LEFT] = max(0, min(words[Field.LEFT], keep))
     words[Field.RESERVED] = words[Field.USED] - words[Field.BASE] + words[Field.LEFT]
     words[Field.SETTLED] = 1
-    _raised(account, moment)
+    _followed(account, moment)  # its `CLOCK_MS` stays: nobody looked whether the lease is still the latest
     return True
 
 
@@ -97,22 +163,27 @@ def plan(account: Account, moment: Moment, demand: int = 0) -> int:
     _measure(account, moment)
     surge = moment.running - words[Field.RAISED_NS] < _NANOSECONDS
     step = max(demand, _step(account, surge=surge and not words[Field.SETTLED]))
-    return min(step, words[Field.ANNOUNCED]) if account.total is None or account.total > words[Field.USED] else 0
+    return min(step, account.most) if account.total is None or account.total > words[Field.USED] else 0
 
 
-def take(account: Account, step: int, serial: int, moment: Moment) -> bool:
-    """Begin the lease `serial`; those between are charged. To be written down before any of it is booked: True."""
+def take(account: Account, step: int, reading: Reading, moment: Moment, looked: int) -> bool:
+    """Begin the lease that the anchor counted, after `looked`; those of others are charged. To be written down before
+    any of it is booked: True.
+    """
     words = account.words
-    if missing := max(0, serial - words[Field.SERIAL] - 1):
-        account.charge(_unknown(account, missing, _RESERVATIONS))
+    if missing := reading.steps - words[Field.SERIAL] - 1:
+        fence(account)
+        charge = _unknown(account, missing, reading)
+        account.charge(charge, moment.meter + LASTING + moment.session)
     kept = words[Field.LEFT]  # others may be about to book it
-    size = kept + step * _RESERVATIONS
+    size = kept + step * RESERVATIONS
     if account.total is not None:
         size = min(size, max(0, account.total - words[Field.USED]))
-    words[Field.SERIAL], words[Field.BASE], words[Field.SIZE] = serial, words[Field.USED], size
+    words[Field.SERIAL], words[Field.BASE], words[Field.SIZE] = reading.steps, words[Field.USED], size
     words[Field.LEFT] = words[Field.RESERVED] = min(kept + step, size)
     words[Field.STEP], words[Field.SETTLED] = max(step, 1), 0
-    words[Field.ANNOUNCED] = min(max(step * GROWTH, account.first), LARGEST // _RESERVATIONS)
+    words[Field.WORN_NS] = max(words[Field.WORN_NS], moment.meter) + _REST
+    refresh(account, moment, looked)
     _raised(account, moment)
     return True
 
@@ -122,60 +193,76 @@ def adopt(account: Account, recorded: Account) -> None:
     for field in _OF_LEASE:
         account.words[field] = recorded.words[field]
     if lost := recorded.words[Field.LOST] - account.words[Field.LOST]:
-        account.charge(lost)
+        account.charge(lost, recorded.words[Field.DOUBTED_NS])
     spent = account.words[Field.USED] - account.words[Field.BASE]
     account.words[Field.LEFT] = account.words[Field.RESERVED] - spent
 
 
-def recover(account: Account, serial: int | None, elapsed: int) -> int:
-    """Charge what may have been spent since the record was written; how much that is.
+def recover(account: Account, reading: Reading | None, moment: Moment, *, same_boot: bool) -> None:
+    """Charge what may have been spent since the record was written, and what others may be about to spend.
 
-    `serial` is the latest that the anchor has given out, None without an anchor. Of powered-on time, `elapsed`
-    milliseconds are between the record's `CLOCK_MS` and when the power went, or now.
+    `reading` is the anchor's; None without one. `same_boot`: the record is of this boot, so that whoever wrote it may
+    still be there. To be written down before the next step.
     """
-    words = account.words
+    words, until = account.words, 0
     charge = words[Field.RESERVED] - (words[Field.USED] - words[Field.BASE])
-    if serial is not None:
-        more = max(0, elapsed) * 17 // (16 * SPACING)  # a little more, as clocks may differ
+    if reading:
+        missing = reading.steps - words[Field.SERIAL]
+        passed = reading.clock - words[Field.CLOCK_MS]
         if not words[Field.SETTLED]:
-            charge += min(words[Field.SIZE] - words[Field.RESERVED], words[Field.STEP] * more)
-        missing = serial - words[Field.SERIAL]
-        if missing < 0:
-            charge += LARGEST  # that anchor never gave out the record's serial
-        elif missing > 0:
-            charge += _unknown(account, missing, min(1 + more, _RESERVATIONS))
-        words[Field.SERIAL] = serial
-    charge = min(max(0, charge), LARGEST)
-    account.charge(charge)
-    _begin(account)
-    return charge
-
-
-def lose(account: Account, serial: int) -> None:
-    """Charge leases of which nothing is known: the account was deleted, or is damaged."""
-    account.charge(min(serial * LARGEST, LARGEST))
-    account.words[Field.SERIAL] = serial
+            until_cut = passed if same_boot else passed + reading.lapse - reading.uptime
+            more = words[Field.STEP] * _reservations(until_cut)
+            charge += min(words[Field.SIZE] - words[Field.RESERVED], more)
+        charge += _unknown(account, missing, reading)
+        if missing or same_boot:
+            until = moment.meter + LASTING + (moment.session if missing else 0)
+        words[Field.SERIAL] = reading.steps
+        words[Field.CLOCK_MS] = max(words[Field.CLOCK_MS], reading.clock)
+    account.charge(max(0, charge), until)
     _begin(account)
 
 
-def _unknown(account: Account, leases: int, reservations: int) -> int:
-    """What later leases than the account's may have reserved, each with so many reservations."""
-    first = account.words[Field.ANNOUNCED] * reservations
-    charges = (min(LARGEST, first << _BITS * place) for place in range(min(leases, _DOUBLINGS)))
-    return min(LARGEST, sum(charges))
+def lose(account: Account, reading: Reading | None, moment: Moment) -> None:
+    """Charge everything: the account was deleted, or is damaged."""
+    account.charge(_EVERYTHING, moment.meter + LASTING + moment.session)
+    if reading:
+        account.words[Field.SERIAL], account.words[Field.CLOCK_MS] = reading.steps, reading.clock
+    _begin(account)
+
+
+def _reservations(milliseconds: int) -> int:
+    """How many there may be in so much time: a little more, as clocks may differ."""
+    return max(0, milliseconds) * 17 // (16 * SPACING)
+
+
+def _unknown(account: Account, leases: int, reading: Reading) -> int:
+    """What so many leases may have reserved, of which only the time since the account's is known."""
+    if leases <= 0:
+        return -leases and _EVERYTHING  # below zero: that anchor never gave out the account's serial
+    # Each may have ended with a power cut, which took from the anchor's clock.
+    passed = reading.clock - account.words[Field.CLOCK_MS] + leases * reading.lapse
+    return account.most * min(leases + _reservations(passed), leases * RESERVATIONS)
 
 
 def _begin(account: Account) -> None:
     words = account.words
     words[Field.LEFT] = words[Field.RESERVED] = words[Field.SIZE] = words[Field.RAISED_NS] = 0
-    words[Field.BASE], words[Field.SETTLED] = words[Field.USED], 1
+    words[Field.BASE], words[Field.SETTLED], words[Field.FRESH_NS] = words[Field.USED], 1, 0
+
+
+def _reserve(account: Account, more: int) -> None:
+    account.words[Field.RESERVED] += more
+    account.words[Field.LEFT] += more
 
 
 def _raised(account: Account, moment: Moment) -> None:
-    words = account.words
-    words[Field.RAISED_NS] = moment.running
-    words[Field.CLOCK_MS] = max(words[Field.CLOCK_MS], moment.clock)
-    words[Field.COUNTED] = words[Field.USED]
+    _followed(account, moment)
+    account.words[Field.CLOCK_MS] = max(account.words[Field.CLOCK_MS], moment.clock)
+
+
+def _followed(account: Account, moment: Moment) -> None:
+    account.words[Field.RAISED_NS] = moment.running
+    account.words[Field.COUNTED] = account.words[Field.USED]
 
 
 def _measure(account: Account, moment: Moment) -> None:
@@ -191,4 +278,4 @@ def _step(account: Account, *, surge: bool = False) -> int:
     """Allowances for half as long again as reservations are apart; twice the last where those were too few."""
     words = account.words
     pace = words[Field.PACE] * SPACING * 3 // 2 // 10**6
-    return min(max(pace, 2 * words[Field.STEP] if surge else 0, account.least), LARGEST // _RESERVATIONS)
+    return min(max(pace, 2 * words[Field.STEP] if surge else 0, account.least), account.most)

@@ -124,7 +124,7 @@ class SealedFile:
         self.fd = -1
         forbid_dumps()
         try:
-            self.fd = _memfd()
+            self.fd = memory_file()
             if size:
                 os.ftruncate(self.fd, size)
                 writable = _mapped(self.fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
@@ -204,7 +204,8 @@ def _mapped(fd: int, size: int, flags: int, protection_: int) -> mmap.mmap:
     return made
 
 
-def _memfd() -> int:
+def memory_file() -> int:
+    """A descriptor of an empty file that is nowhere but in memory, and can be sealed. Raises OSError."""
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     try:
         return above_standard(os.memfd_create("hwlicense", flags | _MFD_NOEXEC_SEAL))

@@ -20,7 +20,8 @@ from hwlicense.core import leases
 from hwlicense.core.account import Short
 from hwlicense.core.errors import ClosedError, ExceededError, HwlicenseError, Reason, UsageError
 from hwlicense.core.monitoring import Verdict
-from hwlicense.device.tending import PATIENCE, PERIOD, RETRY, Tended, busy
+from hwlicense.device.locking import Turn
+from hwlicense.device.tending import PERIOD, RETRY, SESSION, Tended
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +38,6 @@ _TICKET: Final = True
 _SOON: Final = 0.5  # seconds after which a lease is expected to be renewed
 _MOST: Final = 1 << 31
 _WAITED, _POLL = 2.0, 0.01  # seconds
-_LONGEST: Final = 86400  # seconds of a session that nothing else ends
 
 
 class Metering:
@@ -55,7 +55,7 @@ class Metering:
         _meterings.add(self)
 
     def _new_process(self) -> None:
-        self._turn = threading.Lock()
+        self._turn = Turn()
         self._tickets: tuple[Iterator[bool], int] = iter(()), 0
         self._booked: Booked | None = None
         self._batch, self._refilled = 1, 0.0
@@ -63,6 +63,8 @@ class Metering:
     def after_fork(self) -> None:
         """In a forked child: what the parent booked is the parent's."""
         self._new_process()
+        for session in [session for sessions in self._sessions.values() for session in sessions]:
+            session.forget()
         self._sessions = {}
         self._tended.after_fork()
         if self._watch:
@@ -107,9 +109,7 @@ class Metering:
         if type(count) is not int or not 1 <= count < _MOST:
             raise UsageError(Reason.USAGE, f"{count!r} is no number of inferences.", "Spend one, or a whole number.")
         self._tended.start()
-        if not self._turn.acquire(timeout=PATIENCE):
-            raise busy()
-        try:
+        with self._turn:
             for _ in range(3):
                 if self._tended.closed:
                     raise ClosedError(Reason.MODEL_CLOSED, "The model was closed.", "Open it again.")
@@ -123,8 +123,6 @@ class Metering:
                 if not self._tended.reserve(count):
                     break
             raise self._pending()
-        finally:
-            self._turn.release()
 
     def _book(self, count: int, *, throttled: bool) -> Short | None:
         with self._tended.sharing() as (account, now):
@@ -192,9 +190,10 @@ class Metering:
         while True:
             with self._turn, self._tended.sharing() as (account, now):
                 self._take_back(account)
-                held = account.hold(now, count, now + (seconds or _LONGEST) * 10**9)
+                end = now + (seconds or SESSION) * 10**9
+                held = account.hold(now, count, end)
             if isinstance(held, int):
-                session = Session(self, held, count)
+                session = Session(self, held, end, count)
                 self._sessions.setdefault(threading.get_ident(), []).append(session)
                 return session
             if held.rate or held.exhausted or held.wait:
@@ -210,11 +209,12 @@ class Metering:
             if session in sessions:
                 sessions.remove(session)
         with self._tended.sharing() as (account, now):
-            account.let_go(session.place, now, session.drain())
+            account.let_go(session.place, session.end, now, session.count, session.drain())
 
     def _spend_held(self, count: int) -> bool:
         """From what a session of this thread has reserved."""
-        return any(session.draw(count) for session in self._sessions.get(threading.get_ident(), ()))
+        sessions = list(self._sessions.get(threading.get_ident(), ()))
+        return any(session.draw(count, self._tended.now()) for session in sessions)
 
     def may_start(self, count: int) -> HwlicenseError | None:
         """Why a session that spends so many could not start now; None if it may."""
@@ -241,22 +241,21 @@ class Metering:
         self._give_back_unused()
 
     def _give_back_unused(self) -> None:
-        if self._booked is None or time.monotonic() - self._refilled < PERIOD or not self._turn.acquire(blocking=False):
+        if self._booked is None or time.monotonic() - self._refilled < PERIOD or not self._turn.tried():
             return
         try:
             with self._tended.sharing() as (account, _):
                 self._take_back(account)
         finally:
-            self._turn.release()
+            self._turn.over()
 
     # ---- the end
 
     def close(self) -> None:
         """Give back what was not spent. Doing it again changes nothing."""
-        with self._turn:
-            if self._tended.closed:
-                return
-            self._tended.closed = True
+        if self._tended.closed:
+            return
+        self._tended.closed = True
         with suppress(HwlicenseError):  # what is not told now, this process has seen for nothing
             if self._watch:
                 self._watch.close()
@@ -272,30 +271,41 @@ class Metering:
 
 
 class Session:
-    """Allowances that were reserved for one procedure."""
+    """Allowances that were reserved for one procedure, until it ends, or its time does."""
 
-    def __init__(self, metering: Metering, place: int, count: int) -> None:
-        self._metering, self.place = metering, place
+    def __init__(self, metering: Metering, place: int, end: int, count: int) -> None:
+        """`end` is in nanoseconds of the meter."""
+        self._metering, self.place, self.end, self.count = metering, place, end, count
         self._tickets: Iterator[bool] = repeat(_TICKET, count)
-        self._turn = threading.Lock()
+        self._turn = Turn()
+        self._mine = True
 
-    def draw(self, count: int) -> bool:
+    def draw(self, count: int, now: int) -> bool:
         """Spend `count` of them; False where so many are not left."""
-        with self._turn:
+        if now >= self.end or not self._turn.tried():
+            return False
+        try:
             taken = sum(next(self._tickets, False) for _ in range(count))
             if taken < count:
                 self._tickets = repeat(_TICKET, taken)
             return taken == count
+        finally:
+            self._turn.over()
 
     def drain(self) -> int:
-        """How many are left, for whoever gives them back."""
+        """How many are left, for whoever gives them back: none of them is to be had any more. Raises StorageError."""
         with self._turn:
             tickets, self._tickets = self._tickets, iter(())
             return sum(tickets)
 
-    def end(self) -> None:
+    def forget(self) -> None:
+        """In a forked child: they are the parent's."""
+        self._tickets, self._turn, self._mine = iter(()), Turn(), False
+
+    def finish(self) -> None:
         """Give back what was not spent. Raises StorageError."""
-        self._metering.let_go(self)
+        if self._mine:
+            self._metering.let_go(self)
 
 
 _meterings: weakref.WeakSet[Metering] = weakref.WeakSet()

@@ -200,7 +200,7 @@ class Model:
         try:
             yield Session(continuity, inferences)
         finally:
-            held.end()
+            held.finish()
 
     def standing(self, horizon: float = 0.0, inferences: int = 0) -> Standing:
         """Whether a session of `horizon` seconds and so many inferences may start now, and if not, why.

@@ -11,7 +11,7 @@ from hwlicense.core.errors import DamagedError, Reason, RefusedError, StorageErr
 from hwlicense.core.terms import check_validity
 from hwlicense.device import clock
 from hwlicense.device.ledger import Ledger, unverified
-from hwlicense.device.tending import AnchorClock, Tended, busy
+from hwlicense.device.tending import AnchorClock, Tended, busy, longest_session
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,10 +58,10 @@ def open_account(folder: Path, grant: Grant, key: Secret, anchor: Anchor | None,
         opened = _Opening(grant, like, ledger, anchor, reset)
         with ledger.writing(_OPENING) as write:
             account = opened.first(write) if ledger.alone() else opened.joined()
-            ledger.enter()
         tended = Tended(grant, account, ledger, anchor, opened.clock)
         if anchor is None and use.metered:
             tended.reserve(account.first)
+        ledger.serve()
     except BaseException:
         ledger.close()
         raise
@@ -92,40 +92,59 @@ class _Opening:
         self, grant: Grant, like: Account, ledger: Ledger, anchor: Anchor | None, reset: ClockReset | None
     ) -> None:
         self._grant, self._like, self._ledger, self._anchor, self._reset = grant, like, ledger, anchor, reset
-        self._boot, self._gone = clock.boot_identifier(), 0
+        self._boot, self._gone = clock.boot_identifier(), False
         self.clock = AnchorClock()
 
     def first(self, write: Callable[[bytes], None]) -> Account:
         """No other process has the license open."""
-        reading = self._anchor.step() if self._anchor else None
+        anchor, reading = self._anchor, self._anchor.read() if self._anchor else None
         if reading:
             self.clock.set(reading.clock)
         account, recorded = self._found(reading)
-        before = self._boot_of(account)
+        same_boot = self._boot_of(account) == self._boot
         problem = self._dated(account)
         account.advance(clock.boot_time() + account.words[Field.OFFSET_NS])
-        self._charge(account, reading, recorded=recorded, same_boot=before == self._boot)
-        if reading and self._grant.terms_of_use.metered:
-            moment = leases.Moment(clock.running_time(), reading.clock)
-            leases.take(account, leases.plan(account, moment, account.first), reading.steps, moment)
-        elif reading:
-            account.words[Field.SERIAL] = reading.steps
+        moment = self._moment(account)
+        if recorded:
+            leases.recover(account, reading, moment, same_boot=same_boot)
+        elif self._gone:
+            leases.lose(account, reading, moment)
         write(account.encode())
-        with self._ledger.sharing():
-            self._ledger.share(account.encode())
         if problem:
             raise problem
+        if anchor and self._step(anchor, account):
+            write(account.encode())
+        self._ledger.begin(account.encode())
         return account
+
+    def _step(self, anchor: Anchor, account: Account) -> bool:
+        """Take a first lease, where there is something to lease."""
+        metered, looked = self._grant.terms_of_use.metered, self._moment(account)
+        step = leases.plan(account, looked, account.first)
+        if metered and not step:
+            return False
+        reading = anchor.step()
+        self.clock.set(reading.clock)
+        if metered:
+            leases.take(account, step, reading, self._moment(account), looked.meter)
+        else:
+            account.words[Field.SERIAL] = reading.steps
+            leases.asked(account, self._moment(account))
+        return True
+
+    def _moment(self, account: Account) -> leases.Moment:
+        meter = clock.boot_time() + account.words[Field.OFFSET_NS]
+        return leases.Moment(clock.running_time(), self.clock.now() or 0, meter, longest_session(self._grant))
 
     def joined(self) -> Account:
         """Other processes have it open, and have recovered the account."""
-        with self._ledger.sharing():
-            raw = self._ledger.look()
-        account = self._like.copy(raw) if raw is not None else self._like
-        if raw is None or not account.known or self._boot_of(account) != self._boot:
+        self._ledger.join()
+        with self._ledger.sharing() as shared:
+            account = self._like.copy(shared.look())
+        if not account.known or self._boot_of(account) != self._boot:
             raise busy()
         if self._anchor:
-            self.clock.set(account.words[Field.CLOCK_MS], account.words[Field.RAISED_NS])
+            self.clock.set(account.words[Field.ANCHOR_MS], account.words[Field.ANCHOR_NS])
         if problem := self._dated(account):
             raise problem
         return account
@@ -160,21 +179,10 @@ class _Opening:
             account, damaged = None, True
         if account is not None:
             return account, True
-        self._gone = reading.steps - 1 if reading else int(damaged)
+        self._gone = bool(reading.steps) if reading else damaged
         if self._gone:
             self._like.words[Field.FIRST] = calendar.seconds(self._grant.issued)
         return self._like, False
-
-    def _charge(self, account: Account, reading: Reading | None, *, recorded: bool, same_boot: bool) -> None:
-        """What may have been spent, as if it were now: it was not later."""
-        if not recorded:
-            if self._gone:
-                leases.lose(account, self._gone)
-            return
-        elapsed = reading.clock - account.words[Field.CLOCK_MS] if reading else 0
-        if reading and not same_boot:
-            elapsed += reading.lapse - reading.uptime
-        leases.recover(account, reading.steps - 1 if reading else None, elapsed)
 
     def _dated(self, account: Account) -> RefusedError | None:
         """Go on with the account's clocks. What the license says to the day."""

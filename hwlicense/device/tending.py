@@ -16,6 +16,8 @@ from hwlicense.core.account import Field
 from hwlicense.core.errors import HardwareError, HwlicenseError, Reason, StorageError
 from hwlicense.core.terms import check_validity
 from hwlicense.device import clock
+from hwlicense.device.locking import PATIENCE, Turn
+from hwlicense.device.sharing import begin
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -25,15 +27,16 @@ if TYPE_CHECKING:
     from hwlicense.core.documents import Grant
     from hwlicense.core.hardware import Anchor
     from hwlicense.device.ledger import Ledger
+    from hwlicense.device.sharing import Shared
 
 PERIOD: Final = 1.0
 """Seconds between looks at the account."""
 
-PATIENCE: Final = 5.0
-"""Seconds to wait for another thread of this process."""
-
 RETRY: Final = 5.0
 """Seconds between attempts at an anchor that failed."""
+
+SESSION: Final = 3600
+"""Seconds of a session that no continuity ends."""
 
 _MILLION: Final = 1_000_000
 _CHECKED: Final = 60.0  # seconds between looks at the calendar
@@ -87,7 +90,7 @@ class Tended:
         """No thread yet: in a forked child, that of the parent is not there."""
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
-        self._starting = threading.Lock()
+        self._starting = Turn()
         self._retry_at = self._calendar_at = 0.0
 
     def after_fork(self) -> None:
@@ -101,10 +104,10 @@ class Tended:
     @contextmanager
     def sharing(self) -> Iterator[tuple[Account, int]]:
         """The account, for this process alone, and the time on its clock. Kept if the block ends well."""
-        with self._ledger.sharing():
-            account, now = self._load()
+        with self._ledger.sharing() as shared:
+            account, now = self._load(shared)
             yield account, now
-            self._ledger.share(account.encode())
+            shared.share(account.encode())
 
     def writing(self) -> AbstractContextManager[object]:
         """Let no other process write anything down."""
@@ -116,18 +119,17 @@ class Tended:
 
     def look(self) -> tuple[Account, int]:
         """The account as it is, and the time on its clock."""
-        with self._ledger.sharing():
-            return self._load()
+        with self._ledger.sharing() as shared:
+            return self._load(shared)
 
-    def _load(self) -> tuple[Account, int]:
-        raw = self._ledger.look()
-        if raw is None:
-            raise busy()
-        account = self._like.copy(raw)
+    def _load(self, shared: Shared) -> tuple[Account, int]:
+        account = self._like.copy(shared.look())
         return account, account.advance(clock.boot_time() + self.offset)
 
-    def _moment(self) -> leases.Moment:
-        return leases.Moment(clock.running_time(), self._anchor_clock.now() or 0)
+    def _moment(self, read: int | None = None) -> leases.Moment:
+        """Now, with the anchor's clock as it was just `read`, or as it must be."""
+        anchors = self._anchor_clock.now() or 0 if read is None else read
+        return leases.Moment(clock.running_time(), anchors, self.now(), longest_session(self._grant))
 
     def _recorded(self, change: Callable[[Account], bool]) -> bool:
         """Change the lease, write that down, and only then let it be used; others go on booking meanwhile."""
@@ -153,33 +155,48 @@ class Tended:
         self._wake.set()
 
     def reserve(self, count: int) -> bool:
-        """Reserve so many now, if that takes nothing but writing it down; if not, ask for it. Raises StorageError."""
+        """Reserve so many now, if that takes no anchor; if it does, ask for it. Raises StorageError."""
         self._demand = max(self._demand, count)
-        done = self.raise_reservation()
-        if not done:
-            self._wake.set()
-        return done
+        if self._anchor is None:
+            return self._recorded(lambda account: leases.reserve_freely(account, self._moment(), self._demand))
+        self._wake.set()
+        return False
 
-    def raise_reservation(self) -> bool:
-        """Reserve more, if that is due. Raises StorageError."""
-        anchored = self._anchor is not None
-        return self._recorded(
-            lambda account: leases.raise_reservation(account, self._moment(), self._demand, anchored=anchored)
-        )
+    def _look_at(self, anchor: Anchor) -> None:
+        """See that this lease is the latest, and only then reserve more of it. Raises HwlicenseError."""
+        with self._ledger.renewing() as mine:
+            if not mine:
+                return
+            account, looked = self.look()
+            reading = anchor.read()
+            self._anchor_clock.set(reading.clock)
+            moment = self._moment(reading.clock)
+            latest = reading.steps == account.words[Field.SERIAL]
+            with self.sharing() as (present, _):
+                if latest:
+                    leases.refresh(present, moment, looked)
+                else:
+                    leases.fence(present)
+            if latest:
+                self._recorded(
+                    lambda account: (
+                        leases.raise_reservation(account, moment, self._demand) or leases.certify(account, moment)
+                    )
+                )
 
     def _renew_lease(self, anchor: Anchor) -> None:
         """Take a further lease from the anchor. Raises HwlicenseError."""
         with self._ledger.renewing() as mine:
             if not mine:
                 return
-            account, _ = self.look()
+            account, looked = self.look()
             step = leases.plan(account, self._moment(), self._demand)
             if not step or not leases.low(account, self._demand):  # another process was quicker
                 return
             reading = anchor.step()
             self._anchor_clock.set(reading.clock)
-            moment = leases.Moment(clock.running_time(), reading.clock)
-            self._recorded(lambda account: leases.take(account, step, reading.steps, moment))
+            moment = self._moment(reading.clock)
+            self._recorded(lambda account: leases.take(account, step, reading, moment, looked))
 
     # ---- the thread
 
@@ -194,12 +211,9 @@ class Tended:
                 return
             target = _tend_on, (weakref.ref(self), self._wake)
             thread = threading.Thread(target=target[0], args=target[1], name="hwlicense meter", daemon=True)
-            try:
-                thread.start()
-            except RuntimeError as error:
-                what = "The system gives the process no further thread, and the license asks for one."
-                raise StorageError(Reason.STORAGE, what, "Raise the limit of threads (`ulimit -u`).") from error
+            begin(thread)
             self._thread = thread
+            self._ledger.serve()
 
     def tend(self) -> bool:
         """One look at the account. False when there is nothing to look after any more."""
@@ -207,8 +221,8 @@ class Tended:
             return False
         try:
             self.on_look()
-            if self.metered and not self.raise_reservation():
-                self._settle_or_renew()
+            if self.metered:
+                self._look_after(self._anchor)
             self._look_at_calendar()
             self.problem = None
         except HwlicenseError as error:
@@ -219,16 +233,24 @@ class Tended:
             self.problem = HardwareError(Reason.INTERNAL, what, "Open the model again; if it comes back, report it.")
         return True
 
-    def _settle_or_renew(self) -> None:
-        account, _ = self.look()
+    def _look_after(self, anchor: Anchor | None) -> None:
+        account, meter = self.look()
         used, now = account.words[Field.USED], time.monotonic()
         if used != self._seen[0]:
             self._seen = used, now
-        if now - self._seen[1] >= leases.SPACING / 1000 and not self._demand:
-            if leases.settle(account, self._moment(), account.least):
-                self._settle()
-        elif leases.low(account, self._demand) and self._anchor and now >= self._retry_at:
-            self._renew_lease(self._anchor)
+        idle = now - self._seen[1] >= leases.idle(account, meter) / 10**9 and not self._demand
+        if idle and leases.settle(account, self._moment(), account.least):
+            self._settle()
+        if anchor is None and not idle:
+            self._recorded(lambda account: leases.reserve_freely(account, self._moment(), self._demand))
+        if anchor and now >= self._retry_at:
+            low = leases.low(account, self._demand)
+            due = leases.due(account, clock.running_time(), self._demand)
+            if due or leases.old(account, meter) or (low and leases.dim(account, self._moment().clock)):
+                self._look_at(anchor)
+                account, _ = self.look()
+            if leases.low(account, self._demand) and not due:
+                self._renew_lease(anchor)
 
     def _settle(self) -> None:
         with self._ledger.writing() as write, self.sharing() as (account, _):
@@ -266,8 +288,11 @@ class Tended:
                 self._ledger.leave()
                 with self.sharing() as (account, _):
                     last(account)
-                    if self._ledger.alone() and leases.settle(account, self._moment(), 0):
+                    alone = self._ledger.alone()
+                    if alone and leases.settle(account, self._moment(), 0):
                         self._write(write, account)
+                if alone:
+                    self._ledger.forget()
         finally:
             self._ledger.close()
 
@@ -280,6 +305,11 @@ def _tend_on(tended: weakref.ref[Tended], wake: threading.Event) -> None:
         if present is None or not present.tend():
             return
         del present
+
+
+def longest_session(grant: Grant) -> int:
+    """Nanoseconds."""
+    return (grant.continuity or SESSION) * 10**9
 
 
 def busy() -> StorageError:

@@ -7,7 +7,6 @@ is authenticated by a key that comes from the license secret; the account says w
 from __future__ import annotations
 
 import hmac
-import threading
 import time
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -19,6 +18,7 @@ from hwlicense.core.account import Field
 from hwlicense.core.errors import DamagedError, ExceededError, HwlicenseError, Reason, UsageError
 from hwlicense.core.monitoring import Observation, State, Verdict
 from hwlicense.core.schema import SCHEMA, Count, decode, encode, prepare
+from hwlicense.device.locking import Turn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,7 +62,7 @@ class Watch:
         self._merge()
 
     def _new_process(self) -> None:
-        self._turn = threading.Lock()
+        self._turn = Turn()
         self._waiting: list[Observation] = []
         self._untold: list[Observation] = []
         self._written = time.monotonic()

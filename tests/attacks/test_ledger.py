@@ -145,13 +145,12 @@ def msgspec_replace(use, **changes):
     return msgspec.structs.replace(use, **changes)
 
 
-@pytest.mark.parametrize("name", ["ledger", "shared"])
 @pytest.mark.parametrize("place", [0, 100, 4096, 4200, 8192, 9000])
-def test_a_changed_byte_gives_nothing(machine, tmp_path, name, place):
+def test_a_changed_byte_gives_nothing(machine, tmp_path, place):
     granted = grant(limited((500, 60), (2000, 86400), inferences=TOTAL))
     metering = machine.open(tmp_path, granted)
     spent = spend(metering, 300)
-    path = next(tmp_path.rglob(name))
+    path = next(tmp_path.rglob("ledger"))
     raw = bytearray(path.read_bytes())
     raw[place % len(raw)] ^= 0x10
     path.write_bytes(raw)
@@ -161,27 +160,6 @@ def test_a_changed_byte_gives_nothing(machine, tmp_path, name, place):
     machine.restarts()
     metering = machine.open(tmp_path, granted)
     assert used(metering) >= spent
-
-
-def test_what_is_shared_cannot_be_put_back_while_it_is_open(machine, tmp_path):
-    granted = grant(limited(inferences=TOTAL))
-    metering = machine.open(tmp_path, granted)
-    spend(metering, 50)
-    path = next(tmp_path.rglob("shared"))
-    before = path.read_bytes()
-    metering.spend(2)
-    path.write_bytes(before)
-    with pytest.raises(DamagedError) as error:
-        metering.spend(2)
-    assert error.value.reason == Reason.HOME_DAMAGED
-
-
-def test_truncating_what_is_shared_kills_no_process(machine, tmp_path):
-    metering = machine.open(tmp_path, grant(limited(inferences=TOTAL)))
-    spend(metering, 50)
-    next(tmp_path.rglob("shared")).write_bytes(b"")
-    with pytest.raises(DamagedError):
-        metering.spend(100)
 
 
 def excess(times: list[tuple[int, int]], limit: int, seconds: int) -> int:

@@ -113,6 +113,7 @@ def test_throttled_it_goes_on_slowly(machine, tmp_path):
     metering = opened(machine, tmp_path, grant(use("throttle", Rate(5, 60))))
     run(machine, metering, 150)
     machine.passes(120)
+    metering._tended.tend()
     for _ in range(5):
         metering.spend()
     with pytest.raises(ExceededError) as error:
@@ -147,7 +148,7 @@ def test_a_denial_interrupts_no_session_and_starts_none(machine, tmp_path):
     session = metering.hold(10, 3600)
     run(machine, metering, 500)
     assert metering.may_start(0).reason == Reason.ABNORMAL_USE
-    session.end()
+    session.finish()
     with pytest.raises(ExceededError):
         metering.spend()
     metering.close()

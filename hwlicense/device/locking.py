@@ -1,0 +1,159 @@
+"""Files that processes and threads of a device lock. Locks are the kernel's: they end with a process."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final, Self
+
+from hwlicense import storage
+from hwlicense.core.errors import Reason, StorageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+    from types import TracebackType
+
+PATIENCE: Final = 5.0
+"""Seconds to wait for another process or thread."""
+
+
+class Turn:
+    """A lock among threads. Raises StorageError where it is not to be had in `PATIENCE`.
+
+    At once in a signal handler that interrupted its holder, who cannot go on before the handler ends.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._holder = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        if not self.tried(PATIENCE):
+            what = "The account of the license's use is not to be had."
+            raise StorageError(Reason.STORAGE, what, "Try again; not in a signal handler that interrupts its use.")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.over()
+
+    def tried(self, patience: float = 0) -> bool:
+        """Whether it is this thread's turn now, until `over`."""
+        if self._holder == threading.get_ident() or not self._lock.acquire(timeout=patience):
+            return False
+        self._holder = threading.get_ident()
+        return True
+
+    def over(self) -> None:
+        """Let others have their turn."""
+        self._holder = 0
+        self._lock.release()
+
+
+class LockedFile:
+    """A file, or memory under a descriptor; `path` is what errors call it."""
+
+    def __init__(self, path: Path, fd: int) -> None:
+        """`fd` is taken over."""
+        self.path, self.fd, self._turn = path, fd, Turn()
+
+    @classmethod
+    def opened(cls, path: Path, size: int) -> Self:
+        """A file of fixed size, made whole beforehand: writing in it later takes no space. Raises StorageError."""
+        with storage.reporting(path):
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            file = cls(path, storage.above_standard(os.open(path, flags, 0o600)))
+            try:
+                if os.fstat(file.fd).st_size < size:
+                    os.posix_fallocate(file.fd, 0, size)
+                    os.fsync(file.fd)
+                    storage.sync_folder(path.parent)
+            except BaseException:
+                file.close()
+                raise
+        return file
+
+    def again(self) -> None:
+        """Open it once more: under a descriptor that was shared, locks would be shared, too."""
+        before, self._turn = self.fd, Turn()
+        with storage.reporting(self.path):
+            self.fd = storage.above_standard(os.open(f"/proc/self/fd/{before}", os.O_RDWR | os.O_CLOEXEC))
+        os.close(before)
+
+    def read(self, size: int, offset: int) -> bytes:
+        """Fewer bytes only where the file ends before. Raises StorageError."""
+        with storage.reporting(self.path):
+            return os.pread(self.fd, size, offset)
+
+    def write(self, data: bytes, offset: int) -> None:
+        """Write all of it. Raises StorageError."""
+        with storage.reporting(self.path):
+            while data:
+                done = os.pwrite(self.fd, data, offset)
+                data, offset = data[done:], offset + done
+
+    @contextmanager
+    def locked(self, patience: float = PATIENCE) -> Iterator[None]:
+        """Let no other process or thread in. Raises StorageError where that took longer than `patience` seconds."""
+        turn, fd = self._turn, self.fd
+        if not turn.tried(patience):
+            raise self._taken(patience)
+        try:
+            self._lock(fd, patience)
+            try:
+                yield
+            finally:
+                fcntl.flock(fd, fcntl.LOCK_UN)
+        finally:
+            turn.over()
+
+    @contextmanager
+    def locked_now(self) -> Iterator[bool]:
+        """Let no other process or thread in, if none is there now; gives whether that is so."""
+        turn, fd = self._turn, self.fd
+        if not turn.tried():
+            yield False
+            return
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                yield False
+                return
+            try:
+                yield True
+            finally:
+                fcntl.flock(fd, fcntl.LOCK_UN)
+        finally:
+            turn.over()
+
+    def _lock(self, fd: int, patience: float) -> None:
+        give_up, pause = 0.0, 0.00005
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                now = time.monotonic()
+                give_up = give_up or now + patience
+                if now > give_up:
+                    raise self._taken(patience) from None
+                time.sleep(pause)
+                pause = min(2 * pause, 0.005)
+            except OSError as error:
+                what = f"{self.path} cannot be locked: {error.strerror}."
+                raise StorageError(Reason.STORAGE, what, "Keep the state folder on a local disk.") from error
+            else:
+                return
+
+    def _taken(self, patience: float) -> StorageError:
+        what = f"{self.path} has been locked for {patience:g} s."
+        return StorageError(Reason.STORAGE, what, "See which process works there (`lsof`).")
+
+    def close(self) -> None:
+        """Close the descriptor; the locks that it has end."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)

@@ -1,0 +1,57 @@
+"""Records of fixed size, each with a number and authenticated (HMAC-SHA256) by a key from the license secret.
+
+magic number payload code     8 bytes, 8, `size`, 32
+"""
+
+from __future__ import annotations
+
+import hmac
+import struct
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from hwlicense.core.secret import Secret
+
+PAGE: Final = 4096
+
+_MAGIC: Final = b"hwledger"
+_HEAD: Final = struct.Struct("<8sq")
+_CODE: Final = 32
+
+
+class Records:
+    """Records of one account, with payloads of `size` bytes. Each takes `place` bytes of whole pages."""
+
+    def __init__(self, key: Secret, size: int) -> None:
+        """`key` is taken over, and wiped by `close`."""
+        self._key = key
+        self.length = _HEAD.size + size + _CODE
+        self.place = -(-self.length // PAGE) * PAGE
+
+    def made(self, purpose: bytes, number: int, payload: bytes) -> bytes:
+        """A record of `length` bytes."""
+        content = _HEAD.pack(_MAGIC, number) + payload
+        return content + self.code(purpose + content)
+
+    def opened(self, purpose: bytes, raw: bytes) -> tuple[int, bytes] | None:
+        """Number and payload; None where nobody who knows the key made it for this purpose."""
+        if len(raw) != self.length or not raw.startswith(_MAGIC):
+            return None
+        if not hmac.compare_digest(self.code(purpose + raw[:-_CODE]), raw[-_CODE:]):
+            return None
+        return _HEAD.unpack_from(raw)[1], raw[_HEAD.size : -_CODE]
+
+    def code(self, content: bytes) -> bytes:
+        """The 32 bytes that authenticate `content`."""
+        return hmac.digest(self._key.buffer, content, "sha256")
+
+    def close(self) -> None:
+        """Wipe the key."""
+        self._key.wipe()
+
+
+def unchecked(raw: bytes) -> tuple[int, bytes] | None:
+    """Number and payload, with what follows it, of what looks like a record: for reports."""
+    if len(raw) < _HEAD.size or not raw.startswith(_MAGIC):
+        return None
+    return _HEAD.unpack_from(raw)[1], raw[_HEAD.size :]

@@ -1,0 +1,190 @@
+"""Copies of an account that are used beside it: whatever is done with them, together they spend no more than it grants."""
+
+from __future__ import annotations
+
+import random
+from contextlib import suppress
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hwlicense.core.account import Field
+from hwlicense.core.errors import HwlicenseError
+from tests.attacks.test_ledger import excess, used
+from tests.metered import SECOND, Machine, abandon, grant, limited, restore, save, spend
+
+TOTAL = 1000
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    with Machine().running(monkeypatch) as machine:
+        yield machine
+
+
+def spend_all(machine, copies, *, rounds, each, seconds):
+    """What copies spend that are held open together, a little in each round; and when."""
+    times = []
+    for _ in range(rounds):
+        machine.passes(seconds)
+        for metering in copies:
+            with suppress(HwlicenseError):
+                metering._tended.tend()
+            times.append((machine.boot, spend(metering, each)))
+    return times
+
+
+@pytest.mark.parametrize(("each", "seconds"), [(3, 11), (1, 2), (40, 31)])
+def test_copies_that_are_held_open_spend_no_more_together(machine, tmp_path, each, seconds):
+    granted = grant(limited(inferences=TOTAL))
+    copies = [machine.open(tmp_path / "0", granted)]
+    times = [(machine.boot, spend(copies[0], 5))]
+    for number in range(1, 5):
+        save(tmp_path / "0", tmp_path / str(number))
+        copies.append(machine.open(tmp_path / str(number), granted))
+    times += spend_all(machine, copies, rounds=300, each=each, seconds=seconds)
+    assert sum(count for _, count in times) <= TOTAL
+
+
+@pytest.mark.parametrize("wait", [0, 30, 59, 61, 130])
+def test_copies_that_are_held_open_keep_to_the_rates_together(machine, tmp_path, wait):
+    granted = grant(limited((60, 60)))
+    save(tmp_path / "0", tmp_path / "0")
+    copies = [machine.open(tmp_path / "0", granted)]
+    for number in range(1, 6):
+        save(tmp_path / "0", tmp_path / str(number))
+        copies.append(machine.open(tmp_path / str(number), granted))
+    machine.passes(wait)
+    times = spend_all(machine, copies, rounds=400, each=60, seconds=7)
+    assert excess([(when, count) for when, count in times if count], 60, 60) <= 0
+
+
+def test_one_that_was_stopped_does_not_spend_what_it_had_while_a_copy_goes_on(machine, tmp_path):
+    """The copy's frames are kept free of what the other has reserved, for as long as that can be spent."""
+    granted = grant(limited((60, 60)))
+    stopped = machine.open(tmp_path / "0", granted)
+    save(tmp_path / "0", tmp_path / "1")
+    copy = machine.open(tmp_path / "1", granted)
+    times = []
+    for _ in range(200):
+        machine.passes(1)
+        copy._tended.tend()
+        times.append((machine.boot, spend(copy, 60)))
+        with suppress(HwlicenseError):
+            stopped.spend()  # nobody looks after it
+            times.append((machine.boot, 1))
+    assert excess(times, 60, 60) <= 0
+
+
+def test_more_than_a_lease_is_charged_where_more_may_have_been_spent(machine, tmp_path):
+    total = 1 << 34
+    granted, state = grant(limited(inferences=total)), tmp_path / "state"
+    metering = machine.open(state, granted)
+    save(state, tmp_path / "saved")
+    metering.close()
+    machine.steps += 40  # leases of another copy
+    machine.passes(86400)
+    restore(state, tmp_path / "saved")
+    metering = machine.open(state, granted)
+    assert used(metering) >= 1 << 29
+    metering.close()
+    restore(state, tmp_path / "nowhere")
+    assert spend(machine.open(state, granted), 1) == 0
+
+
+def test_growth_on_one_branch_is_not_hidden_from_another(machine, tmp_path):
+    """A small lease is no bound for those that were taken from an older record."""
+    granted, state = grant(limited(inferences=10**6)), tmp_path / "state"
+    metering = machine.open(state, granted)
+    spent = 0
+    for _ in range(20):
+        spent += spend(metering, 3000)
+        machine.passes(1)
+        metering._tended.tend()
+    save(state, tmp_path / "fast")
+    metering.close()
+    metering = machine.open(state, granted)
+    for _ in range(100):
+        machine.passes(60)
+        metering._tended.tend()
+    save(state, tmp_path / "slow")
+    metering.close()
+    restore(state, tmp_path / "fast")
+    metering = machine.open(state, granted)
+    spent += spend(metering, 3500)
+    abandon(metering)
+    restore(state, tmp_path / "slow")
+    assert used(machine.open(state, granted)) >= spent
+
+
+def test_a_session_ends_with_its_time(machine, tmp_path):
+    metering = machine.open(tmp_path, grant(limited(inferences=TOTAL), continuity=60))
+    session = metering.hold(50, 60)
+    assert metering._spend_held(10)
+    machine.passes(61)
+    assert not metering._spend_held(1)
+    before = metering._tended.look()[0].words[Field.USED]
+    other = metering.hold(20, 60)  # in the same place
+    session.finish()
+    assert metering._tended.look()[0].words[Field.USED] == before + 20
+    other.finish()
+    assert metering._tended.look()[0].words[Field.USED] == before
+
+
+ACTIONS = st.lists(
+    st.sampled_from(["spend", "spend", "pass", "wait", "tend", "close", "kill", "cut", "copy", "restore", "session"]),
+    min_size=5,
+    max_size=60,
+)
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(actions=ACTIONS, seed=st.integers(0, 2**32), lapse=st.sampled_from([512, 4096, 262144]))
+def test_no_sequence_of_events_with_copies_gains(monkeypatch, tmp_path_factory, actions, seed, lapse):  # noqa: C901, PLR0912
+    """Copies that are made, held open, killed, restored and used beside each other."""
+    chance, folder = random.Random(seed), tmp_path_factory.mktemp("device")
+    rates = [(200, 60), (900, 3600)]
+    granted = grant(limited(*rates, inferences=5000), continuity=120)
+    spent, times, copies, held = 0, [], dict.fromkeys(range(3)), {}
+    with Machine(lapse).running(monkeypatch) as machine:
+        for action in actions:
+            number = chance.randrange(3)
+            state, metering = folder / str(number), copies[number]
+            if action == "cut":
+                for each in copies.values():
+                    if each:
+                        abandon(each)
+                copies, held = dict.fromkeys(range(3)), {}
+                machine.restarts(chance.uniform(0, 600), cut=True)
+            elif action == "copy":
+                save(state, folder / f"saved {chance.randrange(3)}")
+            elif action == "restore" and metering is None:
+                restore(state, folder / f"saved {chance.randrange(3)}")
+            elif action in {"pass", "wait"}:
+                machine.passes(chance.uniform(0, 15 if action == "pass" else 300))
+            elif metering is None:
+                with suppress(HwlicenseError):
+                    copies[number] = machine.open(state, granted)
+            elif action == "tend":
+                metering._tended.tend()
+            elif action in {"close", "kill"}:
+                metering.close() if action == "close" else abandon(metering)
+                copies[number] = None
+                held.pop(number, None)
+            elif action == "session":
+                if number in held:
+                    held.pop(number).finish()
+                else:
+                    with suppress(HwlicenseError):
+                        held[number] = metering.hold(chance.randint(1, 30), 120)
+            else:
+                done = spend(metering, chance.randint(1, 100), chance.choice([1, 1, 3]))
+                spent += done
+                times.append((machine.wall * SECOND, done))
+        assert spent <= 5000
+        for limit, seconds in rates:
+            assert excess(times, limit, seconds) <= 0, (limit, seconds)
+        for each in copies.values():
+            if each:
+                abandon(each)
