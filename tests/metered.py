@@ -91,6 +91,7 @@ class Machine:
             patched.setattr(clock, "boot_identifier", lambda: (self.boots, self.boots))
             patched.setattr(tending.Tended, "start", lambda _tended: None)
             patched.setattr(time, "monotonic", lambda: self.boot / SECOND)
+            patched.setattr(time, "sleep", self.passes)
             patched.setitem(Metering.spend.__kwdefaults__, "_now", lambda _clock: self.boot)
             yield self
 
@@ -120,6 +121,13 @@ def spend(metering: Metering, count: int, each: int = 1) -> int:
                 break
             metering._tended.tend()
     return done
+
+
+def hold(metering: Metering, count: int, seconds: int):
+    """A session, with the account looked after before."""
+    metering._tended.ask(count)
+    metering._tended.tend()
+    return metering.hold(count, seconds)
 
 
 def save(state: Path, where: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hwlicense.core.account import Field
 from hwlicense.core.errors import HwlicenseError
 from tests.attacks.test_ledger import excess, used
-from tests.metered import SECOND, Machine, abandon, grant, limited, restore, save, spend
+from tests.metered import SECOND, Machine, abandon, grant, hold, limited, restore, save, spend
 
 TOTAL = 1000
 
@@ -120,12 +120,12 @@ def test_growth_on_one_branch_is_not_hidden_from_another(machine, tmp_path):
 
 def test_a_session_ends_with_its_time(machine, tmp_path):
     metering = machine.open(tmp_path, grant(limited(inferences=TOTAL), continuity=60))
-    session = metering.hold(50, 60)
+    session = hold(metering, 50, 60)
     assert metering._spend_held(10)
     machine.passes(61)
     assert not metering._spend_held(1)
     before = metering._tended.look()[0].words[Field.USED]
-    other = metering.hold(20, 60)  # in the same place
+    other = hold(metering, 20, 60)  # in the same place
     session.finish()
     assert metering._tended.look()[0].words[Field.USED] == before + 20
     other.finish()
@@ -177,7 +177,7 @@ def test_no_sequence_of_events_with_copies_gains(monkeypatch, tmp_path_factory, 
                     held.pop(number).finish()
                 else:
                     with suppress(HwlicenseError):
-                        held[number] = metering.hold(chance.randint(1, 30), 120)
+                        held[number] = hold(metering, chance.randint(1, 30), 120)
             else:
                 done = spend(metering, chance.randint(1, 100), chance.choice([1, 1, 3]))
                 spent += done
