@@ -60,21 +60,79 @@ def test_copies_that_are_held_open_keep_to_the_rates_together(machine, tmp_path,
     assert excess([(when, count) for when, count in times if count], 60, 60) <= 0
 
 
-def test_one_that_was_stopped_does_not_spend_what_it_had_while_a_copy_goes_on(machine, tmp_path):
+@pytest.mark.parametrize("since", [0, 30, 65, 130])
+def test_one_that_was_stopped_does_not_spend_what_it_had_while_a_copy_goes_on(machine, tmp_path, since):
     """The copy's frames are kept free of what the other has reserved, for as long as that can be spent."""
     granted = grant(limited((60, 60)))
     stopped = machine.open(tmp_path / "0", granted)
     save(tmp_path / "0", tmp_path / "1")
     copy = machine.open(tmp_path / "1", granted)
     times = []
-    for _ in range(200):
+    for second in range(250):
         machine.passes(1)
         copy._tended.tend()
         times.append((machine.boot, spend(copy, 60)))
-        with suppress(HwlicenseError):
-            stopped.spend()  # nobody looks after it
-            times.append((machine.boot, 1))
+        if second >= since:
+            with suppress(HwlicenseError):
+                stopped.spend()  # nobody looks after it
+                times.append((machine.boot, 1))
     assert excess(times, 60, 60) <= 0
+
+
+def test_a_session_of_one_copy_is_kept_free_in_another(machine, tmp_path):
+    granted = grant(limited((60, 60)), continuity=600)
+    machine.open(tmp_path / "0", granted).close()
+    save(tmp_path / "0", tmp_path / "1")
+    one = machine.open(tmp_path / "1", granted)
+    for _ in range(20):
+        machine.passes(10)
+        one._tended.tend()
+    hold(one, 60, 600)
+    other = machine.open(tmp_path / "0", granted)
+    times = []
+    for second in range(900):
+        machine.passes(1)
+        other._tended.tend()
+        times.append((machine.boot, spend(other, 60)))
+        if second > 300:
+            times.append((machine.boot, int(one._spend_held(1))))
+    assert sum(count for _, count in times) > 200
+    assert excess(times, 60, 60) <= 0
+
+
+def fast(machine, metering, rounds):
+    """As much as one lease gives in so many times ten seconds."""
+    done = 0
+    for _ in range(rounds):
+        machine.passes(10)
+        metering._tended.tend()
+        done += spend(metering, 3900)
+    return done
+
+
+def test_leases_that_ended_with_power_cuts_are_charged_though_the_clock_knows_nothing_of_them(monkeypatch, tmp_path):
+    granted, state, spent = grant(limited(inferences=10**6)), tmp_path / "state", 0
+    with Machine(lapse=1 << 19).running(monkeypatch) as machine:
+        machine.open(state, granted).close()
+        save(state, tmp_path / "saved")
+        for _ in range(8):
+            metering = machine.open(state, granted)
+            spent += fast(machine, metering, 26)
+            abandon(metering)
+            machine.restarts(cut=True)
+        assert machine.clock < 1 << 19
+        restore(state, tmp_path / "saved")
+        assert used(machine.open(state, granted)) >= spent
+
+
+def test_closing_does_not_hide_what_a_copy_spent_meanwhile(machine, tmp_path):
+    granted = grant(limited(inferences=10**6))
+    one = machine.open(tmp_path / "one", granted)
+    save(tmp_path / "one", tmp_path / "other")
+    other = machine.open(tmp_path / "other", granted)
+    spent = fast(machine, other, 26)
+    one.close()
+    assert used(machine.open(tmp_path / "one", granted)) >= spent
 
 
 def test_more_than_a_lease_is_charged_where_more_may_have_been_spent(machine, tmp_path):
