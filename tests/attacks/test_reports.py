@@ -9,7 +9,9 @@ import subprocess
 
 import pytest
 
-from hwlicense.device import recovering
+from hwlicense.core import calendar
+from hwlicense.device import clock, diagnosing, recovering
+from hwlicense.device.reporting import status
 from tests.counted import Customer, limited
 from tests.world import PROGRAM, run
 
@@ -23,8 +25,8 @@ def customer(own_vendor, tmp_path, hwlicense_tpms):
         yield Customer(own_vendor, tmp_path, tpm, tap)
 
 
-def asked(customer, *command, status=0, home=None):
-    at = "--home", home or customer.device.home.path
+def asked(customer, *command, status=0):
+    at = "--home", customer.device.home.path
     return run("device", *command, *at, status=status, env={"HWLICENSE_TPM": customer.wire.tcti})
 
 
@@ -143,6 +145,20 @@ def test_inferences_that_are_used_up(customer):
             model.spend()
     refused(customer, "INFERENCES_EXHAUSTED")
     assert "Opening spends one" in asked(customer, "check", "--open", customer.vendor.package).stderr, "it does open"
+
+
+@pytest.mark.parametrize(("opened", "then", "code"), [(9, 6, "CLOCK_SET_BACK"), (0, 40, "LICENSE_EXPIRED")])
+def test_clocks_and_days(customer, monkeypatch, opened, then, code):
+    customer.sell(limited(9, extra="[validity]\ndays_from_first_use = 30\n"))
+    now = clock.wall()
+    monkeypatch.setattr(clock, "wall", lambda: now + opened * 86400)
+    customer.open()
+    monkeypatch.setattr(clock, "wall", lambda: now + then * 86400)
+    home = customer.device.home
+    (entry,), problems = status(home, calendar.day(clock.wall()), customer.device.connect)
+    assert (entry["state"], problems) == (f"refused: {code}", [])
+    (finding,) = [f for f in diagnosing.examine(home, customer.wire.tcti) if f.subject == "license"]
+    assert (finding.state, f"refused: {code}. " in finding.text) == ("missing", True)
 
 
 # ---- what opening costs ----
