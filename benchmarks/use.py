@@ -327,18 +327,13 @@ def year(days: int, rate: int = 30, step: int = 5) -> dict[str, Any]:
     """A year of days at so many inferences a second, each ended by a power cut. Time is simulated, the account real."""
     from hwlicense.device.ledger import Ledger  # noqa: PLC0415
 
-    chance, written, shared = random.Random(3), 0, 0  # noqa: S311
-    record, share = Ledger._write, Ledger.share  # noqa: SLF001
+    chance, written = random.Random(3), 0  # noqa: S311
+    record = Ledger._write  # noqa: SLF001
 
     def counted(ledger: Ledger, raw: bytes) -> None:
         nonlocal written
         written += 1
         record(ledger, raw)
-
-    def seen(ledger: Ledger, raw: bytes) -> None:
-        nonlocal shared
-        shared += 1
-        share(ledger, raw)
 
     import pytest  # noqa: PLC0415
 
@@ -346,7 +341,6 @@ def year(days: int, rate: int = 30, step: int = 5) -> dict[str, Any]:
     granted = grant(limited((1000, 5), (200_000_000, 86400), inferences=10**12))
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(Ledger, "_write", counted)
-        patch.setattr(Ledger, "share", seen)
         with Machine().running(patch) as machine:
             for _ in range(days):
                 metering = machine.open(Path(folder), granted)

@@ -51,7 +51,7 @@ normality = 0.75
 [require]
 anchor = true
 """
-PILOT = {"inferences": 90, "an_hour": 15, "a_day": 100, "instances": 2}
+PILOT = {"inferences": 90, "an_hour": 15, "a_day": 80, "instances": 2}
 LARGER = {"inferences": 1000, "an_hour": 15, "a_day": 100, "instances": 2}
 LOOSENED = {"inferences": 1000, "an_hour": 60, "a_day": 400, "instances": 4}
 

@@ -17,7 +17,7 @@ from hwlicense.core.documents import Approval, ClockReset
 from hwlicense.core.errors import Reason, UsageError
 from hwlicense.core.schema import FILE_LIMIT
 from hwlicense.core.tpm.pcrs import Selection
-from hwlicense.device import diagnosing, installing, opening, selecting
+from hwlicense.device import diagnosing, installing, opening, reporting, selecting
 from hwlicense.device.enrolling import enroll as make_request
 from hwlicense.device.home import by_any, read_vendor
 from hwlicense.device.reading import PackageFile
@@ -179,14 +179,16 @@ def check(
         if not fully:  # which verifies every chunk on its way
             with output.progress("Verifying", file.size) as advance:
                 file.verify(advance)
-        grant = opening.first_valid(
-            opening.fitting_licenses(file.manifest, vendor, place), opening.utc_today()
-        ).license.grant
+        today = opening.utc_today()
+        installed = opening.first_valid(opening.fitting_licenses(file.manifest, vendor, place), today)
+    grant = installed.license.grant
     opens = grant.terms_of_use.limits.opens
-    if opens:
-        output.note(f"Opening {'spends' if fully else 'would spend'} one of the license's {opens:,} opens.")
+    if opens and not fully:
+        output.note(f"The license has {opens:,} opens, and opening takes one: `device status` says how many are left.")
     if fully:
         connect = selecting.hardware(place, tpm, tokens, output.note)
+        if opens and (left := reporting.opens_left(place, installed, today, connect)):
+            output.note(f"Opening spends one of the license's {opens:,} opens, of which {left:,} are left.")
         pin = secrets.pin_source(pin_file, token_pin_file, last_try=last_try)
         model = opening.open_package(package, vendor, place, connect, pin)
         with model, output.progress("Reading", sum(model.size(name) for name in model.names)) as advance:

@@ -51,9 +51,9 @@ def failure(reason: Reason, what: str, hint: str) -> None:
         emit({"error": {"reason": str(reason), "what": what, "hint": hint}})
 
 
-def emit(value: Any) -> None:  # noqa: ANN401  # whatever JSON can hold
-    """A JSON document, indented."""
-    text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
+def emit(value: Any, *, indent: bool = True) -> None:  # noqa: ANN401  # whatever JSON can hold
+    """A JSON document, indented or on one line."""
+    text = msgspec.json.format(msgspec.json.encode(value), indent=2 if indent else -1).decode()
     _print(_CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text))  # which JSON lets through, and terminals obey
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -16,6 +16,14 @@ if TYPE_CHECKING:
 
     from hwlicense.core.errors import HwlicenseError
     from hwlicense.device.home import Home
+
+_ACCOUNT: Final = {
+    "unverified": "its own word, checked when the license is opened ({})",
+    "unreadable": "damaged, or not to be read: what is left is seen when the license is opened ({})",
+    "absent": "none in {}: never opened with this state folder, or gone",
+    "missing": "none in {}, though the TPM has counted opens: it is in another state folder, or gone",
+    "unused": "none yet: the TPM has counted no open",
+}
 
 
 @click.command()
@@ -33,14 +41,20 @@ if TYPE_CHECKING:
 def status(home: Path | None, state: Path | None, tpm: str | None, watch: float | None, as_json: bool) -> None:
     """Show what is installed, what it allows, how much of it is left and who enforces it.
 
-    Spends nothing. Asks the TPM where the license has opens or powered-on hours that the TPM counts.
+    Spends nothing. Asks the TPM where the license has opens or powered-on hours that the TPM counts. What the runtime
+    counts is read from the state folder as it lies there: it is checked when the license is opened. With --watch and
+    --json, each time is one line.
     """
     place = selecting.home(home, state)
     while True:
         entries, problems = reporting.status(place, opening.utc_today(), selecting.hardware(place, tpm))
-        if watch and not as_json:
-            click.clear()
-        _show(place, entries, problems, as_json=as_json)
+        if as_json:
+            told = [{"reason": p.reason, "what": p.what} for p in problems]
+            output.emit({"home": str(place.path), "licenses": entries, "problems": told}, indent=not watch)
+        else:
+            if watch:
+                click.clear()
+            _show(place, entries, problems)
         if not watch:
             return
         try:
@@ -49,16 +63,16 @@ def status(home: Path | None, state: Path | None, tpm: str | None, watch: float 
             return
 
 
-def _show(place: Home, entries: list[dict[str, Any]], problems: list[HwlicenseError], *, as_json: bool) -> None:
-    if as_json:
-        told = [{"reason": p.reason, "what": p.what} for p in problems]
-        output.emit({"home": str(place.path), "licenses": entries, "problems": told})
-        return
+def _show(place: Home, entries: list[dict[str, Any]], problems: list[HwlicenseError]) -> None:
     if not entries and not problems:
         output.note(f"No license by a trusted vendor is installed in {place.path}.")
     for entry in entries:
-        limits = entry.pop("limits", [])
+        limits, folder, refusal = entry.pop("limits", []), entry.pop("account_folder", ""), entry.pop("refusal")
+        if "account" in entry:
+            entry["account"] = _ACCOUNT[entry["account"]].format(folder)
         rows = [(key, output.shown(value)) for key, value in entry.items()]
+        if refusal:
+            rows.insert(1 + list(entry).index("state"), ("", f"{refusal['what']} {refusal['hint']}"))
         output.columns([*rows, *((f"limit {row['limit']}", _left(row)) for row in limits)])
         output.say()
     for problem in problems:
@@ -66,6 +80,9 @@ def _show(place: Home, entries: list[dict[str, Any]], problems: list[HwlicenseEr
 
 
 def _left(row: dict[str, Any]) -> str:
-    left = "unknown" if row["left"] is None else f"{row['left']:,}"
-    text = f"{left} of {row['of']:,} left; enforced by: {row['enforced_by']}"
+    if row["left"] is None:
+        text = f"unknown, of {row['of']:,}"
+    else:
+        text = f"{row['left']:,} of {row['of']:,} left{'' if row['verified'] else ' by the account'}"
+    text += f"; enforced by: {row['enforced_by']}"
     return f"{text}; more in {row['refills_in']:,} s" if "refills_in" in row else text

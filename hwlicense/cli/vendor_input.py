@@ -13,7 +13,7 @@ from hwlicense.cli import output, secrets
 from hwlicense.core.documents import TpmBinding, UsbBinding
 from hwlicense.core.errors import Reason, UsageError
 from hwlicense.core.schema import FILE_LIMIT
-from hwlicense.core.terms import parse_terms
+from hwlicense.core.terms import oddities, parse_terms
 from hwlicense.vendor import certificates, evidence, packing
 
 if TYPE_CHECKING:
@@ -96,11 +96,12 @@ def today() -> datetime.date:
 
 
 def agreed_terms(path: Path) -> Terms:
-    """The terms in a file; says so where they are over. Raises UsageError."""
+    """The terms in a file; says what is odd about them. Raises UsageError."""
     with output.naming(path):
         agreed = parse_terms(text(path))
-    if agreed.validity.not_after and agreed.validity.not_after < today():
-        output.note(f"warning: this license ends before it is issued ({agreed.validity.not_after}).")
+        odd = oddities(agreed, today())
+    for each in odd:
+        output.note(f"warning: {each}")
     return agreed
 
 

@@ -205,6 +205,30 @@ def parse_terms(text: str) -> Terms:
     return terms
 
 
+def oddities(terms: Terms, today: datetime.date) -> list[str]:
+    """What terms say in vain, in sentences: whoever issues them should know, and may mean it.
+
+    Raises UsageError TERM_INVALID where the last day is past and days from first use never begin.
+    """
+    odd, validity, limits = list[str](), terms.validity, terms.limits
+    days, last, total = validity.days_from_first_use, validity.not_after, limits.inferences
+    if last and days and last < today:
+        what = f"validity.not_after ({last}) is past, so that validity.days_from_first_use never begins."
+        hint = "Mend validity.not_after; to end a license by a revision, leave days_from_first_use out."
+        raise UsageError(Reason.TERM_INVALID, what, hint)
+    if last and last < today:
+        odd.append(f"this license ends before it is issued ({last}).")
+    if last and days and (last - max(today, validity.not_before or today)).days <= days:
+        odd.append(f"validity.days_from_first_use ({days}) never ends before validity.not_after ({last}).")
+    if total:
+        for rate, text in zip(_rates(limits.rates), limits.rates, strict=True):
+            if rate.count >= total:
+                odd.append(f"limits.rates: {text!r} never limits anything beside limits.inferences = {total}.")
+    if limits.opens and limits.instances and limits.instances > limits.opens:
+        odd.append(f"limits.instances = {limits.instances} are never reached by limits.opens = {limits.opens}.")
+    return odd
+
+
 def check_validity(grant: Grant, today: datetime.date, first_used: datetime.date | None = None) -> None:
     """Raises RefusedError LICENSE_NOT_YET_VALID or LICENSE_EXPIRED. Days are in UTC; `first_used` as far as known."""
     if grant.not_before and today < grant.not_before:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from hwlicense.core import dongle
 from hwlicense.core.documents import License, TokenBinding, TpmBinding, UsbBinding
-from hwlicense.core.errors import HwlicenseError
+from hwlicense.core.errors import HardwareError, HwlicenseError, Reason
 from hwlicense.core.tpm.pcrs import Selection
 from hwlicense.device import grace, memory, plugged, selecting, tpm_memory
 from hwlicense.device.bound import kind_of
@@ -51,7 +51,7 @@ def examine(home: Home, tcti: str | None, tokens: Sequence[str] = ()) -> list[Fi
         ("TPM", _tpm(home, tcti), "tpm" in needs.all),
         ("dongle", plugged.dongles(wanted="usb" in needs.licensed), needs.now("usb")),
         ("token", _tokens(home, tokens), bool(tokens) or needs.now("pkcs11")),
-        ("home", _home(home), True),
+        ("home", _home(home, selecting.hardware(home, tcti, tokens)), True),
         ("license", _licenses(home, tcti, tokens), True),
         ("system", _system(), True),
     )
@@ -176,7 +176,7 @@ def _group(number: int) -> str:
         return str(number)
 
 
-def _home(home: Home) -> Iterator[Finding]:
+def _home(home: Home, connect: Connect) -> Iterator[Finding]:
     if not home.path.is_dir():
         yield Finding(
             "missing", "home", f"{home.path} does not exist", f"hwlicense device enroll --home {home.path} -o OUT.hwreq"
@@ -201,15 +201,15 @@ def _home(home: Home) -> Iterator[Finding]:
         )
         return
     yield Finding("ok", "trust", ", ".join(vendor.name for vendor in vendors))
-    entries, problems = status(home, utc_today())
+    entries, problems = status(home, utc_today(), connect)
     for entry in entries:
-        good = entry["state"] == "installed"
-        text = f"{entry['license']} ({', '.join(entry['packages'])}): {entry['state']}"
-        yield Finding(
-            "ok" if good else "missing", "license", text, "" if good else "Ask the vendor for a license in force."
-        )
+        text, mend = f"{entry['license']} ({', '.join(entry['packages'])}): {entry['state']}", ""
+        if refusal := entry["refusal"]:
+            text, mend = f"{text}. {refusal['what']}", refusal["hint"]
+        yield Finding("missing" if refusal else "ok", "license", text, mend)
     for problem in problems:
-        yield Finding("missing", "license", problem.what, problem.hint)
+        if not isinstance(problem, HardwareError) and problem.reason != Reason.EXTRA_MISSING:  # others say that
+            yield Finding("missing", "license", problem.what, problem.hint)
     if not entries and not problems:
         yield Finding("missing", "license", "none is installed", f"hwlicense device install --home {home.path} LICENSE")
 

@@ -19,7 +19,7 @@ from hwlicense import storage
 from hwlicense.core.errors import DamagedError, HwlicenseError, Reason
 from hwlicense.device import sharing
 from hwlicense.device.locking import PATIENCE, LockedFile
-from hwlicense.device.records import Records, unchecked
+from hwlicense.device.records import Records, place, unchecked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -137,15 +137,15 @@ class Ledger:
 
     def _found(self) -> list[tuple[int, bytes, int]]:
         found = []
-        for place in range(2):
-            raw = self._ledger.read(self._records.length, place * self._records.place)
+        for half in range(2):
+            raw = self._ledger.read(self._records.length, half * self._records.place)
             if record := self._records.opened(b"ledger", raw):
-                found.append((*record, place))
+                found.append((*record, half))
         return found
 
     def _write(self, record: bytes) -> None:
-        number, _, place = max(self._found(), default=(0, b"", 1))
-        self._ledger.write(self._records.made(b"ledger", number + 1, record), (1 - place) * self._records.place)
+        number, _, half = max(self._found(), default=(0, b"", 1))
+        self._ledger.write(self._records.made(b"ledger", number + 1, record), (1 - half) * self._records.place)
         with storage.reporting(self._ledger.path):
             os.fdatasync(self._ledger.fd)
 
@@ -160,6 +160,13 @@ class Ledger:
             yield self._shared
 
 
+def prepare(folder: Path, size: int) -> None:
+    """Make the files for an account of `size` bytes where they are not. Raises StorageError."""
+    storage.make_folders(folder, 0o700)
+    for name, room in (("ledger", 2 * place(size)), ("alive", 0), ("renewal", 0)):
+        LockedFile.opened(folder / name, room).close()
+
+
 def unverified(folder: Path) -> list[bytes]:
     """What is shared and what is on the disk, the latest first; unchecked, as only an open license can check it."""
     ledger = _read(folder / "ledger")
@@ -167,6 +174,15 @@ def unverified(folder: Path) -> list[bytes]:
     records = [record for at in (0, half) if (record := unchecked(ledger[at : at + half]))]
     now = sharing.seen(folder)
     return [*([now] if now else []), *(payload for _, payload in sorted(records, reverse=True))]
+
+
+def begun(folder: Path) -> bool:
+    """Whether anything was ever recorded there, as far as this user may know."""
+    path = folder / "ledger"
+    try:
+        return any(storage.read_limited(path, 1 << 20))
+    except HwlicenseError as error:
+        return error.reason != Reason.FILE_ABSENT
 
 
 def _read(path: Path) -> bytes:

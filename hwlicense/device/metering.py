@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Final
 
 from hwlicense.core import leases
 from hwlicense.core.account import Short
-from hwlicense.core.errors import ClosedError, ExceededError, HwlicenseError, Reason, UsageError
+from hwlicense.core.errors import ClosedError, ExceededError, HwlicenseError, Reason
 from hwlicense.core.monitoring import Verdict
 from hwlicense.device.locking import Turn
+from hwlicense.device.starting import check_count
 from hwlicense.device.tending import PERIOD, RETRY, SESSION, Tended
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ BATCH: Final = 1024
 
 _TICKET: Final = True
 _SOON: Final = 0.5  # seconds after which a lease is expected to be renewed
-_MOST: Final = 1 << 31
 _WAITED, _POLL = 2.0, 0.01  # seconds
 
 
@@ -93,6 +93,7 @@ class Metering:
 
     def _spend_watched(self, watch: Watch, count: int, features: Sequence[float] | None, label: int) -> None:
         """As `spend`, seen by the monitor: what it denies is still granted from what a session has reserved."""
+        check_count(count)
         now = self._tended.now()
         seen = watch.observation(now, count, features, label)
         refusal, throttled = watch.refusal(now), watch.throttled(now)
@@ -106,8 +107,7 @@ class Metering:
 
     def _refill(self, count: int, *, throttled: bool = False) -> None:
         """The slow way: spend, and book the next batch."""
-        if type(count) is not int or not 1 <= count < _MOST:
-            raise UsageError(Reason.USAGE, f"{count!r} is no number of inferences.", "Spend one, or a whole number.")
+        check_count(count)
         self._tended.start()
         with self._turn:
             for _ in range(3):
@@ -154,6 +154,11 @@ class Metering:
     def _exceeded(self, short: Short, count: int) -> ExceededError:
         if short.exhausted:
             total = self._grant.terms_of_use.limits.inferences
+            left = min(self._tended.look()[0].remaining or 0, count - 1)  # others may have given some back since
+            if left:
+                what = f"{left:,} of the license's {total:,} inferences are left; {count:,} were asked for."
+                hint = "Ask for no more than are left, or ask the vendor for a revision with more."
+                return ExceededError(Reason.INFERENCES_EXHAUSTED, what, hint)
             what = f"The license's {total:,} inferences are used up."
             return ExceededError(Reason.INFERENCES_EXHAUSTED, what, "Ask the vendor for a revision with more.")
         wait = None if short.wait is None else short.wait / 1e9
@@ -183,8 +188,7 @@ class Metering:
 
         Where the lease must be renewed for that, it is waited for: two seconds at the most.
         """
-        if type(count) is not int or not 1 <= count < _MOST:
-            raise UsageError(Reason.USAGE, f"{count!r} is no number of inferences.", "Reserve a whole number of them.")
+        check_count(count)
         self._tended.start()
         give_up = time.monotonic() + _WAITED
         while True:
@@ -221,13 +225,16 @@ class Metering:
         denied = self._watch.refusal(self._tended.now()) if self._watch else None
         if refusal := self._tended.refusal or denied:
             return refusal
-        if not count:
+        total = self._grant.terms_of_use.limits.inferences
+        if not count and (total is None or self._tended.look()[0].remaining):
             return None
         with self._turn, self._tended.sharing() as (account, now):
             self._take_back(account)
-            short = account.check(now, count)
+            short = account.check(now, max(count, 1))
         if short is None:
             return None
+        if not count:  # what a session under way has reserved is left to others of this process
+            return self._exceeded(short, 1) if short.exhausted and not any(self._sessions.values()) else None
         if short.rate or short.exhausted or short.wait:
             return self._exceeded(short, count)
         self._tended.ask(count)  # so that the session need not wait for it

@@ -13,7 +13,7 @@ from hwlicense.core import package
 from hwlicense.core.errors import ClosedError, DamagedError, HwlicenseError, Reason, RefusedError, UsageError
 from hwlicense.core.secret import SIZE
 from hwlicense.device.memory import Memory, Protection, SealedFile, lend, protection
-from hwlicense.device.starting import Session, Standing
+from hwlicense.device.starting import Session, Standing, check_count, too_long
 from hwlicense.device.streaming import MemberReader
 
 if TYPE_CHECKING:
@@ -186,8 +186,9 @@ class Model:
         takes from them. Those that are not used are given back at the end. Read what the procedure needs before it
         begins: where hardware is lost, its keys are gone at once, and only buffers and paths that were given out stay.
         Touches no hardware; a lease that must be renewed for the reserved ones is waited for, two seconds at the most.
-        Raises ClosedError; RefusedError and HardwareError where `standing` says no.
+        Raises UsageError, ClosedError; RefusedError and HardwareError where `standing` says no.
         """
+        check_count(inferences, least=0)
         self._check_open()
         refusal = self._presence.refusal(wait=True) if self._presence else None
         if refusal := refusal or self._refusal or (self._metering.may_start(0) if self._metering else None):
@@ -205,20 +206,16 @@ class Model:
     def standing(self, horizon: float = 0.0, inferences: int = 0) -> Standing:
         """Whether a session of `horizon` seconds and so many inferences may start now, and if not, why.
 
-        Touches no hardware, waits for none. Raises ClosedError.
+        Touches no hardware, waits for none. Raises UsageError, ClosedError.
         """
+        check_count(inferences, least=0)
+        longer = too_long(horizon, self.grant.continuity if self.grant else None)
         self._check_open()
         refusal = (self._presence.refusal() if self._presence else None) or self._refusal
         if refusal is None and self._metering:
             refusal = self._metering.may_start(inferences)
-        continuity = self.grant.continuity if self.grant else None
-        if refusal is None and continuity is not None and horizon > continuity:
-            what = f"The procedure would take {horizon:,.0f} s; the license keeps {continuity:,} s from interruption."
-            refusal = RefusedError(
-                Reason.CONTINUITY_TOO_SHORT, what, "Start a shorter one, or ask for another license."
-            )
         here = self._presence.here if self._presence else True
-        return Standing(refusal, here, self._presence.bridged_left if self._presence else 0.0)
+        return Standing(refusal or longer, here, self._presence.bridged_left if self._presence else 0.0)
 
     def close(self) -> None:
         """Wipe the keys and close the package; lent buffers stay. Doing it again changes nothing."""

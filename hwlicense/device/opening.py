@@ -26,7 +26,7 @@ from hwlicense.device.instances import Instance
 from hwlicense.device.memory import forbid_dumps
 from hwlicense.device.model import Model
 from hwlicense.device.reading import PackageFile
-from hwlicense.device.recovering import account_folder, foreseeable, forget_others, open_account, remembered_day
+from hwlicense.device.recovering import account_folder, foreseeable, forget_others, kept, open_account, remembered_day
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -201,11 +201,11 @@ def _use(unlocked: Unlocked, home: Home) -> Metering | None:
     """The account of the license's use, where it has one; and whether it is in force today, by a clock of its own."""
     (licensed, vendor), grant = unlocked.installed, unlocked.installed.license.grant
     use, folder = grant.terms_of_use, account_folder(home.state, grant)
-    if not (use.metered or use.days or use.anchor or grant.not_before or grant.not_after):
+    if not (kept(grant) or grant.not_before or grant.not_after):
         return None
     key = derive([unlocked.account_key], b"ledger", bytes.fromhex(grant.license))
     reset = resetting.pending(home, licensed, vendor)
-    if not (use.metered or use.days or use.anchor):
+    if not kept(grant):
         remembered_day(folder, grant, key, unlocked.bound.anchor, reset)
         return None
     from hwlicense.device.metering import Metering  # noqa: PLC0415  # most licenses have no account

@@ -25,8 +25,7 @@ class Records:
     def __init__(self, key: Secret, size: int) -> None:
         """`key` is taken over, and wiped by `close`."""
         self._key = key
-        self.length = _HEAD.size + size + _CODE
-        self.place = -(-self.length // PAGE) * PAGE
+        self.length, self.place = _HEAD.size + size + _CODE, place(size)
 
     def made(self, purpose: bytes, number: int, payload: bytes) -> bytes:
         """A record of `length` bytes."""
@@ -48,6 +47,11 @@ class Records:
     def close(self) -> None:
         """Wipe the key."""
         self._key.wipe()
+
+
+def place(size: int) -> int:
+    """Bytes of whole pages for a record with `size` bytes."""
+    return -(-(_HEAD.size + size + _CODE) // PAGE) * PAGE
 
 
 def unchecked(raw: bytes) -> tuple[int, bytes] | None:

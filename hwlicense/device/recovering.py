@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from hwlicense.core import calendar, leases
@@ -10,10 +11,11 @@ from hwlicense.core.account import Account, Field
 from hwlicense.core.errors import DamagedError, Reason, RefusedError, StorageError
 from hwlicense.core.terms import check_validity
 from hwlicense.device import clock
-from hwlicense.device.ledger import Ledger, unverified
+from hwlicense.device.ledger import Ledger, prepare, unverified
 from hwlicense.device.tending import AnchorClock, Tended, busy, longest_session
 
 if TYPE_CHECKING:
+    import datetime
     from collections.abc import Callable
     from pathlib import Path
 
@@ -101,7 +103,7 @@ class _Opening:
         if reading:
             self.clock.set(reading.clock)
         account, recorded = self._found(reading)
-        same_boot = self._boot_of(account) == self._boot
+        same_boot = _boot_of(account) == self._boot
         problem = self._dated(account)
         account.advance(clock.boot_time() + account.words[Field.OFFSET_NS])
         moment = self._moment(account)
@@ -141,7 +143,7 @@ class _Opening:
         self._ledger.join()
         with self._ledger.sharing() as shared:
             account = self._like.copy(shared.look())
-        if not account.known or self._boot_of(account) != self._boot:
+        if not account.known or _boot_of(account) != self._boot:
             raise busy()
         if self._anchor:
             self.clock.set(account.words[Field.ANCHOR_MS], account.words[Field.ANCHOR_NS])
@@ -152,12 +154,12 @@ class _Opening:
     def dated(self, write: Callable[[bytes], None], anchor: Anchor | None) -> None:
         """Nothing but the day is kept."""
         account = self._recorded() or self._like
-        before = account.words[Field.MARK], account.words[Field.RESET], self._boot_of(account)
-        same_boot = self._boot_of(account) == self._boot
+        before = account.words[Field.MARK], account.words[Field.RESET], _boot_of(account)
+        same_boot = _boot_of(account) == self._boot
         if anchor and not same_boot and calendar.unset(clock.wall(), calendar.seconds(self._grant.issued)):
             self.clock.set(anchor.read().clock)
         problem = self._dated(account)
-        after = account.words[Field.MARK], account.words[Field.RESET], self._boot_of(account)
+        after = account.words[Field.MARK], account.words[Field.RESET], _boot_of(account)
         if after[0] // calendar.DAY != before[0] // calendar.DAY or after[1:] != before[1:]:
             write(account.encode())
         if problem:
@@ -187,7 +189,7 @@ class _Opening:
     def _dated(self, account: Account) -> RefusedError | None:
         """Go on with the account's clocks. What the license says to the day."""
         words, grant = account.words, self._grant
-        same_boot = self._boot_of(account) == self._boot
+        same_boot = _boot_of(account) == self._boot
         floor = calendar.seconds(grant.issued)
         clocks = calendar.Clocks(clock.wall(), clock.boot_time(), same_boot, self.clock.now())
         before = words[Field.MARK]
@@ -206,34 +208,45 @@ class _Opening:
             words[Field.BOOT_HIGH], words[Field.BOOT_LOW] = self._boot
         return problem
 
-    @staticmethod
-    def _boot_of(account: Account) -> tuple[int, int]:
-        return account.words[Field.BOOT_HIGH], account.words[Field.BOOT_LOW]
-
 
 def foreseeable(folder: Path, grant: Grant, reset: ClockReset | None) -> None:
-    """Refuse by the clock and what the account says, unchecked, before hardware is asked: that costs no open.
+    """Refuse by the clock, and by what the account says unchecked, before hardware is asked: that costs no open.
 
-    Raises RefusedError as `open_account`.
+    Makes the account's files where there are none: what is no place for them is found out now. Raises RefusedError as
+    `open_account`, StorageError.
     """
     like, floor = Account(grant.terms_of_use.limits, throttle(grant)), calendar.seconds(grant.issued)
-    if account := seen(folder, like):
-        clocks = calendar.Clocks(clock.wall(), clock.boot_time(), same_boot=True, anchor=None)
-        if reset:
-            calendar.reset(account.words, clocks, reset.time)
-        calendar.present(account.words, clocks, floor)
+    first: datetime.date | None = None
+    with suppress(ValueError, OverflowError):  # numbers that nobody wrote: opening says so
+        if account := latest(folder, like):
+            clocks = calendar.Clocks(
+                clock.wall(), clock.boot_time(), _boot_of(account) == clock.boot_identifier(), None
+            )
+            if reset:
+                calendar.reset(account.words, clocks, reset.time)
+            calendar.present(account.words, clocks, floor)
+            first = calendar.day(account.words[Field.FIRST]) if account.words[Field.FIRST] else None
     if not calendar.unset(clock.wall(), floor):
-        check_validity(grant, calendar.day(clock.wall()))
+        check_validity(grant, calendar.day(clock.wall()), first)
+    if kept(grant):
+        prepare(folder, len(like.encode()))
 
 
-def seen(folder: Path, like: Account) -> Account | None:
-    """The account of this boot, unchecked, as only an open license can check it; None where there is none."""
+def kept(grant: Grant) -> bool:
+    """Whether a license cannot be opened without an account."""
+    use = grant.terms_of_use
+    return bool(use.metered or use.days or use.anchor)
+
+
+def latest(folder: Path, like: Account) -> Account | None:
+    """The account as it was last, unchecked, as only an open license can check it; None where there is none."""
     size = len(like.encode())
-    for raw in unverified(folder):
-        account = like.copy(raw[:size]) if len(raw) >= size else like
-        if account.known and (account.words[Field.BOOT_HIGH], account.words[Field.BOOT_LOW]) == clock.boot_identifier():
-            return account
-    return None
+    copies = (like.copy(raw[:size]) for raw in unverified(folder) if len(raw) >= size)
+    return next((account for account in copies if account.known), None)
+
+
+def _boot_of(account: Account) -> tuple[int, int]:
+    return account.words[Field.BOOT_HIGH], account.words[Field.BOOT_LOW]
 
 
 def throttle(grant: Grant) -> Rate | None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from hwlicense.core import dongle
 from hwlicense.core.documents import TpmBinding, UsbBinding
-from hwlicense.core.errors import DamagedError, HwlicenseError, Reason, RefusedError
+from hwlicense.core.errors import DamagedError, HwlicenseError, RefusedError
 from hwlicense.core.hardware import Counting
-from hwlicense.core.terms import check_validity
-from hwlicense.device import grace, usage
+from hwlicense.device import grace, resetting, tpm_memory, usage
 from hwlicense.device.bound import kind_of
 from hwlicense.device.home import check_license
 
@@ -20,13 +19,6 @@ if TYPE_CHECKING:
     from hwlicense.core.hardware import Counted
     from hwlicense.device.bound import Connect
     from hwlicense.device.home import Home, Installed
-
-
-_NOT_CURRENT: Final = {
-    "superseded": Reason.LICENSE_SUPERSEDED,
-    "unfinished": Reason.INSTALL_UNFINISHED,
-    "lost": Reason.COUNTER_LOST,
-}
 
 
 def status(
@@ -45,8 +37,22 @@ def status(
                 counted = _asked(home, installed.license, connect)
             except HwlicenseError as error:
                 problems.append(error)
-        entries.append(_entry(home, installed, today, counted))
+        entry, further = _entry(home, installed, today, counted)
+        entries.append(entry)
+        problems += further
     return entries, problems
+
+
+def opens_left(home: Home, installed: Installed, today: datetime.date, connect: Connect) -> int:
+    """How many opens a license has left, by its TPM's word; 0 where it would not open, or the TPM does not answer."""
+    try:
+        counted = _asked(home, installed.license, connect)
+    except HwlicenseError:
+        return 0
+    if counted is None or counted.opens is None or counted.limit is None:
+        return 0
+    refused = _refusal(home, installed, counted, _reading(home, installed, today, counted))
+    return 0 if refused else counted.limit - counted.opens
 
 
 def _asked(home: Home, licensed: License, connect: Connect) -> Counted | None:
@@ -58,24 +64,47 @@ def _asked(home: Home, licensed: License, connect: Connect) -> Counted | None:
     return None
 
 
-def _entry(home: Home, installed: Installed, today: datetime.date, counted: Counted | None) -> dict[str, Any]:
+def _reading(home: Home, installed: Installed, today: datetime.date, counted: Counted | None) -> usage.Reading:
     licensed, vendor = installed
-    grant, state, approvals = licensed.grant, "installed", None
     try:
-        check_validity(grant, today)
+        reset = resetting.pending(home, licensed, vendor)
+    except HwlicenseError:  # what is wrong with it is why the license is refused
+        reset = None
+    return usage.read(home.state, licensed.grant, counted, reset, today)
+
+
+def _refusal(
+    home: Home, installed: Installed, counted: Counted | None, reading: usage.Reading
+) -> HwlicenseError | None:
+    """Why the license would not open, as far as that can be told without opening it."""
+    licensed, vendor = installed
+    try:
+        resetting.pending(home, licensed, vendor)
+        if reading.refusal:
+            return reading.refusal
         check_license(licensed, vendor)
-        approvals = home.approvals(licensed, vendor)
+        home.approvals(licensed, vendor)
         _check_held(home, licensed)
-    except RefusedError as error:
-        state = f"refused: {error.reason}"
     except HwlicenseError as error:
-        state = f"damaged: {error.reason}"
-    if counted and counted.state != "current":
-        state = f"refused: {_NOT_CURRENT[counted.state]}"
-    return {
+        return error
+    return tpm_memory.refusal(counted) if counted else None
+
+
+def _entry(
+    home: Home, installed: Installed, today: datetime.date, counted: Counted | None
+) -> tuple[dict[str, Any], list[HwlicenseError]]:
+    licensed, vendor = installed
+    grant, reading = licensed.grant, _reading(home, installed, today, counted)
+    refusal = _refusal(home, installed, counted, reading) or usage.over(grant, reading)
+    state = "installed"
+    if refusal:
+        state = f"{'refused' if isinstance(refusal, RefusedError) else 'damaged'}: {refusal.reason}"
+    limits, problems = usage.limits(licensed, counted, reading)
+    entry = {
         "license": grant.license,
         "revision": grant.revision,
         "state": state,
+        "refusal": {"reason": refusal.reason, "what": refusal.what, "hint": refusal.hint} if refusal else None,
         "vendor": vendor.name,
         "licensee": grant.licensee,
         "product": grant.product,
@@ -88,9 +117,17 @@ def _entry(home: Home, installed: Installed, today: datetime.date, counted: Coun
         "pin": any(binding.pin for binding in licensed.bindings),
         "pcrs": grant.pcrs,
         **_presence(home, licensed),
-        **usage.limits(home.state, licensed, counted),
-        "approved_states": None if approvals is None else len(approvals),
+        **limits,
+        "approved_states": _approved(home, installed),
     }
+    return entry, problems
+
+
+def _approved(home: Home, installed: Installed) -> int | None:
+    try:
+        return len(home.approvals(*installed))
+    except HwlicenseError:
+        return None
 
 
 def _check_held(home: Home, licensed: License) -> None:

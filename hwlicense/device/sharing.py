@@ -155,7 +155,7 @@ def opened(folder: Path, shared: Shared, records: Records) -> Door | None:
         except OSError:
             listener.close()
             return None
-    listener.setblocking(False)
+    listener.settimeout(0)
     return Door(listener, shared, records)
 
 

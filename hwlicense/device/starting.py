@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from numbers import Real
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from hwlicense.core.errors import Reason, RefusedError, UsageError
 
 if TYPE_CHECKING:
-    from hwlicense.core.errors import HwlicenseError, Reason
+    from hwlicense.core.errors import HwlicenseError
+
+_MOST: Final = 1 << 31
 
 
 class Session(NamedTuple):
@@ -41,3 +46,22 @@ class Standing(NamedTuple):
     def reason(self) -> Reason | None:
         """The stable code of the refusal."""
         return self.refusal.reason if self.refusal else None
+
+
+def check_count(count: object, least: int = 1) -> None:
+    """Raises UsageError where `count` is no whole number of inferences from `least` to 2^31 - 1."""
+    if type(count) is not int or not least <= count < _MOST:
+        what = f"{count!r} is no number of inferences."
+        raise UsageError(Reason.USAGE, what, f"Give a whole number from {least} on.")
+
+
+def too_long(horizon: float, continuity: int | None) -> RefusedError | None:
+    """Why no procedure of `horizon` seconds may start; None if one may. Raises UsageError for what is no duration."""
+    given: object = horizon
+    if not isinstance(given, Real) or not horizon >= 0:
+        what = f"{horizon!r} is no number of seconds."
+        raise UsageError(Reason.USAGE, what, "Give how many seconds the procedure takes at the most, from 0 on.")
+    if continuity is None or horizon <= continuity:
+        return None
+    what = f"The procedure would take longer than the {continuity:,} s that the license keeps from interruption."
+    return RefusedError(Reason.CONTINUITY_TOO_SHORT, what, "Start a shorter one, or ask for another license.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from hwlicense.core.errors import HwlicenseError
+from hwlicense.core.errors import ExceededError, HwlicenseError, Reason, RefusedError
 from hwlicense.core.hardware import Counting
 from hwlicense.core.tpm.composing import PLACES
 from hwlicense.device.plugged import Finding
@@ -21,11 +21,17 @@ _PIN_PASS: Final = 1.38
 _HOUR: Final = 3_600_000
 _ENDED: Final = {
     "superseded": (
+        Reason.LICENSE_SUPERSEDED,
         "it is ended: the TPM counts a later revision, or one whose installation has begun",
         "Install the latest license file that the vendor sent.",
     ),
-    "unfinished": ("its installation was cut off, and nothing opens", "Install the license file again."),
+    "unfinished": (
+        Reason.INSTALL_UNFINISHED,
+        "its installation was cut off, and nothing opens",
+        "Install the license file again.",
+    ),
     "lost": (
+        Reason.COUNTER_LOST,
         "the TPM lacks its counter or an index: it was cleared, or they were removed",
         "Enroll again (--counted) and ask the vendor for a license for that request.",
     ),
@@ -76,7 +82,7 @@ def counted(subject: str, binding: TpmBinding, held: bytes, hardware: AnyHardwar
         yield Finding("missing", subject, f"{place}: {error.what}", error.hint)
         return
     if found.state != "current":
-        text, mend = _ENDED[found.state]
+        _, text, mend = _ENDED[found.state]
         yield Finding("missing", subject, f"{place}: {text}", mend)
         return
     spent = list(_spent(found))
@@ -85,6 +91,19 @@ def counted(subject: str, binding: TpmBinding, held: bytes, hardware: AnyHardwar
         yield Finding("missing", subject, text, "Ask the vendor for a revision of the license with more.")
     else:
         yield Finding("ok", subject, text)
+
+
+def refusal(found: Counted) -> RefusedError | None:
+    """Why a license would not open, by what its TPM says of it; None where that is no reason."""
+    if found.state != "current":
+        reason, text, mend = _ENDED[found.state]
+        return RefusedError(reason, f"{text[0].upper()}{text[1:]}.", mend)
+    mend = "Ask the vendor for a revision of the license with more."
+    if found.limit is not None and found.opens is not None and found.opens >= found.limit:
+        return ExceededError(Reason.OPENS_EXHAUSTED, f"All {found.limit:,} opens of the license are spent.", mend)
+    if found.deadline is not None and found.clock >= found.deadline:
+        return ExceededError(Reason.HOURS_EXHAUSTED, "The license's hours of powered-on time are over.", mend)
+    return None
 
 
 def _spent(found: Counted) -> Iterator[tuple[str, bool]]:

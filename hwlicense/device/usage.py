@@ -1,53 +1,109 @@
-"""What is left of a license's limits, who holds them, and when more is allowed: for reports, unchecked."""
+"""What is left of a license's limits, who holds them, and when more is allowed: for reports.
+
+The account of use is read as it lies in the state folder. Only an open license can check it: what it says here is its
+own word, and may be of a copy that was put back.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from hwlicense.core import calendar, monitoring
 from hwlicense.core.account import Account, Field
+from hwlicense.core.errors import ExceededError, HwlicenseError, Reason, RefusedError
+from hwlicense.core.terms import check_validity
 from hwlicense.device import clock, instances, recovering, watching
-from hwlicense.device.ledger import unverified
+from hwlicense.device.ledger import begun
 
 if TYPE_CHECKING:
+    import datetime
     from pathlib import Path
 
-    from hwlicense.core.documents import Grant, License
+    from hwlicense.core.documents import ClockReset, Grant, License
     from hwlicense.core.hardware import Counted
-    from hwlicense.core.limits import Limits, Monitor
+    from hwlicense.core.limits import Limits
 
 _HOUR: Final = 3_600_000
 _MILLION: Final = 1_000_000
 
 
-def limits(state: Path, licensed: License, counted: Counted | None) -> dict[str, Any]:
-    """The entries of a report. `counted` is what the TPM says, None where it was not asked.
+class Reading(NamedTuple):
+    """The account as it says itself, brought up to now; None where there is none that can be read.
 
-    Every limit has what is `left` (None where that is not known) and `enforced_by`; a rate, `refills_in` in seconds.
+    `state`: read but not verified; there and not to be read; not there, or not there though the TPM has counted opens;
+    never begun, as the TPM has counted none. `refusal`: why nothing would start, by clock, dates and account.
     """
-    grant = licensed.grant
-    use = grant.terms_of_use
-    folder = recovering.account_folder(state, grant)
-    account = recorded(folder, grant)
+
+    folder: Path
+    state: Literal["unverified", "unreadable", "absent", "missing", "unused"]
+    account: Account | None
+    verdict: monitoring.Verdict
+    refusal: RefusedError | None
+
+
+def read(state: Path, grant: Grant, counted: Counted | None, reset: ClockReset | None, today: datetime.date) -> Reading:
+    """The account in a state folder. `counted` is what the TPM says, None where it was not asked; `today` serves where
+    no account says what day it is.
+    """
+    folder, verdict = recovering.account_folder(state, grant), monitoring.Verdict()
+    like = Account(grant.terms_of_use.limits, recovering.throttle(grant))
+    try:
+        found = recovering.latest(folder, like)
+        refusal = _brought_up(found, grant, counted, reset) if found else _outside(grant, today)
+        if found:
+            verdict = _verdict(folder, grant, found)
+    except (ValueError, OverflowError, OSError):  # numbers that nobody wrote: it opens as one that is damaged
+        found, refusal = None, _outside(grant, today)
+    if found:
+        return Reading(folder, "unverified", found, verdict, refusal)
+    if begun(folder):
+        return Reading(folder, "unreadable", None, verdict, refusal)
+    if counted is None or counted.opens is None:
+        return Reading(folder, "absent", None, verdict, refusal)
+    return Reading(folder, "missing" if counted.opens else "unused", None, verdict, refusal)
+
+
+def over(grant: Grant, reading: Reading) -> RefusedError | None:
+    """Why an open model would refuse all use, by the account's own word; None if it would not."""
+    total, account = grant.terms_of_use.limits.inferences, reading.account
+    if account is None:
+        return None
+    if total and not account.remaining:
+        what = f"The license's {total:,} inferences are used up."
+        return ExceededError(Reason.INFERENCES_EXHAUSTED, what, "Ask the vendor for a revision with more.")
+    return watching.denied(reading.verdict, account.words[Field.NEWEST_NS] // _MILLION)
+
+
+def limits(licensed: License, counted: Counted | None, reading: Reading) -> tuple[dict[str, Any], list[HwlicenseError]]:
+    """The entries of a report, and what could not be told.
+
+    Every limit has what is `left` (None where that is not known), whether that is `verified`, and `enforced_by`; a
+    rate, `refills_in` in seconds.
+    """
+    use, account, problems = licensed.grant.terms_of_use, reading.account, list[HwlicenseError]()
     runtime = "runtime, anchored in the TPM" if anchored(licensed) else "runtime, not anchored"
-    rows = [*_of_the_tpm(use.limits, counted), *_metered(use.limits, account, runtime)]
+    rows = [*_of_the_tpm(use.limits, counted), *_metered(use.limits, reading, runtime)]
     if of := use.limits.instances:
-        left = of - instances.running(folder, of)
-        rows.append({"limit": "instances", "of": of, "left": left, "enforced_by": "runtime"})
+        left = None
+        try:
+            left = of - instances.running(reading.folder, of)
+        except HwlicenseError as error:
+            problems.append(error)
+        rows.append(_row("instances", of, left, "runtime", verified=left is not None))
     if use.days:
-        rows.append(
-            {"limit": "days_from_first_use", "of": use.days, "left": _days(use.days, account), "enforced_by": runtime}
-        )
+        rows.append(_row("days_from_first_use", use.days, _days(use.days, reading), runtime))
     found: dict[str, Any] = {"limits": rows} if rows else {}
+    if use.metered or use.days:
+        found |= {"account": reading.state, "account_folder": str(reading.folder)}
     if use.features:
         found["features"] = dict(use.features)
     if use.monitor:
-        found["monitor"] = _monitor(folder, use.monitor, account)
+        found["monitor"] = _monitor(reading)
     if account and use.metered:
-        found["lost_to_crashes"] = account.words[Field.LOST]
+        found["charged_in_doubt"] = account.words[Field.LOST]
     if account and account.words[Field.UNSET]:
         found["clock"] = "not set: time goes on from when the license was issued"
-    return found
+    return found, problems
 
 
 def anchored(licensed: License) -> bool:
@@ -61,59 +117,95 @@ def counts(licensed: License) -> bool:
     return bool(use.limits.opens or use.limits.hours)
 
 
-def recorded(folder: Path, grant: Grant) -> Account | None:
-    """The account as it was last written down, with the time since; None where there is none."""
-    like = Account(grant.terms_of_use.limits, recovering.throttle(grant))
-    if account := recovering.seen(folder, like):
-        account.advance(clock.boot_time() + account.words[Field.OFFSET_NS])
-        return account
-    for raw in unverified(folder):
-        if len(raw) >= len(like.encode()) and (account := like.copy(raw[: len(like.encode())])).known:
-            return account  # of another boot: how long it was off is seen when the license is opened
+def _brought_up(
+    account: Account, grant: Grant, counted: Counted | None, reset: ClockReset | None
+) -> RefusedError | None:
+    """Let the account's time go on to now, as opening does. What the license says to the day."""
+    words, refusal = account.words, None
+    same_boot = (words[Field.BOOT_HIGH], words[Field.BOOT_LOW]) == clock.boot_identifier()
+    clocks = calendar.Clocks(clock.wall(), clock.boot_time(), same_boot, counted.clock if counted else None)
+    before = words[Field.MARK]
+    if reset and calendar.reset(words, clocks, reset.time):
+        before = 0  # how long it was off is not known
+    try:
+        now, first = calendar.present(words, clocks, calendar.seconds(grant.issued)), words[Field.FIRST]
+        check_validity(grant, calendar.day(now), calendar.day(first) if first else None)
+    except RefusedError as error:
+        refusal = error
+    if same_boot:
+        account.advance(clock.boot_time() + words[Field.OFFSET_NS])
+    else:
+        off = max(0, words[Field.MARK] - before) if before and not refusal else 0
+        account.advance(words[Field.NEWEST_NS] + off * 10**9)
+    return refusal
+
+
+def _outside(grant: Grant, today: datetime.date) -> RefusedError | None:
+    """What the license says to `today`, or to its day of issue where the clock was never set."""
+    never = calendar.unset(clock.wall(), calendar.seconds(grant.issued))
+    try:
+        check_validity(grant, max(today, grant.issued) if never else today)
+    except RefusedError as error:
+        return error
     return None
+
+
+def _row(limit: str, of: int, left: float | None, by: str, *, verified: bool = False) -> dict[str, Any]:
+    return {"limit": limit, "of": of, "left": left, "verified": verified, "enforced_by": by}
 
 
 def _of_the_tpm(limited: Limits, counted: Counted | None) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     if limited.opens:
         left = None if counted is None or counted.opens is None else max(0, limited.opens - counted.opens)
-        rows.append({"limit": "opens", "of": limited.opens, "left": left, "enforced_by": "TPM"})
+        rows.append(_row("opens", limited.opens, left, "TPM", verified=left is not None))
     if limited.hours:
-        left = _hours(counted)
-        rows.append({"limit": "powered_on_hours", "of": limited.hours, "left": left, "enforced_by": "TPM"})
+        hours = _hours(counted)
+        rows.append(_row("powered_on_hours", limited.hours, hours, "TPM", verified=hours is not None))
     return rows
 
 
-def _days(of: int, account: Account | None) -> int:
-    first = account.words[Field.FIRST] if account else 0
-    return max(0, of - (account.words[Field.MARK] - first) // calendar.DAY) if account and first else of
+def _days(of: int, reading: Reading) -> int | None:
+    account = reading.account
+    if account is None:
+        return of if reading.state == "unused" else None
+    first = account.words[Field.FIRST]
+    return max(0, of - (account.words[Field.MARK] // calendar.DAY - first // calendar.DAY)) if first else of
 
 
-def _metered(limited: Limits, account: Account | None, runtime: str) -> list[dict[str, Any]]:
+def _metered(limited: Limits, reading: Reading, runtime: str) -> list[dict[str, Any]]:
+    account, unused = reading.account, reading.state == "unused"
     rows: list[dict[str, Any]] = []
-    if limited.inferences:
-        left = limited.inferences if account is None else account.remaining
-        rows.append({"limit": "inferences", "of": limited.inferences, "left": left, "enforced_by": runtime})
+    if total := limited.inferences:
+        left = min(total, account.remaining or 0) if account else total if unused else None
+        rows.append(_row("inferences", total, left, runtime, verified=unused))
     rooms = (
-        account.rooms(account.words[Field.NEWEST_NS]) if account else ((rate, rate.count, 0) for rate in limited.rates)
+        {rate: (room, wait) for rate, room, wait in account.rooms(account.words[Field.NEWEST_NS])} if account else {}
     )
-    for rate, left, wait in rooms:
-        row = {"limit": f"{rate.count}/{rate.seconds}s", "of": rate.count, "left": left, "enforced_by": runtime}
-        rows.append(row | {"refills_in": round(wait / 1e9, 1)} if left < rate.count else row)
+    for rate in limited.rates:
+        left, wait = rooms.get(rate, (rate.count if unused else None, 0))
+        row = _row(f"{rate.count}/{rate.seconds}s", rate.count, left, runtime, verified=unused)
+        rows.append(row | {"refills_in": round(wait / 1e9, 1)} if left is not None and left < rate.count else row)
     return rows
 
 
-def _hours(counted: Counted | None) -> Any:  # noqa: ANN401  # a number, or None where it is not known
+def _hours(counted: Counted | None) -> float | None:
     if counted is None or counted.deadline is None:
         return None
     return round(max(0, counted.deadline - counted.clock) / _HOUR, 2)
 
 
-def _monitor(folder: Path, terms: Monitor, account: Account | None) -> dict[str, Any]:
-    state = watching.recorded(folder / "monitor")
-    now = account.words[Field.NEWEST_NS] // _MILLION if account else 0
-    verdict = monitoring.verdict(terms, state or monitoring.State(), now)
+def _verdict(folder: Path, grant: Grant, account: Account) -> monitoring.Verdict:
+    if (terms := grant.terms_of_use.monitor) is None:
+        return monitoring.Verdict()
+    now = account.words[Field.NEWEST_NS] // _MILLION
+    state = watching.recorded(folder / "monitor", terms, account.words[Field.MONITOR], now)
+    return monitoring.verdict(terms, state, now)
+
+
+def _monitor(reading: Reading) -> dict[str, Any]:
+    verdict, account = reading.verdict, reading.account
     found: dict[str, Any] = {"in_force": verdict.action, "found_by": list(verdict.detectors)}
-    if verdict.until is not None:
-        found["for_seconds"] = round((verdict.until - now) / 1000, 1)
+    if account and verdict.until is not None:
+        found["for_seconds"] = round((verdict.until - account.words[Field.NEWEST_NS] // _MILLION) / 1000, 1)
     return found

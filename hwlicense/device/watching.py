@@ -92,13 +92,7 @@ class Watch:
 
     def refusal(self, now: int) -> ExceededError | None:
         """Why use is denied now; None if it is not."""
-        verdict, millis = self.verdict, now // _MILLION
-        if verdict.until is None or self._in_force(millis) != "deny":
-            return None
-        wait = (verdict.until - millis) / 1000
-        what = f"Use is abnormal ({', '.join(verdict.detectors)}), so the license denies it for {wait:,.0f} s."
-        hint = "Wait, or ask the vendor for a revision with other terms."
-        return ExceededError(Reason.ABNORMAL_USE, what, hint, wait)
+        return denied(self.verdict, now // _MILLION)
 
     def _in_force(self, millis: int) -> str:
         verdict = self.verdict
@@ -164,8 +158,7 @@ class Watch:
                 return sealed.number, State.decode(sealed.state)
         except (DamagedError, UsageError, UnicodeDecodeError):
             pass  # as if it had been put back
-        until = now + self._terms.lasting * 1000
-        return least, State(found={"regularity": until, "distances": until})
+        return least, _all_found(self._terms, now)
 
     def _sealed(self, number: int, state: bytes) -> bytes:
         return encode(Sealed(SCHEMA, number, state, self._mac(number, state)))
@@ -174,12 +167,34 @@ class Watch:
         return hmac.digest(self._key.buffer, b"monitor %d %b" % (number, state), "sha256")
 
 
-def recorded(path: Path) -> State | None:
-    """What the monitor has written down, unchecked: for reports. None where there is nothing."""
-    try:
-        return State.decode(decode(storage.read_limited(path, _LIMIT), Sealed).state)
-    except HwlicenseError:
+def denied(verdict: Verdict, now: int) -> ExceededError | None:
+    """What is said where use is denied `now`, in milliseconds; None where it is not."""
+    if verdict.until is None or verdict.action != "deny" or now >= verdict.until:
         return None
+    wait = (verdict.until - now) / 1000
+    what = f"Use is abnormal ({', '.join(verdict.detectors)}), so the license denies it for {wait:,.0f} s."
+    hint = "Wait, or ask the vendor for a revision with other terms."
+    return ExceededError(Reason.ABNORMAL_USE, what, hint, wait)
 
 
-__all__ = ["Verdict", "Watch", "recorded"]
+def recorded(path: Path, terms: Monitor, least: int, now: int) -> State:
+    """What the monitor has written down, unchecked: for reports. `least` and `now` (milliseconds) are the account's.
+
+    What is older than the account says, or gone, counts as it will when the license is opened.
+    """
+    try:
+        sealed = decode(storage.read_limited(path, _LIMIT), Sealed)
+        if sealed.number >= least:
+            return State.decode(sealed.state)
+    except HwlicenseError as error:
+        if not least and error.reason == Reason.FILE_ABSENT:
+            return State()
+    return _all_found(terms, now)
+
+
+def _all_found(terms: Monitor, now: int) -> State:
+    until = now + terms.lasting * 1000
+    return State(found={"regularity": until, "distances": until})
+
+
+__all__ = ["Verdict", "Watch", "denied", "recorded"]

@@ -1,9 +1,10 @@
-"""Copies of an account that are used beside it: whatever is done with them, together they spend no more than it grants."""
+"""Copies of an account that are used beside it: together they spend no more than it grants, whatever is done."""
 
 from __future__ import annotations
 
 import random
 from contextlib import suppress
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -204,7 +205,8 @@ def test_no_sequence_of_events_with_copies_gains(monkeypatch, tmp_path_factory, 
     chance, folder = random.Random(seed), tmp_path_factory.mktemp("device")
     rates = [(200, 60), (900, 3600)]
     granted = grant(limited(*rates, inferences=5000), continuity=120)
-    spent, times, copies, held = 0, [], dict.fromkeys(range(3)), {}
+    spent, times, copies = 0, [], dict.fromkeys(range(3))
+    held: dict[int, Any] = {}
     with Machine(lapse).running(monkeypatch) as machine:
         for action in actions:
             number = chance.randrange(3)

@@ -11,7 +11,7 @@ from tpm2_pytss import ESAPI, ESYS_TR, TPM2B_NV_PUBLIC, TSS2_Exception
 
 from hwlicense.core.documents import License
 from hwlicense.core.envelope import unverified
-from hwlicense.core.errors import HwlicenseError, Reason
+from hwlicense.core.errors import ExceededError, HwlicenseError, Reason
 from hwlicense.core.secret import Secret
 from hwlicense.core.terms import parse_terms
 from hwlicense.core.tpm.composing import Conditions
@@ -171,7 +171,9 @@ class _Tapped:
 def test_no_more_than_the_license_gives(vendor, device):
     licensed(vendor, device, OPENS, counted=True)
     assert opened(device, vendor) == LIMIT
-    assert reason(device, vendor) == Reason.OPENS_EXHAUSTED
+    with pytest.raises(ExceededError) as error:
+        device.open(vendor)
+    assert (error.value.reason, error.value.wait, error.value.exit_status) == (Reason.OPENS_EXHAUSTED, None, 1)
 
 
 def test_restarts_power_cuts_and_restored_homes_give_none_back(vendor, device, tmp_path):
@@ -289,7 +291,9 @@ def test_hours_end_and_the_clock_is_vouched_for_after_a_power_cut(vendor, device
     device.open(vendor).close()
     with root(device) as esapi:
         esapi.clock_set(binding.deadline)
-    assert reason(device, vendor) == Reason.HOURS_EXHAUSTED
+    with pytest.raises(ExceededError) as error:
+        device.open(vendor)
+    assert (error.value.reason, error.value.wait, error.value.exit_status) == (Reason.HOURS_EXHAUSTED, None, 1)
     device.tpm.reboot()  # swtpm keeps its clock with its next write to NV, or an orderly end: not at a time of its own
     assert reason(device, vendor) == Reason.HOURS_EXHAUSTED
     device.tpm.power_cut()

@@ -37,10 +37,11 @@ class Desk:
     def terms(self, name, text):
         write(self.folder / name, text.encode())
 
-    def issue(self, target, *more):
-        run(
+    def issue(self, target, *more, status=0):
+        return run(
             "vendor", "issue", "--vendor", "vendor", "--request", "board.hwreq", "--package", "reader.hwpkg", "--terms",
             "terms.toml", "--ek-root", self.tpm.ek_root, "-o", target, *more, cwd=self.folder,
+            status=status,
         )  # fmt: skip
 
     def revise(self, old, target, terms=LATER, *more, **options):
@@ -148,6 +149,17 @@ def test_what_is_no_license(desk, content):
     )  # fmt: skip
     assert "bad.hwlic: " in done.stderr
     assert listing(desk.folder / "vendor") == before
+
+
+def test_terms_that_say_something_in_vain(desk):
+    desk.terms("terms.toml", odd := TERMS + "[limits]\ninferences = 5\nrates = ['10/hour']\n")
+    for done in (desk.revise("1.hwlic", "2.hwlic", odd), desk.issue("other.hwlic")):
+        assert "warning: limits.rates: '10/hour' never limits anything beside limits.inferences = 5." in done.stderr
+    desk.terms("terms.toml", never := TERMS + "[validity]\nnot_after = 2020-01-01\ndays_from_first_use = 30\n")
+    for done in (desk.revise("2.hwlic", "3.hwlic", never, status=2), desk.issue("no.hwlic", status=2)):
+        assert "reason: TERM_INVALID" in done.stderr
+        assert "hint: Mend validity.not_after; to end a license by a revision" in done.stderr
+    assert not (desk.folder / "3.hwlic").exists()
 
 
 def test_a_revision_that_cannot_be_written_is_not_recorded(desk):

@@ -193,13 +193,13 @@ def test_a_failed_filling_leaves_no_file():
 def test_a_sealed_file_has_all_its_pages_before_it_is_filled(monkeypatch):
     """Where memory is short, writing to a page that the file lacks kills the process (SIGBUS)."""
     seen: list[int] = []
-    make = memory._memfd
+    make = memory.memory_file
 
     def watched() -> int:
         seen.append(make())
         return seen[0]
 
-    monkeypatch.setattr(memory, "_memfd", watched)
+    monkeypatch.setattr(memory, "memory_file", watched)
     size = 3 * HUGE_PAGE + 1
     SealedFile(size, lambda _: seen.append(os.fstat(seen[0]).st_blocks * 512)).close()
     assert seen[1] >= size

@@ -22,7 +22,7 @@ from tpm2_pytss import (
 from hwlicense.binders.tpm import capping, installing, keys, standing
 from hwlicense.binders.tpm.counting import GONE, Indexes, make_safe
 from hwlicense.binders.tpm.failures import NOT_ITS_OWN, WRONG_AUTHORIZATION, code
-from hwlicense.core.errors import DamagedError, HardwareError, Reason, RefusedError
+from hwlicense.core.errors import DamagedError, ExceededError, HardwareError, Reason, RefusedError
 from hwlicense.core.tpm.pcrs import Selection
 from hwlicense.core.tpm.policy import (
     SAFE,
@@ -87,7 +87,7 @@ class Opening:
         self._proofs: list[ESYS_TR] = []
 
     def unseal(self) -> Secret:
-        """The sealed value. Raises RefusedError: PCR_MISMATCH, PIN_WRONG, OPENS_EXHAUSTED, HOURS_EXHAUSTED, ...
+        """The sealed value. Raises RefusedError, of which ExceededError: OPENS_EXHAUSTED, HOURS_EXHAUSTED.
 
         Measurements that go on change PCRs between policy and use: then it is tried again, but only once where opens
         are counted, as each time costs one.
@@ -164,7 +164,7 @@ class Opening:
             case PolicyCounterTimer() if answer == TPM2_RC.POLICY:
                 what = "The license's hours of powered-on time are over."
                 hint = "Ask the vendor for a revision of the license with more hours."
-                raise RefusedError(Reason.HOURS_EXHAUSTED, what, hint) from error
+                raise ExceededError(Reason.HOURS_EXHAUSTED, what, hint) from error
             case PolicySecret(index) if answer == TPM2_RC.AUTH_UNAVAILABLE or answer in GONE:
                 if self._indexes.name(index.handle) != index.name:
                     raise standing.lost("the index of its opens") from error

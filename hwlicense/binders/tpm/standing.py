@@ -8,7 +8,7 @@ from tpm2_pytss import TSS2_Exception
 
 from hwlicense.binders.tpm.counting import GONE
 from hwlicense.binders.tpm.failures import code
-from hwlicense.core.errors import HardwareError, Reason, RefusedError
+from hwlicense.core.errors import ExceededError, HardwareError, Reason, RefusedError
 from hwlicense.core.tpm.nv import counter_public
 
 if TYPE_CHECKING:
@@ -63,11 +63,11 @@ def lost(what: str) -> RefusedError:
     )
 
 
-def exhausted(sealed: Sealed) -> RefusedError:
+def exhausted(sealed: Sealed) -> ExceededError:
     """All opens are spent. Nothing was spent by asking."""
     limit = next((index.limit for index in sealed.conditions.indexes if index.purpose == "opens"), 0)
     what = f"All {limit:,} opens of the license are spent."
-    return RefusedError(Reason.OPENS_EXHAUSTED, what, "Ask the vendor for a revision of the license with more.")
+    return ExceededError(Reason.OPENS_EXHAUSTED, what, "Ask the vendor for a revision of the license with more.")
 
 
 def tampered() -> HardwareError:

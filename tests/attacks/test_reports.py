@@ -1,0 +1,203 @@
+"""What `device status`, `doctor` and `check` say of limits: no more than is known, whatever lies there."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+
+import pytest
+
+from hwlicense.core import calendar
+from hwlicense.device import clock, diagnosing, recovering
+from hwlicense.device.reporting import status
+from tests.counted import Customer, limited
+from tests.world import PROGRAM, run
+
+METERED = 'inferences = 1000\nrates = ["500/hour"]\n'
+
+
+@pytest.fixture
+def customer(own_vendor, tmp_path, hwlicense_tpms):
+    tpm = hwlicense_tpms()
+    with tpm.tapped() as tap:
+        yield Customer(own_vendor, tmp_path, tpm, tap)
+
+
+def asked(customer, *command, status=0):
+    at = "--home", customer.device.home.path
+    return run("device", *command, *at, status=status, env={"HWLICENSE_TPM": customer.wire.tcti})
+
+
+def shown(customer, *more):
+    """The license's entry, its limits by name, and the lines of text."""
+    report = json.loads(asked(customer, "status", "--json", *more).stdout)
+    (entry,) = report["licenses"]
+    text = {line[:17].strip(): line[17:].strip() for line in asked(customer, "status", *more).stdout.splitlines()}
+    return entry, {row["limit"]: row for row in entry.get("limits", [])}, text, report["problems"]
+
+
+def refused(customer, code):
+    """That both commands say so, for people and for machines."""
+    entry, _, text, _ = shown(customer)
+    assert entry["state"] == text["state"] == f"refused: {code}"
+    assert entry["refusal"]["reason"] == code
+    assert entry["refusal"]["what"] in asked(customer, "status").stdout
+    assert f": refused: {code}. " in asked(customer, "doctor", status=3).stdout
+    findings = json.loads(asked(customer, "doctor", "--json", status=3).stdout)
+    (finding,) = [f for f in findings if f"refused: {code}" in f["text"]]
+    assert (finding["state"], finding["subject"]) == ("missing", "license")
+    assert finding["mend"]
+
+
+def folder(customer):
+    return recovering.account_folder(customer.device.home.state, customer.license.grant)
+
+
+# ---- the account's own word ----
+
+
+def test_an_account_that_nobody_has_checked_is_said_to_be_so(customer):
+    customer.sell(limited(9, extra=METERED))
+    with customer.device.open(customer.vendor) as model, model.session(100):
+        model.spend(100)
+    entry, limits, _, _ = shown(customer)
+    assert entry["account"] == "unverified"
+    assert (limits["inferences"]["left"], limits["inferences"]["verified"]) == (900, False)
+    assert (limits["opens"]["left"], limits["opens"]["verified"]) == (8, True)
+    out = asked(customer, "status").stdout
+    assert "its own word, checked when the license is opened" in out
+    assert "900 of 1,000 left by the account; enforced by: runtime, anchored in the TPM" in out
+    assert "8 of 9 left; enforced by: TPM" in out
+
+
+def test_an_account_that_is_gone_leaves_nothing_to_tell(customer):
+    customer.sell(limited(9, extra=METERED))
+    assert shown(customer)[1]["inferences"]["left"] == 1000, "by the TPM's word it was never opened"
+    customer.open()
+    shutil.rmtree(folder(customer))
+    entry, limits, _, _ = shown(customer)
+    assert entry["account"] == "missing"
+    assert [limits[name]["left"] for name in ("inferences", "500/3600s")] == [None, None]
+    out = asked(customer, "status").stdout
+    assert "though the TPM has counted opens" in out
+    assert "unknown, of 1,000" in out
+
+
+def test_another_state_folder_than_the_one_in_use(customer, tmp_path):
+    customer.sell(limited(0, require="anchor = true\n", extra=METERED + "[validity]\ndays_from_first_use = 9\n"))
+    customer.open()
+    entry, limits, _, _ = shown(customer, "--state", tmp_path / "elsewhere")
+    assert entry["account"] == "absent"
+    assert entry["account_folder"].startswith(str(tmp_path / "elsewhere"))
+    assert {row["left"] for row in limits.values()} == {None}
+    text = asked(customer, "status", "--state", tmp_path / "elsewhere").stdout
+    assert f"none in {tmp_path / 'elsewhere'}" in text
+    assert shown(customer)[1]["days_from_first_use"]["left"] == 9
+
+
+def test_what_may_have_been_spent_is_not_said_to_be_lost(customer):
+    customer.sell(limited(9, extra=METERED))
+    customer.open()
+    entry, _, _, _ = shown(customer)
+    assert entry["charged_in_doubt"] == 0
+    assert "lost" not in asked(customer, "status").stdout
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_numbers_that_nobody_wrote(customer, seed):
+    customer.sell(limited(0, require="anchor = true\n", extra=METERED + "[monitor.regularity]\naction = 'deny'\n"))
+    customer.open()
+    made_up = random.Random(seed)
+    for name in ("ledger", "shared"):
+        raw = bytearray((folder(customer) / name).read_bytes())
+        heads = [at for at in range(0, len(raw), 4096) if raw[at : at + 8] == b"hwledger"]
+        for at in heads:
+            raw[at + 48 : at + 600] = made_up.randbytes(552) if seed else b"\xff" * 551 + b"\x7f"
+        (folder(customer) / name).write_bytes(raw)
+    left = shown(customer)[1]["inferences"]["left"]
+    assert left is None or 0 <= left <= 1000
+    asked(customer, "doctor", status=None)
+
+
+# ---- a license that cannot be used ----
+
+
+def test_opens_that_are_spent(customer):
+    customer.sell(limited(1))
+    assert shown(customer)[0]["state"] == "installed"
+    customer.open()
+    refused(customer, "OPENS_EXHAUSTED")
+
+
+def test_hours_that_are_over(customer):
+    customer.sell(limited(0, hours=1))
+    with customer.root() as root:
+        root.e.clock_set(customer.binding.deadline)
+    refused(customer, "HOURS_EXHAUSTED")
+
+
+def test_inferences_that_are_used_up(customer):
+    customer.sell(limited(9, extra="inferences = 10\n"))
+    with customer.device.open(customer.vendor) as model:
+        for _ in range(10):
+            model.spend()
+    refused(customer, "INFERENCES_EXHAUSTED")
+    assert "Opening spends one" in asked(customer, "check", "--open", customer.vendor.package).stderr, "it does open"
+
+
+@pytest.mark.parametrize(("opened", "then", "code"), [(9, 6, "CLOCK_SET_BACK"), (0, 40, "LICENSE_EXPIRED")])
+def test_clocks_and_days(customer, monkeypatch, opened, then, code):
+    customer.sell(limited(9, extra="[validity]\ndays_from_first_use = 30\n"))
+    now = clock.wall()
+    monkeypatch.setattr(clock, "wall", lambda: now + opened * 86400)
+    customer.open()
+    monkeypatch.setattr(clock, "wall", lambda: now + then * 86400)
+    home = customer.device.home
+    (entry,), problems = status(home, calendar.day(clock.wall()), customer.device.connect)
+    assert (entry["state"], problems) == (f"refused: {code}", [])
+    (finding,) = [f for f in diagnosing.examine(home, customer.wire.tcti) if f.subject == "license"]
+    assert (finding.state, f"refused: {code}. " in finding.text) == ("missing", True)
+
+
+# ---- what opening costs ----
+
+
+def test_what_an_opening_costs_is_said_where_it_costs_it(customer):
+    customer.sell(limited(2))
+    command = "check", "--open", customer.vendor.package
+    assert "Opening spends one of the license's 2 opens, of which 2 are left." in asked(customer, *command).stderr
+    assert "spends" not in asked(customer, "check", customer.vendor.package).stderr
+    assert "of which 1 are left." in asked(customer, *command).stderr
+    assert "spends" not in asked(customer, *command, status=1).stderr
+
+
+# ---- what lies in the way ----
+
+
+def test_what_lies_in_an_instances_place_is_reported_and_the_rest_is_told(customer, tmp_path):
+    customer.sell(limited(0, require="revocable = true\n", extra="instances = 3\n"))
+    place = folder(customer) / "instances"
+    place.mkdir(parents=True)
+    for lies_there in ((place / "0").mkdir, lambda: (place / "0").symlink_to(tmp_path / "counted")):
+        (tmp_path / "counted").touch()
+        lies_there()
+        entry, limits, _, problems = shown(customer)
+        assert entry["state"] == "installed"
+        assert limits["instances"]["left"] is None
+        assert str(place / "0") in problems[0]["what"]
+        assert str(place / "0") in asked(customer, "doctor", status=3).stdout
+        (place / "0").rmdir() if (place / "0").is_dir() else (place / "0").unlink()
+    assert shown(customer)[1]["instances"]["left"] == 3
+
+
+def test_watching_gives_a_line_of_json_each_time(customer):
+    customer.sell(limited(0, require="revocable = true\n"))
+    words = [PROGRAM, "device", "status", "--home", customer.device.home.path, "--watch", "0.2", "--json"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as watching:
+        try:
+            lines = [watching.stdout.readline() for _ in range(3)]
+        finally:
+            watching.terminate()
+    assert [json.loads(line)["licenses"][0]["state"] for line in lines] == ["installed"] * 3

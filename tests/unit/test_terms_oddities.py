@@ -1,0 +1,60 @@
+"""Terms that say something in vain: what can never be meant is refused, what may be meant is pointed out."""
+
+from __future__ import annotations
+
+import datetime
+
+import pytest
+
+from hwlicense.core.errors import Reason, UsageError
+from hwlicense.core.terms import oddities, parse_terms
+from tests.world import TERMS
+
+TODAY = datetime.date(2026, 6, 1)
+
+
+def odd(text: str) -> list[str]:
+    return oddities(parse_terms(TERMS + text), TODAY)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[validity]\nnot_after = 2026-05-31", "ends before it is issued (2026-05-31)"),
+        ("[validity]\nnot_after = 2026-07-01\ndays_from_first_use = 30", "days_from_first_use (30) never ends before"),
+        (
+            "[validity]\nnot_before = 2026-06-11\nnot_after = 2026-06-20\ndays_from_first_use = 9",
+            "days_from_first_use (9) never ends before",
+        ),
+        ("[limits]\ninferences = 5\nrates = ['10/hour']", "'10/hour' never limits anything beside limits.inferences"),
+        ("[limits]\ninferences = 10\nrates = ['10/hour']", "'10/hour' never limits anything beside limits.inferences"),
+        ("[limits]\nopens = 5\ninstances = 10", "limits.instances = 10 are never reached by limits.opens = 5"),
+    ],
+)
+def test_what_may_be_meant_is_pointed_out(text, words):
+    (found,) = odd(text)
+    assert words in found
+    assert found.endswith(".")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[validity]\nnot_after = 2026-06-01",
+        "[validity]\nnot_after = 2026-07-02\ndays_from_first_use = 30",
+        "[validity]\nnot_before = 2026-06-11\nnot_after = 2026-06-21\ndays_from_first_use = 9",
+        "[limits]\ninferences = 11\nrates = ['10/hour']",
+        "[limits]\nopens = 10\ninstances = 10",
+        "[limits]\nopens = 10\ninferences = 1",
+    ],
+)
+def test_what_is_not_odd(text):
+    assert odd(text) == []
+
+
+def test_days_that_never_begin_are_refused():
+    with pytest.raises(UsageError) as error:
+        odd("[validity]\nnot_after = 2026-05-31\ndays_from_first_use = 30")
+    assert error.value.reason == Reason.TERM_INVALID
+    assert "leave days_from_first_use out" in error.value.hint

@@ -1,0 +1,123 @@
+"""What reports say of an account, as time goes on: what opening would say of clock, dates and use."""
+
+from __future__ import annotations
+
+import datetime
+from contextlib import nullcontext
+
+import pytest
+
+from hwlicense.core import calendar
+from hwlicense.core.account import Field
+from hwlicense.core.documents import ClockReset
+from hwlicense.core.errors import Reason
+from hwlicense.core.limits import Limits, Monitor, Regularity, Use
+from hwlicense.core.secret import Secret
+from hwlicense.device import clock, recovering, usage
+from hwlicense.device.watching import Watch
+from tests.forging import refused
+from tests.metered import ISSUED, Machine, abandon, grant, limited, spend
+
+DAY = 86400
+USE = Use(limits=Limits(inferences=10_000))
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    with Machine().running(monkeypatch) as machine:
+        yield machine
+
+
+def read(state, granted, reset=None):
+    return usage.read(state, granted, None, reset, calendar.day(clock.wall()))
+
+
+def agrees(machine, state, granted, code):
+    """Opening says the same, and what is said while it is not open costs nothing."""
+    refusal = read(state, granted).refusal
+    assert (refusal and refusal.reason) == code
+    with refused(code) if code else nullcontext():
+        machine.open(state, granted).close()
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_clock_that_was_set_back(machine, tmp_path, restarted):
+    granted = grant(USE)
+    machine.passes(9 * DAY)
+    machine.open(tmp_path, granted).close()
+    if restarted:
+        machine.restarts()
+    machine.wall -= 3 * DAY
+    reset = ClockReset(1, "0" * 64, "0" * 32, int(machine.wall))
+    assert read(tmp_path, granted, reset).refusal is None
+    agrees(machine, tmp_path, granted, Reason.CLOCK_SET_BACK)
+    machine.wall += 3 * DAY
+    agrees(machine, tmp_path, granted, None)
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_days_from_first_use(machine, tmp_path, restarted):
+    granted = grant(Use(days=30))
+    assert read(tmp_path, granted).state == "absent"
+    machine.open(tmp_path, granted).close()
+    if restarted:
+        machine.restarts()
+    machine.passes(30 * DAY)
+    assert usage._days(30, read(tmp_path, granted)) == 0
+    agrees(machine, tmp_path, granted, None)
+    machine.passes(DAY)
+    agrees(machine, tmp_path, granted, Reason.LICENSE_EXPIRED)
+
+
+def test_a_clock_that_was_never_set_is_no_reason(machine, tmp_path):
+    granted = grant(USE, not_before=ISSUED, not_after=ISSUED + datetime.timedelta(9))
+    machine.wall = 20.0
+    assert read(tmp_path, granted).refusal is None
+    machine.open(tmp_path, granted).close()
+    machine.rtc = False
+    machine.restarts()
+    agrees(machine, tmp_path, granted, None)
+
+
+def test_frames_run_out_while_the_device_is_off(machine, tmp_path):
+    granted = grant(limited((100, 3600)))
+    metering = machine.open(tmp_path, granted)
+    assert spend(metering, 101) == 100
+    metering.close()
+
+    def left():
+        account = read(tmp_path, granted).account
+        return next(account.rooms(account.words[Field.NEWEST_NS]))[1]
+
+    machine.restarts()
+    assert left() == 0
+    machine.restarts(off=4000)
+    assert left() == 100
+
+
+def test_all_that_may_have_been_spent_is_seen_when_it_is_opened(machine, tmp_path):
+    granted = grant(USE)
+    abandon(machine.open(tmp_path, granted))
+    assert usage.over(granted, read(tmp_path, granted)) is None
+
+
+def test_use_that_the_monitor_denies(machine, tmp_path):
+    monitor = Monitor(3600, Regularity(16, 250, 30_000, "deny"))
+    granted = grant(Use(monitor=monitor))
+    folder = recovering.account_folder(tmp_path, granted)
+    key = Secret(bytearray(b"k" * 32))
+    tended = recovering.open_account(folder, granted, key, machine, None)
+    watch = Watch(folder / "monitor", monitor, Secret(bytearray(b"m" * 32)), tended)
+    for _ in range(20):
+        machine.passes(1)
+        watch.saw(watch.observation(tended.now(), 1, None, 0))
+    watch.tend()
+    watch.close()
+    tended.close(lambda _account: None)
+    refusal = usage.over(granted, read(tmp_path, granted))
+    assert (refusal.reason, 3000 < refusal.wait <= 3600) == (Reason.ABNORMAL_USE, True)
+    (folder / "monitor").rename(folder / "kept")
+    assert usage.over(granted, read(tmp_path, granted)).reason == Reason.ABNORMAL_USE, "as opening takes it"
+    (folder / "kept").rename(folder / "monitor")
+    machine.restarts(off=4000)
+    assert usage.over(granted, read(tmp_path, granted)) is None
