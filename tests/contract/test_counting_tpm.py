@@ -8,9 +8,11 @@ from functools import partial
 from typing import Any
 
 import pytest
-from tpm2_pytss import TPM2_CC, TPM2_RC, TPM2_SE
+from tpm2_pytss import ESAPI, ESYS_TR, TPM2_CC, TPM2_RC, TPM2_SE
 
 from hwlicense.binders.tpm import TpmHardware, counting
+from hwlicense.binders.tpm.held import Held
+from hwlicense.binders.tpm.keys import tpm_public
 from hwlicense.core.documents import License
 from hwlicense.core.envelope import unverified
 from hwlicense.core.errors import HwlicenseError, UsageError
@@ -18,6 +20,7 @@ from hwlicense.core.hardware import Counting
 from hwlicense.core.secret import Secret
 from hwlicense.core.tpm import policy
 from hwlicense.core.tpm.nv import BLOCK, FIRST, LAST, UNCOUNTABLE, counter_public
+from hwlicense.core.tpm.structures import STORAGE_ROOT_TEMPLATE
 from hwlicense_simulators import wire
 from tests.counted import Customer, limited
 from tests.forging import flipped, refused
@@ -102,6 +105,52 @@ def test_metadata_of_an_index_is_what_the_library_would_keep(customer):
         del hardware
     with customer.device.connect() as hardware, hardware._connection.work() as work:
         assert bytes(work.call("tr_serialize", work.known_index(public))) == kept
+
+
+# ---- a storage root key that does not stay ----
+
+
+@pytest.fixture
+def evicted(customer):
+    """Persistent when the license was installed, and taken away since, as by `tpm2_evictcontrol`."""
+
+    def evict():
+        with ESAPI(customer.wire.tcti) as esapi:
+            key, *_ = esapi.create_primary(None, tpm_public(STORAGE_ROOT_TEMPLATE), ESYS_TR.OWNER)
+            kept = esapi.evict_control(ESYS_TR.OWNER, key, 0x81000001)
+            esapi.flush_context(key)
+            customer.sell(EVERYTHING)
+            esapi.evict_control(ESYS_TR.OWNER, kept, 0x81000001)
+        licensed, binding = customer.license, customer.binding
+        held = customer.device.home.held(licensed, binding)
+        assert Held.read(held, binding).handle == 0x81000001
+        return binding, held, customer.device.home.approvals(licensed, customer.vendor.public)
+
+    return evict
+
+
+def test_a_counted_license_outlives_the_eviction_of_the_storage_root_key(customer, evicted):
+    binding, held, approvals = evicted()
+    with customer.device.connect() as hardware:
+        anchor = hardware.unwrap(binding, held, approvals, None).anchor
+        before = anchor.read().steps
+        assert anchor.step().steps == before + 1
+        assert (hardware.use(binding, held).state, hardware.use(binding, held).opens) == ("current", 1)
+        hardware.present(binding, held)
+        hardware.commit(binding, held, approvals)
+        customer.install(customer.revise(EVERYTHING.replace("= 15", "= 14")))
+    customer.open()
+
+
+def test_after_a_clear_the_reason_is_another_device(customer, evicted):
+    binding, held, approvals = evicted()
+    customer.tpm.clear()
+    with customer.device.connect() as hardware:
+        for act in (lambda: hardware.use(binding, held), lambda: hardware.commit(binding, held, approvals)):
+            with refused("WRONG_DEVICE"):
+                act()
+        with refused("TPM_ABSENT"):
+            hardware.present(binding, held)
 
 
 # ---- counters ----

@@ -17,6 +17,7 @@ from tpm2_pytss import (
     ESYS_TR,
     TPM2_ALG,
     TPM2_CAP,
+    TPM2_RC,
     TPM2_SE,
     TPM2B_PUBLIC,
     TPM2B_SENSITIVE_CREATE,
@@ -32,7 +33,7 @@ from hwlicense.core.tpm.structures import Public
 from hwlicense.core.tpm.wire import number, sized
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from hwlicense.core.tpm.nv import NvPublic
 
@@ -182,6 +183,7 @@ class Work:
     def __init__(self, tcti: TCTILdr, esapi: ESAPI, address: str) -> None:
         self._tcti, self._esapi, self._address = tcti, esapi, address
         self._live: dict[ESYS_TR, int | None] = {}  # with the TPM's handle, None where nothing is to be flushed
+        self._made_again: dict[ESYS_TR, Callable[[], ESYS_TR]] = {}
         self.command = ""
 
     def call(self, command: str, *arguments: Any, **keywords: Any) -> Any:  # noqa: ANN401 - as many types as commands
@@ -231,12 +233,15 @@ class Work:
         handle, public, *_ = self.call("create_primary", TPM2B_SENSITIVE_CREATE(), template, hierarchy)
         return self.hold(handle), Public.parse(public.marshal()[2:])
 
-    def known(self, handle: int, public: Public) -> ESYS_TR:
+    def known(self, handle: int, public: Public, again: Callable[[], ESYS_TR] | None = None) -> ESYS_TR:
         """A persistent key whose public area is known, without asking the TPM or anyone between: no command.
 
-        Sessions salted to it reach this key or fail.
+        Sessions salted to it reach this key or fail. Where it was evicted since, they are salted to what `again` makes.
         """
-        return self._known(handle, public.name, _KEY_RESOURCE, public.raw)
+        known = self._known(handle, public.name, _KEY_RESOURCE, public.raw)
+        if again:
+            self._made_again[known] = again
+        return known
 
     def known_index(self, public: NvPublic) -> ESYS_TR:
         """An NV index whose public area is known, as `known`: authorizations by HMAC reach this index or fail."""
@@ -263,7 +268,14 @@ class Work:
         Bound to an object it also proves that object's authValue, with whatever it authorizes.
         """
         aes = TPMT_SYM_DEF.parse("aes128cfb")
-        handle = self.call("start_auth_session", salt, bind, kind, aes, TPM2_ALG(auth_hash))
+        try:
+            handle = self.call("start_auth_session", salt, bind, kind, aes, TPM2_ALG(auth_hash))
+        except TSS2_Exception as error:
+            if failures.code(error) != TPM2_RC.HANDLE or salt not in self._made_again:
+                raise
+            made = self._made_again[salt]()
+            self._made_again[salt] = lambda: made
+            handle = self.call("start_auth_session", made, bind, kind, aes, TPM2_ALG(auth_hash))
         self.hold(handle)
         self.call("trsess_set_attributes", handle, attributes)
         return handle

@@ -125,7 +125,7 @@ class TpmHardware:
         kept = Held.read(held, binding)
         with self._connection.work() as work:
             try:
-                root, _ = opening.storage_root_key(work, kept)
+                root = opening.storage_root_key(work, kept)
                 # Only the TPM that has the key learns the salt, without which it cannot authenticate its answer.
                 session = work.session(root, TPM2_SE.HMAC, TPMA_SESSION.ENCRYPT)
                 work.call("get_random", 16, session1=session)
@@ -152,7 +152,7 @@ class TpmHardware:
             return
         sealed, kept = _approved(binding, approvals), Held.read(held, binding)
         with self._index_auth(binding) as auth, self._connection.work() as work:
-            root, _ = opening.storage_root_key(work, kept)
+            root = opening.storage_root_key(work, kept)
             Commitment(work, root, sealed, kept, auth).commit(binding.counter)
 
     def retire(self, binding: TpmBinding) -> None:
@@ -165,7 +165,7 @@ class TpmHardware:
         """What is spent of a counted license, and whether it is in force. Spends nothing. Raises HardwareError."""
         sealed, kept = Sealed.check(binding, []), Held.read(held, binding)
         with self._index_auth(binding) as auth, self._connection.work() as work:
-            root, _ = opening.storage_root_key(work, kept)
+            root = opening.storage_root_key(work, kept)
             indexes = counting.Indexes(work, root, auth)
             state, now, opens = standing.of(indexes, sealed), counting.time(work, root), None
             index = next((index for index in binding.indexes if index.purpose == "opens"), None)
