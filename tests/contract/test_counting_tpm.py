@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from tpm2_pytss import ESAPI, ESYS_TR, TPM2_CC, TPM2_RC, TPM2_SE
+from tpm2_pytss import ESAPI, ESYS_TR, TPM2_CC, TPM2_RC, TPM2_SE, TSS2_Exception
 
 from hwlicense.binders.tpm import TpmHardware, counting
 from hwlicense.binders.tpm.held import Held
@@ -21,6 +21,7 @@ from hwlicense.core.secret import Secret
 from hwlicense.core.tpm import policy
 from hwlicense.core.tpm.nv import BLOCK, FIRST, LAST, UNCOUNTABLE, counter_public
 from hwlicense.core.tpm.structures import STORAGE_ROOT_TEMPLATE
+from hwlicense.device.home import Home
 from hwlicense_simulators import wire
 from tests.counted import Customer, limited
 from tests.forging import flipped, refused
@@ -209,6 +210,106 @@ def test_the_counter_of_a_license_that_was_removed_serves_again(customer):
     assert (again.handle, again.value) == (counter.handle, counter.value + 1)
     with refused("LICENSE_SUPERSEDED"):
         customer.install(customer.files[0])
+
+
+@pytest.mark.parametrize("terms", [ANCHORED, limited(3), limited(0, hours=2)])
+def test_the_counter_of_a_removed_license_serves_again_with_what_is_left_of_its_indexes(customer, terms):
+    customer.sell(ANCHORED)
+    counter, before = customer.binding.counter, customer.indexes()
+    folder = customer.device.home.path / "licenses"
+    with customer.root() as root:
+        root.flush(root.ready())
+        folder.rename(folder.parent / "removed")
+        request = customer.device.request(counted=True)
+        with pytest.raises(TSS2_Exception):
+            root.ready()
+    customer.install(customer.issue(terms, request=request))
+    assert (customer.binding.counter.handle, customer.binding.counter.value) == (counter.handle, counter.value + 2)
+    assert len(customer.indexes()) == len(before) - 2 + len(customer.binding.indexes)
+    customer.open()
+    folder.rename(folder.parent / "new")
+    (folder.parent / "removed").rename(folder)
+    with refused("LICENSE_SUPERSEDED"):
+        customer.open()
+
+
+def test_one_that_never_had_a_license_is_used_first(customer):
+    customer.sell(ANCHORED)
+    with customer.device.connect() as hardware:
+        waiting = hardware.provide_counter()
+        shutil.rmtree(customer.device.home.path / "licenses")
+        assert hardware.provide_counter() == waiting
+
+
+def test_a_license_that_cannot_be_read_keeps_every_counter(customer):
+    customer.sell(ANCHORED)
+    (path,) = customer.device.home.path.glob("licenses/*/license.hwlic")
+    path.write_bytes(b"damaged")
+    with customer.device.connect() as hardware:
+        hardware.provide_counter()
+    customer.install(customer.files[0])
+    customer.open()
+
+
+def test_a_damaged_file_of_a_spare_counter_is_in_nobodys_way(customer):
+    with customer.device.connect() as hardware:
+        first = hardware.provide_counter()
+        (customer.device.home.path / "counters" / f"{first.handle:08x}").write_bytes(b"short")
+        assert hardware.provide_counter().handle != first.handle
+
+
+# ---- between the TPM and the home ----
+
+
+@pytest.mark.parametrize("terms", [limited(0, hours=3), limited(2)])
+def test_an_enrolment_after_an_installation_that_was_cut_off_takes_another_counter(customer, monkeypatch, terms):
+    """The TPM has the license in force, and the home does not know it yet."""
+    with monkeypatch.context() as patched:
+        patched.setattr(Home, "keep_license", cut_off)
+        with pytest.raises(OSError, match="power"):
+            customer.sell(terms)
+    with customer.device.connect() as hardware:
+        taken = hardware.provide_counter()
+    customer.install(customer.files[0])
+    assert customer.binding.counter.handle != taken.handle
+    customer.open()
+    assert not list(customer.device.home.path.glob("licenses/*/pending.hwlic"))
+
+
+def cut_off(*_):
+    raise OSError("the power is gone")
+
+
+def test_an_enrolment_waits_for_an_installation(customer, monkeypatch):
+    raw, done, keep = customer.issue(limited(0, hours=3)), [], Home.keep_license
+
+    def enroll():
+        done.append(customer.device.connect().provide_counter())
+
+    thread = threading.Thread(target=enroll)
+
+    def slowly(*arguments):
+        thread.start()
+        thread.join(0.5)
+        assert done == []
+        keep(*arguments)
+
+    monkeypatch.setattr(Home, "keep_license", slowly)
+    customer.install(raw)
+    thread.join(60)
+    assert done[0].handle != customer.binding.counter.handle
+    customer.open()
+
+
+def test_a_license_that_can_never_be_in_force_keeps_no_counter(customer):
+    customer.sell(limited(0, hours=3))
+    old = customer.issue(limited(0, hours=3))
+    with customer.root(old) as root:
+        root.increment()
+        root.increment()
+    with refused("LICENSE_SUPERSEDED"):
+        customer.install(old)
+    assert not list(customer.device.home.path.glob("licenses/*/pending.hwlic"))
 
 
 def test_a_counter_that_was_made_and_never_counted_is_brought_to_odd(customer):

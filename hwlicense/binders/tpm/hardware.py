@@ -142,7 +142,7 @@ class TpmHardware:
         """A counter for a license to come. Raises HardwareError TPM_NV_FULL, TPM_AUTHORIZATION."""
         if self._store is None:
             raise _nowhere()
-        with self._connection.work() as work:
+        with self._store.alone(), self._connection.work() as work:
             root, _, _ = keys.storage_root_key(work)
             return counting.provide(work, root, self._store)
 
@@ -194,7 +194,10 @@ class TpmHardware:
         auth = self._store.read(binding.counter.handle)
         if auth is None:
             what = f"The home lacks what lets the device use the counter 0x{binding.counter.handle:08x} of its license."
-            hint = "Restore the home from a copy; or enroll again (--counted) and ask for a license for that request."
+            hint = (
+                "Restore it from a backup of the home. Without one the license never opens again: "
+                "enroll anew (--counted), and ask the vendor for a license or revision for that request."
+            )
             raise DamagedError(Reason.HOME_DAMAGED, what, hint)
         return auth
 
