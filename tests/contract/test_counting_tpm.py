@@ -258,6 +258,23 @@ def test_a_damaged_file_of_a_spare_counter_is_in_nobodys_way(customer):
         assert hardware.provide_counter().handle != first.handle
 
 
+@pytest.mark.parametrize("left", [b"short", None])
+def test_a_counter_whose_file_is_damaged_or_gone_says_what_that_means(customer, left):
+    customer.sell(ANCHORED)
+    path = customer.device.home.path / "counters" / f"{customer.binding.counter.handle:08x}"
+    path.unlink()
+    if left:
+        path.write_bytes(left)
+    with pytest.raises(HwlicenseError) as caught:
+        customer.open()
+    assert caught.value.reason == "HOME_DAMAGED"
+    assert "backup" in caught.value.hint
+    assert "never open" in caught.value.hint
+    assert "for that request" in caught.value.hint
+    customer.sell(ANCHORED)  # as it says: enrolling anew makes another one
+    customer.open()
+
+
 # ---- between the TPM and the home ----
 
 
