@@ -8,6 +8,7 @@ from hwlicense.core.errors import Reason, RefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
     from types import TracebackType
 
     from hwlicense.core.documents import Approval, TpmBinding, TpmCounter
@@ -90,8 +91,11 @@ class CounterStore(Protocol):
     def keep(self, handle: int, value: Secret) -> None:
         """Keep it, before the counter is made. Raises StorageError."""
 
+    def alone(self) -> AbstractContextManager[None]:
+        """Keep installations and other enrolments waiting. Raises StorageError."""
+
     def spare(self) -> list[int]:
-        """Counters that were made and that no installed license uses."""
+        """Counters that were made and that no license uses, installed or about to be."""
 
 
 class Counted(NamedTuple):

@@ -12,9 +12,16 @@ from hwlicense.core.errors import DamagedError, Reason
 from hwlicense.core.secret import SIZE, Secret
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from hwlicense.device.home import Home
+
+LOST: Final = (
+    "Restore it from a backup of the home. Without one the licenses that this counter counts never open again: "
+    "enroll anew (--counted), and ask the vendor for a license or revision for that request."
+)
+"""What is to be done where an authValue is gone: the TPM gives it to nobody."""
 
 _NAME: Final = "{:08x}"
 
@@ -34,7 +41,7 @@ class Counters:
         raw = storage.read_limited(path, SIZE)
         if len(raw) != SIZE:
             what = f"{path} is damaged: it has {len(raw)} bytes, not {SIZE}."
-            raise DamagedError(Reason.HOME_DAMAGED, what, "Restore it from a copy, or enroll the device again.")
+            raise DamagedError(Reason.HOME_DAMAGED, what, LOST)
         return Secret(bytearray(raw))
 
     def keep(self, handle: int, value: Secret) -> None:
@@ -42,12 +49,20 @@ class Counters:
         storage.make_folders(self._folder, 0o700)
         storage.atomic_write(self._folder / _NAME.format(handle), bytes(value.buffer), 0o600)
 
+    def alone(self) -> AbstractContextManager[None]:
+        """Keep installations and other enrolments of this home waiting. Raises StorageError."""
+        storage.make_folders(self._home.path, 0o700)
+        return storage.exclusive(self._home.path)
+
     def spare(self) -> list[int]:
-        """Counters that were made and that no installed license uses."""
+        """Counters that were made and that no license uses; none where one cannot be read, which may use any."""
         with storage.reporting(self._folder):
             names = [path.name for path in self._folder.iterdir()] if self._folder.is_dir() else []
         kept = {int(name, 16) for name in names if len(name) == len(_NAME.format(0)) and set(name) <= _DIGITS}
-        return sorted(kept - self._home.counters_in_use())
+        try:
+            return sorted(kept - self._home.counters_in_use())
+        except DamagedError:
+            return []
 
     @property
     def _folder(self) -> Path:

@@ -3,6 +3,7 @@
     device.json                             how the device was enrolled
     trust.json                              vendors, for the command line only: applications bring their own
     licenses/ID/license.hwlic               the file as the vendor sent it; its arrival completes an installation
+    licenses/ID/pending.hwlic               one whose installation has begun in a TPM that counts it
     counters/HANDLE                         what the TPM's counters take to be used; mode 0600
     licenses/ID/held/KIND-DIGEST            what a binder keeps for the binding with this digest; mode 0600
     licenses/ID/approvals/POLICY.hwapp      platform states approved since
@@ -121,9 +122,10 @@ class Home:
 
         `held` is None for hardware that was not here; what was kept of it before stays.
         """
-        self.prepare_license(licensed, held)
+        self._keep_all_held(licensed, held)
         folder = self.path / "licenses" / licensed.grant.license
         storage.atomic_write(folder / "license.hwlic", raw, 0o600)
+        self.forget_pending(licensed)
         current = {_held_name(binding) for binding in licensed.bindings}
         for stale in (folder / "held").iterdir():
             if stale.name not in current:
@@ -142,25 +144,32 @@ class Home:
         except DamagedError:  # it may be replaced
             return None
 
+    def prepare_license(self, licensed: License, raw: bytes, held: Sequence[bytes | None]) -> None:
+        """Keep what the binders hold, beside the license that is in force still; and that this one's counter is taken.
+
+        So no enrolment uses it where the installation is cut off before `keep_license`.
+        """
+        self._keep_all_held(licensed, held)
+        storage.atomic_write(self.path / "licenses" / licensed.grant.license / "pending.hwlic", raw, 0o600)
+
+    def forget_pending(self, licensed: License) -> None:
+        """Its installation is complete, or can never be."""
+        storage.remove(self.path / "licenses" / licensed.grant.license / "pending.hwlic")
+
     def counters_in_use(self) -> set[int]:
-        """Handles of the TPM's counters that installed licenses name, whoever signed them."""
+        """Handles of the TPM's counters that licenses name, installed ones or pending, whoever signed them.
+
+        Raises DamagedError for a license that cannot be read: it may use any.
+        """
         found: set[int] = set()
-        for folder in self._folders():
-            try:
-                licensed = unverified(storage.read_limited(folder / "license.hwlic", FILE_LIMIT), License)[0]
-            except DamagedError:
-                continue  # it opens nothing as it is
+        root = self.path / "licenses"
+        with storage.reporting(root):
+            paths = [*root.glob("*/license.hwlic"), *root.glob("*/pending.hwlic")]
+        for path in paths:
+            licensed = unverified(storage.read_limited(path, FILE_LIMIT), License)[0]
             bindings = (binding for binding in licensed.bindings if isinstance(binding, TpmBinding))
             found |= {binding.counter.handle for binding in bindings if binding.counter}
         return found
-
-    def prepare_license(self, licensed: License, held: Sequence[bytes | None]) -> None:
-        """Keep what the binders hold, beside the license that is in force still."""
-        folder = self.path / "licenses" / licensed.grant.license
-        storage.make_folders(folder / "held", 0o700)
-        for binding, content in zip(licensed.bindings, held, strict=True):
-            if content:
-                storage.atomic_write(folder / "held" / _held_name(binding), content, 0o600)
 
     def held(self, licensed: License, binding: Binding) -> bytes:
         """What the binder kept at installation: nothing, for tokens and dongles.
@@ -178,6 +187,13 @@ class Home:
             f"The home {self.path} lacks what the hardware gave for the license {licensed.grant.license}.",
             "Install the license file again: `hwlicense device install`.",
         )
+
+    def _keep_all_held(self, licensed: License, held: Sequence[bytes | None]) -> None:
+        folder = self.path / "licenses" / licensed.grant.license / "held"
+        storage.make_folders(folder, 0o700)
+        for binding, content in zip(licensed.bindings, held, strict=True):
+            if content:
+                storage.atomic_write(folder / _held_name(binding), content, 0o600)
 
     def keep_held(self, licensed: License, binding: Binding, content: bytes) -> None:
         """Replace what the binder kept, in the state folder."""

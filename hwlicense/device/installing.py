@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from hwlicense import storage
 from hwlicense.core.documents import PAYLOAD_TYPES, Approval, ClockReset, License, TpmBinding
@@ -66,14 +66,23 @@ def _install_license(home: Home, raw: bytes, connect: Connect, absent: Callable[
     held, missing = bound.install(connect, licensed, licensed.approvals)
     if any(_counted(binding) for binding in licensed.bindings):
         # Before the older revision ends: a full disk is to be found out now. Installing again mends a cut from here on.
-        home.prepare_license(licensed, held)
-        bound.commit(connect, licensed, held, home.approvals(licensed, vendor))
+        home.prepare_license(licensed, raw, held)
+        try:
+            bound.commit(connect, licensed, held, home.approvals(licensed, vendor))
+        except RefusedError as refusal:
+            if refusal.reason in _NEVER:
+                home.forget_pending(licensed)
+            raise
     for old in _ended(before, licensed) if before else []:
         bound.retire(connect, old)
     home.keep_license(licensed, raw, held)
     for error in missing:
         absent(error)
     return licensed
+
+
+_NEVER: Final = {Reason.LICENSE_SUPERSEDED, Reason.COUNTER_LOST}
+"""Refusals of a license that no further try puts in force: what it names is not its own any more."""
 
 
 def _counted(binding: Binding) -> bool:

@@ -8,20 +8,23 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from hwlicense import storage
-from hwlicense.core.errors import DamagedError, ExceededError, Reason, StorageError
+from hwlicense.core.errors import DamagedError, ExceededError, HwlicenseError, Reason, StorageError
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+PERIOD: Final = 1.0
+"""Seconds between two looks at a place, where each inference may ask."""
 
 
 class Instance:
     """A place among the instances, until `close`. Raises ExceededError INSTANCES_EXCEEDED, StorageError."""
 
     def __init__(self, folder: Path, limit: int) -> None:
-        self._fd = -1
+        self._fd, self._looked = -1, 0.0
         places = folder / "instances"
         storage.make_folders(places, 0o700)
         for _ in range(2):  # whoever counts the places holds one of them for a moment
@@ -46,6 +49,18 @@ class Instance:
             raise DamagedError(
                 Reason.HOME_DAMAGED, what, "Close every process that uses the license, and open it again."
             )
+
+    def refusal(self) -> HwlicenseError | None:
+        """Why nothing may start: the place was lost. Looked at once a second, and whenever it was lost before."""
+        now = time.monotonic()
+        if self._fd < 0 or now - self._looked < PERIOD:
+            return None
+        try:
+            self.check()
+        except HwlicenseError as error:
+            return error
+        self._looked = now
+        return None
 
     def close(self) -> None:
         """Give the place back; processes that were forked keep it."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hwlicense.core.monitoring import Verdict
     from hwlicense.core.secret import Secret
     from hwlicense.device.bound import Bound
+    from hwlicense.device.instances import Instance
     from hwlicense.device.metering import Metering
     from hwlicense.device.presence import Presence
     from hwlicense.device.reading import PackageFile
@@ -49,8 +50,9 @@ class Model:
         grant: Grant | None = None,
         presence: tuple[Presence, Callable[[Bound, bool], Secret]] | None = None,
         metering: Metering | None = None,
+        instance: Instance | None = None,
     ) -> None:
-        """Takes `file`, `presence` and `metering` over if this succeeds; the content key is not kept.
+        """Takes all but the content key over if this succeeds. `instance` is for a license that meters nothing.
 
         With the presence comes what gives the content key once more. Raises DamagedError, StorageError.
         """
@@ -59,11 +61,9 @@ class Model:
         self._file = file
         self._layout = file.layout
         self._keys = self._table(content_key)
-        self._metering = metering
-        self._presence: Presence | None = None
-        self._content_key: Callable[[Bound, bool], Secret] | None = None
-        if presence:
-            self._presence, self._content_key = presence
+        self._metering, self._instance = metering, instance
+        self._presence = presence[0] if presence else None
+        self._content_key = presence[1] if presence else None
         self._refusal: HwlicenseError | None = None
         self._closed = False
         self._users: Counter[int] = Counter()  # calls under way, by thread
@@ -108,7 +108,6 @@ class Model:
     def open(self, name: str) -> MemberReader:
         """A member as a binary file that is decrypted as it is read, in little memory. Raises as `read`."""
         member = self._member(name)
-
         buffer = bytearray()  # for ciphertext; a reader opens one chunk at a time
 
         def open_chunk(index: int, out: memoryview) -> None:
@@ -153,10 +152,12 @@ class Model:
         Raises ExceededError (RATE_EXCEEDED, INFERENCES_EXHAUSTED, LEASE_PENDING, ABNORMAL_USE) with the seconds to
         `wait`, StorageError, UsageError, ClosedError.
         """
-        if self._metering is None:
-            self._check_open()
-        else:
+        if self._metering is not None:
             self._metering.spend(count, features, label)
+            return
+        self._check_open()
+        if self._instance and (refusal := self._instance.refusal()):
+            raise refusal
 
     @property
     def features(self) -> dict[str, int | bool | str]:
@@ -189,9 +190,7 @@ class Model:
         Raises UsageError, ClosedError; RefusedError and HardwareError where `standing` says no.
         """
         check_count(inferences, least=0)
-        self._check_open()
-        refusal = self._presence.refusal(wait=True) if self._presence else None
-        if refusal := refusal or self._refusal or (self._metering.may_start(0) if self._metering else None):
+        if refusal := self._denial(0, wait=True):
             raise refusal.again()
         continuity = self.grant.continuity if self.grant else None
         if not (self._metering and inferences):
@@ -210,12 +209,18 @@ class Model:
         """
         check_count(inferences, least=0)
         longer = too_long(horizon, self.grant.continuity if self.grant else None)
-        self._check_open()
-        refusal = (self._presence.refusal() if self._presence else None) or self._refusal
-        if refusal is None and self._metering:
-            refusal = self._metering.may_start(inferences)
+        refusal = self._denial(inferences)
         here = self._presence.here if self._presence else True
         return Standing(refusal or longer, here, self._presence.bridged_left if self._presence else 0.0)
+
+    def _denial(self, inferences: int, *, wait: bool = False) -> HwlicenseError | None:
+        """Why no session of so many inferences may start now; None if it may."""
+        self._check_open()
+        if refusal := (self._presence.refusal(wait=wait) if self._presence else None) or self._refusal:
+            return refusal
+        if self._metering:
+            return self._metering.may_start(inferences)
+        return self._instance.refusal() if self._instance else None
 
     def close(self) -> None:
         """Wipe the keys and close the package; lent buffers stay. Doing it again changes nothing."""
@@ -224,8 +229,8 @@ class Model:
             self._release_if_unused()
         if self._presence:
             self._presence.close()
-        if self._metering:
-            self._metering.close()
+        if held := self._metering or self._instance:
+            held.close()
 
     # ---- what presence does with a model
 
@@ -241,8 +246,7 @@ class Model:
 
     def reopen(self, bound: Bound, *, ask: bool) -> Memory:
         """The keys anew; `ask` for a PIN where the hardware takes one. Raises HwlicenseError."""
-        if self._content_key is None:
-            raise self._closed_error()
+        assert self._content_key is not None  # noqa: S101  # it comes with the presence, which alone asks
         with self._content_key(bound, ask) as key:
             return self._table(key)
 
@@ -297,10 +301,7 @@ class Model:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise self._closed_error()
-
-    def _closed_error(self) -> ClosedError:
-        return ClosedError(Reason.MODEL_CLOSED, f"The model {self.name!r} was closed.", "Open it again.")
+            raise ClosedError(Reason.MODEL_CLOSED, f"The model {self.name!r} was closed.", "Open it again.")
 
     def _table(self, content_key: Secret) -> Memory:
         """The keys of all chunks. Raises DamagedError, StorageError."""

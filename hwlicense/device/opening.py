@@ -189,8 +189,9 @@ def _unwrapped(bound: Bound, licensed: License, identifier: str, pin: PinSource 
 def _model(package: PackageFile, key: Secret, unlocked: Unlocked, home: Home, pin: PinSource | None) -> Model:
     """The open model, held to its license's limits, and watching its hardware where the license asks for that."""
     use = _use(unlocked, home)
+    grant, instance = unlocked.installed.license.grant, None if use else unlocked.instance
     try:
-        return Model(package, key, unlocked.installed.license.grant, _presence(package, unlocked, home, pin), use)
+        return Model(package, key, grant, _presence(package, unlocked, home, pin), use, instance)
     except BaseException:
         if use:
             use.close()

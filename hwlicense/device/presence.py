@@ -6,7 +6,6 @@ with the model, and start anew in a forked process.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import weakref
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from hwlicense.core import documents
 from hwlicense.core.errors import HardwareError, HwlicenseError, Reason, RefusedError, StorageError
 from hwlicense.core.presence import Proofs
-from hwlicense.storage import above_standard
+from hwlicense.device.pin_turn import PinTurn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -130,7 +129,13 @@ class Presence:
                 raise
 
     def _start(self, target: Callable[[], None]) -> None:
-        thread = threading.Thread(target=target, name="hwlicense presence", daemon=True)
+        def run() -> None:
+            try:
+                target()
+            except Exception as error:  # noqa: BLE001  # nobody else would hear of it, and nothing is proved any more
+                self._give_up(error)
+
+        thread = threading.Thread(target=run, name="hwlicense presence", daemon=True)
         try:
             thread.start()
         except RuntimeError as error:
@@ -298,12 +303,17 @@ class Presence:
     # ---- watching the clock
 
     def _watch(self) -> None:
-        try:
-            while self._watched():
-                pass
-        except BaseException as error:
-            self._lose(_unforeseen(error))
-            raise
+        while self._watched():
+            pass
+
+    def _give_up(self, error: Exception) -> None:
+        """End it all: without one of the threads, keys that came back would not be watched."""
+        with self._changed:
+            if self._ended:  # the model is closed: hardware that could not be let go of is of no more use to it
+                return
+            self._ended = True
+            self._changed.notify_all()
+        self._lose(error if isinstance(error, HwlicenseError) else _unforeseen(error))
 
     def _watched(self) -> bool:
         """Wait until the state may change, and see what has become of it. False at the end."""
@@ -317,7 +327,10 @@ class Presence:
             # Not in a process that was forked and asks for no proofs: that is no absence
             if self._account and self.grace_left and self._proving and not self._paying and not self._locked:
                 self._paying = True
-                self._start(self._pay)
+                try:
+                    self._start(self._pay)
+                except StorageError:  # what cannot be paid for is not granted
+                    self._paying, self.grace_left = False, 0.0
             covered = self._covered_until(now)
             if now < covered:
                 self._changed.wait(covered - now + 0.001)
@@ -357,7 +370,7 @@ class Presence:
                     self._changed.notify_all()
                     if until <= start:
                         return
-        except HwlicenseError:  # what cannot be written down is not granted
+        except Exception:  # noqa: BLE001  # whatever it is: what cannot be written down is not granted
             with self._changed:
                 self.grace_left = 0.0
         finally:
@@ -365,34 +378,6 @@ class Presence:
                 self._paying = False
                 self._threads.remove(threading.current_thread())
                 self._changed.notify_all()
-
-
-class PinTurn:
-    """The one turn at asking for a PIN that a model has among all processes that were forked with it.
-
-    A byte in a pipe: taken by reading, and gone with a process that dies or is refused meanwhile.
-    """
-
-    def __init__(self) -> None:
-        self._ends = [above_standard(end) for end in os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)]
-        self.give_back()
-        weakref.finalize(self, _close, self._ends)
-
-    def take(self) -> bool:
-        """Whether this is the one to ask."""
-        try:
-            return bool(os.read(self._ends[0], 1))
-        except BlockingIOError:
-            return False
-
-    def give_back(self) -> None:
-        """Let the next one ask."""
-        os.write(self._ends[1], b"!")
-
-
-def _close(ends: list[int]) -> None:
-    for end in ends:
-        os.close(end)
 
 
 _PINS: Final = {Reason.PIN_WRONG, Reason.PIN_LAST_TRY, Reason.PIN_NEEDED}

@@ -66,7 +66,8 @@ def _unused(handle: int, defined: set[int]) -> Iterator[Finding]:
     elif block:
         left = ", ".join(f"0x{each:08x}" for each in block)
         text = f"{left}: counter or indexes of a license that is not installed here any more"
-        yield Finding("note", "TPM memory", text, f"If that license is not to come back: {remove}")
+        mend = "The next enrolment with --counted uses them, and that license never opens again; or remove them:"
+        yield Finding("note", "TPM memory", text, f"{mend} {remove}")
 
 
 def counted(subject: str, binding: TpmBinding, held: bytes, hardware: AnyHardware) -> Iterator[Finding]:

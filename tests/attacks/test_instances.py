@@ -10,7 +10,9 @@ import time
 import pytest
 
 from hwlicense.core.errors import DamagedError, ExceededError, Reason
+from hwlicense.device import instances
 from hwlicense.device.instances import Instance, running
+from tests.world import TERMS, licensed
 
 LIMIT = 3
 
@@ -64,6 +66,63 @@ def test_a_link_is_not_followed(tmp_path):
     (tmp_path / "instances" / "0").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(Exception, match="instances/0"):
         Instance(tmp_path, 1)
+
+
+ALONE = TERMS + "[limits]\ninstances = 1\n"
+"""A license that keeps no account, so that nothing but the model itself holds the place."""
+
+
+def test_closing_gives_the_place_back_without_an_account(vendor, device):
+    licensed(vendor, device, ALONE)
+    for _ in range(3):
+        with device.open(vendor) as model:
+            assert model.standing()
+            with pytest.raises(ExceededError):
+                device.open(vendor)
+    model = device.open(vendor)
+    del model  # nobody closed it
+    device.open(vendor).close()
+
+
+def test_a_fork_that_closes_leaves_the_place_to_its_parent(vendor, device):
+    licensed(vendor, device, ALONE)
+    with device.open(vendor) as model:
+        pid = os.fork()
+        if not pid:
+            model.close()
+            os._exit(0)
+        os.waitpid(pid, 0)
+        with pytest.raises(ExceededError):
+            device.open(vendor)
+        model.spend()
+
+
+def test_a_removed_place_is_noticed_without_an_account(vendor, device, monkeypatch):
+    licensed(vendor, device, ALONE)
+    monkeypatch.setattr(instances, "PERIOD", 0.0)
+    with device.open(vendor) as model:
+        model.spend()
+        (place,) = device.home.state.glob("licenses/*/use-1/instances/0")
+        place.unlink()
+        with device.open(vendor) as other:  # as it can take what seems free
+            other.spend()
+            for refused in (model.spend, model.session().__enter__):
+                with pytest.raises(DamagedError, match="was removed") as error:
+                    refused()
+                assert error.value.reason == Reason.HOME_DAMAGED
+            assert model.standing().reason == Reason.HOME_DAMAGED
+            assert other.standing()
+
+
+def test_a_place_is_looked_at_seldom(tmp_path, monkeypatch):
+    looked = []
+    instance = Instance(tmp_path, 1)
+    monkeypatch.setattr(instance, "check", lambda: looked.append(1))
+    for _ in range(1000):
+        assert instance.refusal() is None
+    assert len(looked) <= 2
+    instance.close()
+    assert instance.refusal() is None
 
 
 def test_processes_that_come_and_die_never_hold_more(tmp_path):

@@ -8,9 +8,11 @@ from functools import partial
 from typing import Any
 
 import pytest
-from tpm2_pytss import TPM2_CC, TPM2_RC, TPM2_SE
+from tpm2_pytss import ESAPI, ESYS_TR, TPM2_CC, TPM2_RC, TPM2_SE, TSS2_Exception
 
 from hwlicense.binders.tpm import TpmHardware, counting
+from hwlicense.binders.tpm.held import Held
+from hwlicense.binders.tpm.keys import tpm_public
 from hwlicense.core.documents import License
 from hwlicense.core.envelope import unverified
 from hwlicense.core.errors import HwlicenseError, UsageError
@@ -18,6 +20,8 @@ from hwlicense.core.hardware import Counting
 from hwlicense.core.secret import Secret
 from hwlicense.core.tpm import policy
 from hwlicense.core.tpm.nv import BLOCK, FIRST, LAST, UNCOUNTABLE, counter_public
+from hwlicense.core.tpm.structures import STORAGE_ROOT_TEMPLATE
+from hwlicense.device.home import Home
 from hwlicense_simulators import wire
 from tests.counted import Customer, limited
 from tests.forging import flipped, refused
@@ -104,6 +108,52 @@ def test_metadata_of_an_index_is_what_the_library_would_keep(customer):
         assert bytes(work.call("tr_serialize", work.known_index(public))) == kept
 
 
+# ---- a storage root key that does not stay ----
+
+
+@pytest.fixture
+def evicted(customer):
+    """Persistent when the license was installed, and taken away since, as by `tpm2_evictcontrol`."""
+
+    def evict():
+        with ESAPI(customer.wire.tcti) as esapi:
+            key, *_ = esapi.create_primary(None, tpm_public(STORAGE_ROOT_TEMPLATE), ESYS_TR.OWNER)
+            kept = esapi.evict_control(ESYS_TR.OWNER, key, 0x81000001)
+            esapi.flush_context(key)
+            customer.sell(EVERYTHING)
+            esapi.evict_control(ESYS_TR.OWNER, kept, 0x81000001)
+        licensed, binding = customer.license, customer.binding
+        held = customer.device.home.held(licensed, binding)
+        assert Held.read(held, binding).handle == 0x81000001
+        return binding, held, customer.device.home.approvals(licensed, customer.vendor.public)
+
+    return evict
+
+
+def test_a_counted_license_outlives_the_eviction_of_the_storage_root_key(customer, evicted):
+    binding, held, approvals = evicted()
+    with customer.device.connect() as hardware:
+        anchor = hardware.unwrap(binding, held, approvals, None).anchor
+        before = anchor.read().steps
+        assert anchor.step().steps == before + 1
+        assert (hardware.use(binding, held).state, hardware.use(binding, held).opens) == ("current", 1)
+        hardware.present(binding, held)
+        hardware.commit(binding, held, approvals)
+        customer.install(customer.revise(EVERYTHING.replace("= 15", "= 14")))
+    customer.open()
+
+
+def test_after_a_clear_the_reason_is_another_device(customer, evicted):
+    binding, held, approvals = evicted()
+    customer.tpm.clear()
+    with customer.device.connect() as hardware:
+        for act in (lambda: hardware.use(binding, held), lambda: hardware.commit(binding, held, approvals)):
+            with refused("WRONG_DEVICE"):
+                act()
+        with refused("TPM_ABSENT"):
+            hardware.present(binding, held)
+
+
 # ---- counters ----
 
 
@@ -160,6 +210,123 @@ def test_the_counter_of_a_license_that_was_removed_serves_again(customer):
     assert (again.handle, again.value) == (counter.handle, counter.value + 1)
     with refused("LICENSE_SUPERSEDED"):
         customer.install(customer.files[0])
+
+
+@pytest.mark.parametrize("terms", [ANCHORED, limited(3), limited(0, hours=2)])
+def test_the_counter_of_a_removed_license_serves_again_with_what_is_left_of_its_indexes(customer, terms):
+    customer.sell(ANCHORED)
+    counter, before = customer.binding.counter, customer.indexes()
+    folder = customer.device.home.path / "licenses"
+    with customer.root() as root:
+        root.flush(root.ready())
+        folder.rename(folder.parent / "removed")
+        request = customer.device.request(counted=True)
+        with pytest.raises(TSS2_Exception):
+            root.ready()
+    customer.install(customer.issue(terms, request=request))
+    assert (customer.binding.counter.handle, customer.binding.counter.value) == (counter.handle, counter.value + 2)
+    assert len(customer.indexes()) == len(before) - 2 + len(customer.binding.indexes)
+    customer.open()
+    folder.rename(folder.parent / "new")
+    (folder.parent / "removed").rename(folder)
+    with refused("LICENSE_SUPERSEDED"):
+        customer.open()
+
+
+def test_one_that_never_had_a_license_is_used_first(customer):
+    customer.sell(ANCHORED)
+    with customer.device.connect() as hardware:
+        waiting = hardware.provide_counter()
+        shutil.rmtree(customer.device.home.path / "licenses")
+        assert hardware.provide_counter() == waiting
+
+
+def test_a_license_that_cannot_be_read_keeps_every_counter(customer):
+    customer.sell(ANCHORED)
+    (path,) = customer.device.home.path.glob("licenses/*/license.hwlic")
+    path.write_bytes(b"damaged")
+    with customer.device.connect() as hardware:
+        hardware.provide_counter()
+    customer.install(customer.files[0])
+    customer.open()
+
+
+def test_a_damaged_file_of_a_spare_counter_is_in_nobodys_way(customer):
+    with customer.device.connect() as hardware:
+        first = hardware.provide_counter()
+        (customer.device.home.path / "counters" / f"{first.handle:08x}").write_bytes(b"short")
+        assert hardware.provide_counter().handle != first.handle
+
+
+@pytest.mark.parametrize("left", [b"short", None])
+def test_a_counter_whose_file_is_damaged_or_gone_says_what_that_means(customer, left):
+    customer.sell(ANCHORED)
+    path = customer.device.home.path / "counters" / f"{customer.binding.counter.handle:08x}"
+    path.unlink()
+    if left:
+        path.write_bytes(left)
+    with pytest.raises(HwlicenseError) as caught:
+        customer.open()
+    assert caught.value.reason == "HOME_DAMAGED"
+    assert "backup" in caught.value.hint
+    assert "never open" in caught.value.hint
+    assert "for that request" in caught.value.hint
+    customer.sell(ANCHORED)  # as it says: enrolling anew makes another one
+    customer.open()
+
+
+# ---- between the TPM and the home ----
+
+
+@pytest.mark.parametrize("terms", [limited(0, hours=3), limited(2)])
+def test_an_enrolment_after_an_installation_that_was_cut_off_takes_another_counter(customer, monkeypatch, terms):
+    """The TPM has the license in force, and the home does not know it yet."""
+    with monkeypatch.context() as patched:
+        patched.setattr(Home, "keep_license", cut_off)
+        with pytest.raises(OSError, match="power"):
+            customer.sell(terms)
+    with customer.device.connect() as hardware:
+        taken = hardware.provide_counter()
+    customer.install(customer.files[0])
+    assert customer.binding.counter.handle != taken.handle
+    customer.open()
+    assert not list(customer.device.home.path.glob("licenses/*/pending.hwlic"))
+
+
+def cut_off(*_):
+    raise OSError("the power is gone")
+
+
+def test_an_enrolment_waits_for_an_installation(customer, monkeypatch):
+    raw, done, keep = customer.issue(limited(0, hours=3)), [], Home.keep_license
+
+    def enroll():
+        done.append(customer.device.connect().provide_counter())
+
+    thread = threading.Thread(target=enroll)
+
+    def slowly(*arguments):
+        thread.start()
+        thread.join(0.5)
+        assert done == []
+        keep(*arguments)
+
+    monkeypatch.setattr(Home, "keep_license", slowly)
+    customer.install(raw)
+    thread.join(60)
+    assert done[0].handle != customer.binding.counter.handle
+    customer.open()
+
+
+def test_a_license_that_can_never_be_in_force_keeps_no_counter(customer):
+    customer.sell(limited(0, hours=3))
+    old = customer.issue(limited(0, hours=3))
+    with customer.root(old) as root:
+        root.increment()
+        root.increment()
+    with refused("LICENSE_SUPERSEDED"):
+        customer.install(old)
+    assert not list(customer.device.home.path.glob("licenses/*/pending.hwlic"))
 
 
 def test_a_counter_that_was_made_and_never_counted_is_brought_to_odd(customer):

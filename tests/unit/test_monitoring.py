@@ -21,9 +21,9 @@ from hwlicense.core.monitoring import (
     check_features,
     fold,
     rehearse,
-    spread,
     verdict,
 )
+from hwlicense.core.regularity import spread
 
 LASTING = 3600
 REGULAR = Monitor(LASTING, Regularity(200, 250, 30_000, "throttle"), None, Rate(10, 60))

@@ -20,7 +20,8 @@ from hwlicense.core.presence import Proofs
 from hwlicense.core.secret import Secret
 from hwlicense.device import grace
 from hwlicense.device.grace import Account
-from hwlicense.device.presence import PinTurn, Presence
+from hwlicense.device.pin_turn import PinTurn
+from hwlicense.device.presence import Presence
 
 if TYPE_CHECKING:
     from hwlicense.device.bound import Bound
@@ -435,6 +436,64 @@ def test_what_nobody_foresaw_is_no_proof_and_does_not_end_the_asking(watched):
     assert presence.refusal().reason == Reason.PRESENCE_UNPROVEN
     hardware.problem = None
     until(lambda: presence.refusal() is None)
+
+
+def unforeseen(*_, **__):
+    raise ZeroDivisionError("of nobody's")
+
+
+@pytest.fixture
+def printed(monkeypatch):
+    """What threads would print to the user's stderr."""
+    said: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", said.append)
+    return said
+
+
+def test_a_watch_that_fails_prints_nothing_and_leaves_no_keys_that_nobody_watches(watched, printed, monkeypatch):
+    presence, hardware, guarded = watched()
+    until(lambda: presence.proofs >= 1)
+    monkeypatch.setattr(presence, "_watched", unforeseen)
+    until(lambda: guarded.lost)
+    assert [reason for _, reason in guarded.lost] == [Reason.PRESENCE_UNPROVEN]
+    monkeypatch.undo()
+    until(lambda: hardware.closed)
+    time.sleep(1)
+    assert (guarded.locked, guarded.regained) == (True, 0)
+    assert printed == []
+
+
+def test_a_payment_that_fails_prints_nothing_and_grants_nothing(watched, printed, monkeypatch):
+    presence, hardware, guarded = watched(seconds=300)
+    until(lambda: presence.proofs >= 1)
+    monkeypatch.setattr(Account, "bridge", unforeseen)
+    hardware.problem = GONE
+    until(lambda: guarded.lost, 4)
+    hardware.problem = None
+    until(lambda: presence.refusal() is None)
+    assert printed == []
+
+
+def test_no_thread_to_pay_grants_nothing(watched, printed, monkeypatch):
+    presence, hardware, guarded = watched(seconds=300)
+    until(lambda: presence.proofs >= 1)
+    monkeypatch.setattr(presence, "_start", no_space)
+    hardware.problem = GONE
+    until(lambda: guarded.lost, 4)
+    monkeypatch.undo()
+    hardware.problem = None
+    until(lambda: presence.refusal() is None)
+    assert printed == []
+
+
+def test_hardware_that_cannot_be_let_go_of_prints_nothing(printed, monkeypatch):
+    hardware, guarded = Hardware(), Guarded()
+    presence = Presence(Terms(1, 0, None, repeat=True), cast("Bound", hardware), None, None)
+    presence.guard(guarded)
+    until(lambda: presence.proofs >= 1)
+    monkeypatch.setattr(hardware, "close", unforeseen)
+    presence.close()
+    assert (printed, guarded.lost) == ([], [])
 
 
 def test_what_is_guarded_is_not_kept_alive():

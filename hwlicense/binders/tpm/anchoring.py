@@ -55,7 +55,7 @@ class TpmAnchor:
     @contextmanager
     def _indexes(self) -> Iterator[tuple[Work, ESYS_TR, Indexes]]:
         with self._auth() as auth, self._connection.work() as work:
-            root, _ = opening.storage_root_key(work, self._held)
+            root = opening.storage_root_key(work, self._held)
             indexes = Indexes(work, root, auth)
             try:
                 yield work, root, indexes

@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,6 +18,7 @@ from tpm2_pytss import (
     ESYS_TR,
     TPM2_ALG,
     TPM2_CAP,
+    TPM2_RC,
     TPM2_SE,
     TPM2B_PUBLIC,
     TPM2B_SENSITIVE_CREATE,
@@ -26,13 +28,14 @@ from tpm2_pytss import (
 )
 from tpm2_pytss.TCTILdr import TCTILdr
 
-from hwlicense.binders.tpm import failures
+from hwlicense.binders.tpm import answering, failures
 from hwlicense.core.errors import HardwareError, Reason, UsageError
 from hwlicense.core.tpm.structures import Public
 from hwlicense.core.tpm.wire import number, sized
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from concurrent.futures import Future
 
     from hwlicense.core.tpm.nv import NvPublic
 
@@ -45,6 +48,9 @@ PATIENCE: Final = 20.0
 _TCTI: Final = re.compile(r"device:/[^:]+|(swtpm|mssim):[^:]*")
 _FLUSH_CONTEXT: Final = 0x165
 _TRANSIENT, _LOADED_SESSIONS = 0x80000000, 0x02000000
+_LOCAL: Final = {"tr_set_auth", "tr_get_name", "tr_deserialize", "tr_serialize", "trsess_set_attributes"}
+"""Functions of the library that ask the TPM nothing."""
+
 _KEY_RESOURCE, _NV_RESOURCE = 1, 2  # IESYSC_KEY_RSRC and IESYSC_NV_RSRC in the metadata that tpm2-tss serializes
 
 
@@ -100,9 +106,10 @@ class Connection:
     def work(self) -> Iterator[Work]:
         """Commands of one purpose, without those of another thread in between.
 
-        Raises HardwareError for response codes that the caller has not dealt with, and TPM_BUSY within other work of
-        the same thread.
+        Raises HardwareError for response codes that the caller has not dealt with, TPM_BUSY within other work of the
+        same thread, and TPM_HUNG.
         """
+        answering.check(self.tcti)
         with self._alone(), _turn(self.tcti):
             opened = self.open()
             work = Work(*opened, self.tcti)
@@ -120,15 +127,12 @@ class Connection:
     def open(self) -> tuple[TCTILdr, ESAPI]:
         """Connect, if that is not done yet. Raises HardwareError and AbsentError."""
         if self._open is None:
-            try:
-                tcti = TCTILdr.parse(self.tcti)
-            except TSS2_Exception as error:
-                raise failures.connect_error(error, self.tcti) from error
-            try:
-                self._open = tcti, ESAPI(tcti)
-            except TSS2_Exception as error:
-                tcti.close()
-                raise failures.connect_error(error, self.tcti) from error
+
+            def late(made: Future[tuple[TCTILdr, ESAPI]]) -> None:
+                if not made.exception():
+                    _close(*made.result())
+
+            self._open = answering.Answers(self.tcti, late).wait(partial(_connected, self.tcti), "connect")
         return self._open
 
     def close(self) -> None:
@@ -153,11 +157,9 @@ class Connection:
     def _drop(self, work: Work | None) -> None:
         if work is not None:
             work.flush_all()  # the context may be of no use, but the wire below it may be well
-        if self._open is not None:
-            tcti, esapi = self._open
-            self._open = None
-            esapi.close()
-            tcti.close()
+        opened, self._open = self._open, None
+        if opened is not None and not (work and work.answers.given_up):
+            _close(*opened)
 
     def forget(self) -> None:
         """In a forked child: the parent's context is neither used nor closed, its lock may be held by no one here."""
@@ -166,9 +168,27 @@ class Connection:
         self._open = None
 
 
+def _connected(address: str) -> tuple[TCTILdr, ESAPI]:
+    try:
+        tcti = TCTILdr.parse(address)
+    except TSS2_Exception as error:
+        raise failures.connect_error(error, address) from error
+    try:
+        return tcti, ESAPI(tcti)
+    except TSS2_Exception as error:
+        tcti.close()
+        raise failures.connect_error(error, address) from error
+
+
+def _close(tcti: TCTILdr, esapi: ESAPI) -> None:
+    esapi.close()
+    tcti.close()
+
+
 def _forget_all() -> None:
     _inherited.update(_turns)
     _turns.clear()
+    answering.forget()
     for connection in tuple(_connections):
         connection.forget()
 
@@ -181,16 +201,20 @@ class Work:
 
     def __init__(self, tcti: TCTILdr, esapi: ESAPI, address: str) -> None:
         self._tcti, self._esapi, self._address = tcti, esapi, address
+        self.answers = answering.Answers(address, lambda _outcome: _close(tcti, esapi))
         self._live: dict[ESYS_TR, int | None] = {}  # with the TPM's handle, None where nothing is to be flushed
+        self._made_again: dict[ESYS_TR, Callable[[], ESYS_TR]] = {}
         self.command = ""
 
     def call(self, command: str, *arguments: Any, **keywords: Any) -> Any:  # noqa: ANN401 - as many types as commands
-        """One command by its name in `ESAPI`. Raises TSS2_Exception with the TPM's response code."""
-        self.command = command
+        """One command by its name in `ESAPI`. Raises TSS2_Exception with the TPM's response code; TPM_HUNG."""
+        self.command, run = command, partial(getattr(self._esapi, command), *arguments, **keywords)
+        if command in _LOCAL:
+            return run()
         give_up, pause, full = time.monotonic() + PATIENCE, 0.01, False
         while True:
             try:
-                return getattr(self._esapi, command)(*arguments, **keywords)
+                return self.answers.wait(run, command)
             except TSS2_Exception as error:
                 if failures.code(error) in failures.FULL and not full:
                     full = True
@@ -231,12 +255,15 @@ class Work:
         handle, public, *_ = self.call("create_primary", TPM2B_SENSITIVE_CREATE(), template, hierarchy)
         return self.hold(handle), Public.parse(public.marshal()[2:])
 
-    def known(self, handle: int, public: Public) -> ESYS_TR:
+    def known(self, handle: int, public: Public, again: Callable[[], ESYS_TR] | None = None) -> ESYS_TR:
         """A persistent key whose public area is known, without asking the TPM or anyone between: no command.
 
-        Sessions salted to it reach this key or fail.
+        Sessions salted to it reach this key or fail. Where it was evicted since, they are salted to what `again` makes.
         """
-        return self._known(handle, public.name, _KEY_RESOURCE, public.raw)
+        known = self._known(handle, public.name, _KEY_RESOURCE, public.raw)
+        if again:
+            self._made_again[known] = again
+        return known
 
     def known_index(self, public: NvPublic) -> ESYS_TR:
         """An NV index whose public area is known, as `known`: authorizations by HMAC reach this index or fail."""
@@ -263,7 +290,14 @@ class Work:
         Bound to an object it also proves that object's authValue, with whatever it authorizes.
         """
         aes = TPMT_SYM_DEF.parse("aes128cfb")
-        handle = self.call("start_auth_session", salt, bind, kind, aes, TPM2_ALG(auth_hash))
+        try:
+            handle = self.call("start_auth_session", salt, bind, kind, aes, TPM2_ALG(auth_hash))
+        except TSS2_Exception as error:
+            if failures.code(error) != TPM2_RC.HANDLE or salt not in self._made_again:
+                raise
+            made = self._made_again[salt]()
+            self._made_again[salt] = lambda: made
+            handle = self.call("start_auth_session", made, bind, kind, aes, TPM2_ALG(auth_hash))
         self.hold(handle)
         self.call("trsess_set_attributes", handle, attributes)
         return handle
@@ -281,8 +315,8 @@ class Work:
 
     def flush_all(self) -> bool:
         """Flush what is left, on every path. False where the connection must not be used any more."""
-        usable = True
-        while self._live:
+        usable = not self.answers.given_up
+        while self._live and not self.answers.given_up:
             handle, raw = self._live.popitem()
             try:
                 if raw is not None:
@@ -290,6 +324,8 @@ class Work:
                 self._esapi.tr_close(handle)
             except TSS2_Exception as error:  # of no other consequence: the connection is dropped
                 usable = usable and not failures.from_transport(error)
+            except HardwareError:  # no answer: the next work says so
+                usable = False
         return usable
 
     def _make_room(self) -> None:
@@ -300,7 +336,8 @@ class Work:
         """
         ours = set(self._live.values())
         for first in (_TRANSIENT, _LOADED_SESSIONS):
-            _, capability = self._esapi.get_capability(TPM2_CAP.HANDLES, first, 64)
+            get = partial(self._esapi.get_capability, TPM2_CAP.HANDLES, first, 64)
+            _, capability = self.answers.wait(get, "get_capability")
             for raw in map(int, capability.data.handles):
                 if raw not in ours:
                     self._flush_raw(raw)
@@ -310,5 +347,9 @@ class Work:
 
         The answer is not looked at. It says done, or that there is no such handle, which is as good.
         """
-        self._tcti.transmit(number(0x8001, 2) + number(14, 4) + number(_FLUSH_CONTEXT, 4) + number(handle, 4))
-        self._tcti.receive()
+
+        def flush() -> None:
+            self._tcti.transmit(number(0x8001, 2) + number(14, 4) + number(_FLUSH_CONTEXT, 4) + number(handle, 4))
+            self._tcti.receive()
+
+        self.answers.wait(flush, "flush_context")

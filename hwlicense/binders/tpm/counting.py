@@ -23,8 +23,9 @@ from tpm2_pytss import (
 
 from hwlicense.binders.tpm.failures import WRONG_AUTHORIZATION, code, defining_error
 from hwlicense.core.documents import TpmCounter
-from hwlicense.core.errors import HardwareError, Reason
+from hwlicense.core.errors import DamagedError, HardwareError, Reason
 from hwlicense.core.secret import SIZE, Secret
+from hwlicense.core.tpm.composing import PLACES
 from hwlicense.core.tpm.nv import SIZE as NV_SIZE
 from hwlicense.core.tpm.nv import NvPublic, counter_public, free_block
 from hwlicense.core.tpm.policy import NV_READ, PolicyOR
@@ -190,12 +191,17 @@ def make_safe(work: Work, root: ESYS_TR) -> None:
 def provide(work: Work, root: ESYS_TR, store: CounterStore) -> TpmCounter:
     """A counter for a license to come, at an odd value: one that was made before and serves none, or a new one.
 
-    Raises HardwareError: TPM_NV_FULL, TPM_AUTHORIZATION.
+    One whose license was removed serves again, after those that never had any: at the odd value that license is dead,
+    and what is left of its indexes goes when the new one is put in force. Raises HardwareError: TPM_NV_FULL,
+    TPM_AUTHORIZATION.
     """
     taken = set(index_handles(work))
-    for handle in store.spare():
-        auth = store.read(handle)
-        if auth is None or any(other in taken for other in range(handle + 1, handle + 3)):
+    for handle in sorted(store.spare(), key=lambda handle: any(handle + place in taken for place in PLACES.values())):
+        try:
+            auth = store.read(handle)
+        except DamagedError:  # nobody can use that counter any more
+            continue
+        if auth is None:
             continue
         with auth:
             found = _odd(Indexes(work, root, auth), handle, made=handle in taken)

@@ -125,7 +125,7 @@ class TpmHardware:
         kept = Held.read(held, binding)
         with self._connection.work() as work:
             try:
-                root, _ = opening.storage_root_key(work, kept)
+                root = opening.storage_root_key(work, kept)
                 # Only the TPM that has the key learns the salt, without which it cannot authenticate its answer.
                 session = work.session(root, TPM2_SE.HMAC, TPMA_SESSION.ENCRYPT)
                 work.call("get_random", 16, session1=session)
@@ -142,7 +142,7 @@ class TpmHardware:
         """A counter for a license to come. Raises HardwareError TPM_NV_FULL, TPM_AUTHORIZATION."""
         if self._store is None:
             raise _nowhere()
-        with self._connection.work() as work:
+        with self._store.alone(), self._connection.work() as work:
             root, _, _ = keys.storage_root_key(work)
             return counting.provide(work, root, self._store)
 
@@ -152,7 +152,7 @@ class TpmHardware:
             return
         sealed, kept = _approved(binding, approvals), Held.read(held, binding)
         with self._index_auth(binding) as auth, self._connection.work() as work:
-            root, _ = opening.storage_root_key(work, kept)
+            root = opening.storage_root_key(work, kept)
             Commitment(work, root, sealed, kept, auth).commit(binding.counter)
 
     def retire(self, binding: TpmBinding) -> None:
@@ -165,7 +165,7 @@ class TpmHardware:
         """What is spent of a counted license, and whether it is in force. Spends nothing. Raises HardwareError."""
         sealed, kept = Sealed.check(binding, []), Held.read(held, binding)
         with self._index_auth(binding) as auth, self._connection.work() as work:
-            root, _ = opening.storage_root_key(work, kept)
+            root = opening.storage_root_key(work, kept)
             indexes = counting.Indexes(work, root, auth)
             state, now, opens = standing.of(indexes, sealed), counting.time(work, root), None
             index = next((index for index in binding.indexes if index.purpose == "opens"), None)
@@ -194,7 +194,10 @@ class TpmHardware:
         auth = self._store.read(binding.counter.handle)
         if auth is None:
             what = f"The home lacks what lets the device use the counter 0x{binding.counter.handle:08x} of its license."
-            hint = "Restore the home from a copy; or enroll again (--counted) and ask for a license for that request."
+            hint = (
+                "Restore it from a backup of the home. Without one the license never opens again: "
+                "enroll anew (--counted), and ask the vendor for a license or revision for that request."
+            )
             raise DamagedError(Reason.HOME_DAMAGED, what, hint)
         return auth
 

@@ -51,25 +51,26 @@ if TYPE_CHECKING:
 _ATTEMPTS: Final = 3  # where measurements go on, they change PCRs between policy and use
 
 
-def storage_root_key(work: Work, held: Held) -> tuple[ESYS_TR, bool]:
-    """The key; and whether it is only assumed, without a command, to be still at its persistent handle."""
+def storage_root_key(work: Work, held: Held) -> ESYS_TR:
+    """The key, assumed without a command to be still at its persistent handle. Evicted, the template makes it again."""
     public = held.storage_root_public
-    if held.handle is not None:
-        return work.known(held.handle, public), True
-    return keys.template_storage_root_key(work, public.name)[0], False
+
+    def again() -> ESYS_TR:
+        return keys.template_storage_root_key(work, public.name)[0]
+
+    return again() if held.handle is None else work.known(held.handle, public, again)
 
 
 def load(work: Work, held: Held, sealed: Sealed) -> tuple[ESYS_TR, ESYS_TR]:
     """The storage root key, and the sealed object under it. Raises RefusedError WRONG_DEVICE."""
     private, public = TPM2B_PRIVATE(held.private), keys.tpm_public(sealed.public)
-    root, assumed = storage_root_key(work, held)
+    root = storage_root_key(work, held)
     try:
         try:
             return root, work.hold(work.call("load", root, private, public))
         except TSS2_Exception as error:
-            if not assumed or code(error) != TPM2_RC.HANDLE:
+            if held.handle is None or code(error) != TPM2_RC.HANDLE:
                 raise
-        # Evicted since, but the template may make the same key.
         root, _ = keys.template_storage_root_key(work, held.storage_root_public.name)
         return root, work.hold(work.call("load", root, private, public))
     except TSS2_Exception as error:
