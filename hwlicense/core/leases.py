@@ -74,8 +74,12 @@ def raise_reservation(account: Account, moment: Moment, demand: int = 0) -> bool
     words = account.words
     if not due(account, moment.running, demand):
         return False
+    steady = moment.running - words[Field.RAISED_NS] < _NANOSECONDS * 6 // 5
     _measure(account, moment)
-    _reserve(account, min(words[Field.STEP], max(_step(account), demand), words[Field.SIZE] - words[Field.RESERVED]))
+    wanted = max(_step(account), demand)
+    if steady:  # a crash costs a reservation or two: they need be no larger than use asks for
+        words[Field.STEP] = min(words[Field.STEP], wanted * 5 // 4)
+    _reserve(account, min(words[Field.STEP], wanted, words[Field.SIZE] - words[Field.RESERVED]))
     _raised(account, moment)
     return True
 
@@ -122,9 +126,9 @@ def dim(account: Account, anchors: int) -> bool:
     return bool(ended) and anchors - words[Field.CLOCK_MS] > _DIM
 
 
-def certify(account: Account, moment: Moment) -> bool:
-    """Note that no lease was taken after this one till now. To be written down: True; False where that is known."""
-    if not dim(account, moment.clock):
+def certify(account: Account, moment: Moment, demand: int) -> bool:
+    """Before a further lease: note that none was taken after this one till now. To be written down: True."""
+    if not (low(account, demand) and dim(account, moment.clock)):
         return False
     _measure(account, moment)
     _raised(account, moment)
@@ -163,6 +167,8 @@ def plan(account: Account, moment: Moment, demand: int = 0) -> int:
     _measure(account, moment)
     surge = moment.running - words[Field.RAISED_NS] < _NANOSECONDS
     step = max(demand, _step(account, surge=surge and not words[Field.SETTLED]))
+    if words[Field.SETTLED] and words[Field.RAISED_NS]:  # after a pause in use: as at the burst before it, nearly
+        step = max(step, words[Field.STEP] * 3 // 4)
     return min(step, account.most) if account.total is None or account.total > words[Field.USED] else 0
 
 

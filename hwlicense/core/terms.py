@@ -287,7 +287,7 @@ _RATE_UNITS: Final = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "we
 
 
 def _rate(term: str, text: str) -> Rate:
-    match = re.fullmatch(r"([0-9_]{1,20})/([a-z]+|[0-9]{1,9}[smhd])", text, re.ASCII)
+    match = re.fullmatch(r"([0-9_]{1,30})/([a-z]+|[0-9]{1,9}[smhd])", text, re.ASCII)
     digits = match[1].replace("_", "") if match else ""
     if match and digits and 1 <= int(digits) < 2**53:
         seconds = _RATE_UNITS.get(match[2])

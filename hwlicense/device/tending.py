@@ -180,7 +180,8 @@ class Tended:
             if latest:
                 self._recorded(
                     lambda account: (
-                        leases.raise_reservation(account, moment, self._demand) or leases.certify(account, moment)
+                        leases.raise_reservation(account, moment, self._demand)
+                        or leases.certify(account, moment, self._demand)
                     )
                 )
 

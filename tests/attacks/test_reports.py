@@ -110,12 +110,11 @@ def test_numbers_that_nobody_wrote(customer, seed):
     customer.sell(limited(0, require="anchor = true\n", extra=METERED + "[monitor.regularity]\naction = 'deny'\n"))
     customer.open()
     made_up = random.Random(seed)
-    for name in ("ledger", "shared"):
-        raw = bytearray((folder(customer) / name).read_bytes())
-        heads = [at for at in range(0, len(raw), 4096) if raw[at : at + 8] == b"hwledger"]
-        for at in heads:
-            raw[at + 48 : at + 600] = made_up.randbytes(552) if seed else b"\xff" * 551 + b"\x7f"
-        (folder(customer) / name).write_bytes(raw)
+    raw = bytearray((folder(customer) / "ledger").read_bytes())
+    heads = [at for at in range(0, len(raw), 4096) if raw[at : at + 8] == b"hwledger"]
+    for at in heads:
+        raw[at + 48 : at + 600] = made_up.randbytes(552) if seed else b"\xff" * 551 + b"\x7f"
+    (folder(customer) / "ledger").write_bytes(raw)
     left = shown(customer)[1]["inferences"]["left"]
     assert left is None or 0 <= left <= 1000
     asked(customer, "doctor", status=None)

@@ -17,6 +17,7 @@ from hwlicense.core.limits import Limits, Use
 from hwlicense.core.secret import Secret
 from hwlicense.device import recovering, sharing
 from hwlicense.device.ledger import Ledger
+from hwlicense.device.records import Records
 from tests.attacks.test_metering import Shop, spend_patiently
 
 TOTAL = 20_000
@@ -92,7 +93,7 @@ def test_an_answer_is_good_for_one_question(shop):
     """What one that joins says is of no use to another that heard it."""
     metering = shop.open()
     key = Secret(bytearray(b"k" * 32))
-    records = sharing.Records(key, 8)
+    records = Records(key, 8)
     with sharing._asking(account(shop)) as asking:
         nonce, mine = asking.recv(32), os.urandom(32)
         said = mine + records.code(b"join" + nonce + mine)

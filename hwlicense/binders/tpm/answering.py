@@ -1,13 +1,16 @@
 """A limit of time for a TPM that takes a command and never answers.
 
-Its library waits as long as that takes, and lets no signal through. So each call of it runs on a thread, which is left
+Its library waits as long as that takes, and lets no signal through. So calls of it run on a thread, which is left
 behind where no answer comes: nothing else may use the connection then, and the thread closes it when one does come.
+One thread makes all calls of a work: what the library leaves of a secret on its stack, the next ones write over.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from concurrent.futures import Future, wait
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from hwlicense.core.errors import HardwareError, Reason
@@ -33,6 +36,8 @@ class Answers:
     def __init__(self, address: str, late: Callable[[Future[Any]], None]) -> None:
         self._address, self._late = address, late
         self.given_up = False
+        self._calls: SimpleQueue[Callable[[], None] | None] | None = None
+        self._process = 0
 
     def wait(self, act: Callable[[], R], command: str) -> R:
         """What `act` gives. Raises HardwareError TPM_HUNG; the connection is not to be touched any more then."""
@@ -45,9 +50,8 @@ class Answers:
             except BaseException as error:  # noqa: BLE001  # whatever it is, it is raised where it is waited for
                 outcome.set_exception(error)
 
-        thread = threading.Thread(target=run, name="hwlicense TPM", daemon=True)
         try:
-            thread.start()
+            self._thread().put(run)
             wait((outcome,), seconds)
         except RuntimeError:  # the system gives no thread: then it takes as long as it takes
             return act()
@@ -61,6 +65,20 @@ class Answers:
             raise hung(f"The TPM gave no answer within {seconds:g} s (TPM command {command}).")
         return outcome.result()
 
+    def end(self) -> None:
+        """No further call is to come."""
+        calls, self._calls = self._calls, None
+        if calls:
+            calls.put(None)
+
+    def _thread(self) -> SimpleQueue[Callable[[], None] | None]:
+        """What takes calls to the thread. Raises RuntimeError."""
+        if self._calls is None or self._process != os.getpid():  # a forked child has not got the thread
+            calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+            threading.Thread(target=_make, args=(calls,), name="hwlicense TPM", daemon=True).start()
+            self._calls, self._process = calls, os.getpid()
+        return self._calls
+
     def _give_up(self, outcome: Future[R]) -> None:
         self.given_up = True
         _hung[self._address] = self
@@ -71,6 +89,12 @@ class Answers:
         self._late(outcome)
         if _hung.get(self._address) is self:
             del _hung[self._address]
+
+
+def _make(calls: SimpleQueue[Callable[[], None] | None]) -> None:
+    while call := calls.get():
+        call()
+        del call
 
 
 def check(address: str) -> None:

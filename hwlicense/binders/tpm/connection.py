@@ -123,16 +123,27 @@ class Connection:
                 # Not so in a child that was forked within the work: what is loaded is the parent's.
                 if self._open is opened and not work.flush_all():
                     self._drop(work)
+                work.answers.end()
 
     def open(self) -> tuple[TCTILdr, ESAPI]:
         """Connect, if that is not done yet. Raises HardwareError and AbsentError."""
         if self._open is None:
 
-            def late(made: Future[tuple[TCTILdr, ESAPI]]) -> None:
+            def late(made: Future[TCTILdr]) -> None:
                 if not made.exception():
-                    _close(*made.result())
+                    made.result().close()
 
-            self._open = answering.Answers(self.tcti, late).wait(partial(_connected, self.tcti), "connect")
+            answers = answering.Answers(self.tcti, late)
+            try:
+                tcti = answers.wait(partial(_connected, self.tcti), "connect")
+            finally:
+                answers.end()
+            try:
+                # Here, on a thread that goes on: its buffer, where answers are decrypted, is written over when freed.
+                self._open = tcti, ESAPI(tcti)
+            except TSS2_Exception as error:
+                tcti.close()
+                raise failures.connect_error(error, self.tcti) from error
         return self._open
 
     def close(self) -> None:
@@ -168,15 +179,10 @@ class Connection:
         self._open = None
 
 
-def _connected(address: str) -> tuple[TCTILdr, ESAPI]:
+def _connected(address: str) -> TCTILdr:
     try:
-        tcti = TCTILdr.parse(address)
+        return TCTILdr.parse(address)
     except TSS2_Exception as error:
-        raise failures.connect_error(error, address) from error
-    try:
-        return tcti, ESAPI(tcti)
-    except TSS2_Exception as error:
-        tcti.close()
         raise failures.connect_error(error, address) from error
 
 
