@@ -48,7 +48,7 @@ def test_copies_that_are_held_open_spend_no_more_together(machine, tmp_path, eac
     assert sum(count for _, count in times) <= TOTAL
 
 
-@pytest.mark.parametrize("wait", [0, 30, 59, 61, 130])
+@pytest.mark.parametrize("wait", [0, 60, 290, 310, 400])
 def test_copies_that_are_held_open_keep_to_the_rates_together(machine, tmp_path, wait):
     granted = grant(limited((60, 60)))
     save(tmp_path / "0", tmp_path / "0")
@@ -57,11 +57,11 @@ def test_copies_that_are_held_open_keep_to_the_rates_together(machine, tmp_path,
         save(tmp_path / "0", tmp_path / str(number))
         copies.append(machine.open(tmp_path / str(number), granted))
     machine.passes(wait)
-    times = spend_all(machine, copies, rounds=400, each=60, seconds=7)
+    times = spend_all(machine, copies, rounds=600, each=60, seconds=7)
     assert excess([(when, count) for when, count in times if count], 60, 60) <= 0
 
 
-@pytest.mark.parametrize("since", [0, 30, 65, 130])
+@pytest.mark.parametrize("since", [0, 30, 310, 400])
 def test_one_that_was_stopped_does_not_spend_what_it_had_while_a_copy_goes_on(machine, tmp_path, since):
     """The copy's frames are kept free of what the other has reserved, for as long as that can be spent."""
     granted = grant(limited((60, 60)))
@@ -69,7 +69,7 @@ def test_one_that_was_stopped_does_not_spend_what_it_had_while_a_copy_goes_on(ma
     save(tmp_path / "0", tmp_path / "1")
     copy = machine.open(tmp_path / "1", granted)
     times = []
-    for second in range(250):
+    for second in range(550):
         machine.passes(1)
         copy._tended.tend()
         times.append((machine.boot, spend(copy, 60)))
@@ -85,17 +85,17 @@ def test_a_session_of_one_copy_is_kept_free_in_another(machine, tmp_path):
     machine.open(tmp_path / "0", granted).close()
     save(tmp_path / "0", tmp_path / "1")
     one = machine.open(tmp_path / "1", granted)
-    for _ in range(20):
+    for _ in range(50):
         machine.passes(10)
         one._tended.tend()
     hold(one, 60, 600)
     other = machine.open(tmp_path / "0", granted)
     times = []
-    for second in range(900):
+    for second in range(1300):
         machine.passes(1)
         other._tended.tend()
         times.append((machine.boot, spend(other, 60)))
-        if second > 300:
+        if second > 500:
             times.append((machine.boot, int(one._spend_held(1))))
     assert sum(count for _, count in times) > 200
     assert excess(times, 60, 60) <= 0
@@ -222,7 +222,7 @@ def test_no_sequence_of_events_with_copies_gains(monkeypatch, tmp_path_factory, 
             elif action == "restore" and metering is None:
                 restore(state, folder / f"saved {chance.randrange(3)}")
             elif action in {"pass", "wait"}:
-                machine.passes(chance.uniform(0, 15 if action == "pass" else 300))
+                machine.passes(chance.uniform(0, 15 if action == "pass" else 900))
             elif metering is None:
                 with suppress(HwlicenseError):
                     copies[number] = machine.open(state, granted)
