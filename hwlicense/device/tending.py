@@ -35,7 +35,7 @@ PERIOD: Final = 1.0
 RETRY: Final = 5.0
 """Seconds between attempts at an anchor that failed."""
 
-SESSION: Final = 3600
+SESSION: Final = 600
 """Seconds of a session that no continuity ends."""
 
 _MILLION: Final = 1_000_000
