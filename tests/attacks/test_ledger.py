@@ -11,8 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hwlicense.core.account import Field
+from hwlicense.core.account import Account, Field
 from hwlicense.core.errors import DamagedError, ExceededError, HwlicenseError, Reason, RefusedError
+from hwlicense.device import recovering
 from tests.metered import Machine, abandon, grant, limited, restore, save, spend
 
 TOTAL = 20_000
@@ -104,6 +105,22 @@ def test_fast_use_within_one_lease_is_not_hidden_by_putting_the_account_back(mac
     restore(state, tmp_path / "saved")
     machine.restarts(cut=True)
     assert used(machine.open(state, granted)) >= spent
+
+
+def test_an_opening_that_is_refused_for_its_days_takes_no_lease(machine, tmp_path):
+    granted = grant(msgspec_replace(limited(inferences=TOTAL), days=2))
+    metering = machine.open(tmp_path, granted)
+    spend(metering, 100)
+    metering.close()
+    steps = machine.steps
+    machine.passes(3 * 86400)
+    for _ in range(6):
+        with pytest.raises(RefusedError):
+            machine.open(tmp_path, granted)
+    assert machine.steps == steps
+    account = Account(granted.terms_of_use.limits)
+    found = recovering.latest(recovering.account_folder(tmp_path, granted), account)
+    assert found.words[Field.USED] == 100
 
 
 def test_a_copy_that_is_used_beside_it_costs_both(machine, tmp_path):

@@ -368,3 +368,33 @@ def test_a_clock_reset_mends_what_was_set_far_forward(vendor, device, monkeypatc
     _, reset = reset_clock(vendor.keys, unverified(raw, License)[0], datetime.datetime.now(datetime.UTC))
     device.install(reset, vendor)
     assert opened(device, vendor) == LIMIT - 1, "what was refused by the clock cost no open"
+
+
+def test_days_that_are_over_and_a_clock_set_back_cost_no_open(vendor, device, monkeypatch):
+    """Though each is seen in the account alone; and over a restart, after which the account is of another boot."""
+    terms = OPENS + "inferences = 1000\n[validity]\ndays_from_first_use = 5\n"
+    licensed(vendor, device, terms, counted=True)
+    right = clock.wall()
+    device.open(vendor).close()
+    monkeypatch.setattr(clock, "boot_identifier", lambda: (1, 2))
+    for off, expected in ((10 * 86400, Reason.LICENSE_EXPIRED), (-20 * 3600, Reason.CLOCK_SET_BACK)):
+        monkeypatch.setattr(clock, "wall", lambda off=off: right + off)
+        for _ in range(LIMIT):
+            assert reason(device, vendor) == expected
+    monkeypatch.setattr(clock, "wall", lambda: right)
+    assert opened(device, vendor) == LIMIT - 1
+
+
+@pytest.mark.parametrize("where", ["ledger", "folder"])
+def test_a_state_folder_of_no_use_costs_no_open(vendor, device, where):
+    raw = licensed(vendor, device, OPENS + "inferences = 1000\n", counted=True)
+    folder = device.home.state / "licenses" / unverified(raw, License)[0].grant.license / "use-1"
+    folder.mkdir(parents=True, exist_ok=True)
+    blocked = folder / "ledger" if where == "ledger" else folder
+    shutil.rmtree(blocked, ignore_errors=True)
+    blocked.mkdir() if where == "ledger" else blocked.write_bytes(b"")
+    for _ in range(LIMIT):
+        with pytest.raises(HwlicenseError):
+            device.open(vendor)
+    blocked.rmdir() if where == "ledger" else blocked.unlink()
+    assert opened(device, vendor) == LIMIT
