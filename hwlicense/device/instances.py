@@ -5,13 +5,13 @@ An instance is an opening with the processes that were forked from it: the lock 
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 from typing import TYPE_CHECKING, Final
 
 from hwlicense import storage
-from hwlicense.core.errors import DamagedError, ExceededError, HwlicenseError, Reason, StorageError
+from hwlicense.core.errors import DamagedError, ExceededError, HwlicenseError, Reason
+from hwlicense.device.locking import taken
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,11 +30,14 @@ class Instance:
         for _ in range(2):  # whoever counts the places holds one of them for a moment
             for number in range(limit):
                 self._path = places / str(number)
-                fd = _open(self._path)
-                if _locked(fd, places):
-                    self._fd = fd
-                    return
-                os.close(fd)
+                self._fd = _open(self._path)
+                try:
+                    if taken(self._fd, self._path):
+                        return
+                except BaseException:
+                    self.close()
+                    raise
+                self.close()
             time.sleep(0.02)
         what = f"The license allows {limit} instance{'s' * (limit != 1)} at once, and so many are running."
         raise ExceededError(Reason.INSTANCES_EXCEEDED, what, "End one of them, or ask for a license with more.")
@@ -71,7 +74,7 @@ class Instance:
 
 def running(folder: Path, limit: int) -> int:
     """How many of the places are taken now."""
-    taken = 0
+    count = 0
     for number in range(limit):
         path = folder / "instances" / str(number)
         with storage.reporting(path):
@@ -79,25 +82,13 @@ def running(folder: Path, limit: int) -> int:
                 continue
         fd = _open(path)
         try:
-            taken += not _locked(fd, path)
+            count += not taken(fd, path)
         finally:
             os.close(fd)
-    return taken
+    return count
 
 
 def _open(path: Path) -> int:
     with storage.reporting(path):
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         return storage.above_standard(os.open(path, flags, 0o600))
-
-
-def _locked(fd: int, path: Path) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        os.close(fd)
-        what = f"{path} cannot be locked: {error.strerror}."
-        raise StorageError(Reason.STORAGE, what, "Keep the state folder on a local disk.") from error
-    return True

@@ -33,13 +33,13 @@ class Ledger:
     """The account of one license, `size` bytes. Raises StorageError, UsageError, from every method."""
 
     def __init__(self, folder: Path, key: Secret, size: int) -> None:
-        """`key` is taken over, and wiped by `close`."""
-        storage.make_folders(folder, 0o700)
+        """`key` is taken over, and wiped by `close`, or where this fails."""
         self._folder, self._records = folder, Records(key, size)
         self._files: list[LockedFile] = []
         self._shared: Shared | None = None
         self._door: Door | None = None
         try:
+            storage.make_folders(folder, 0o700)
             self._ledger = self._opened("ledger", 2 * self._records.place)
             self._alive = self._opened("alive", 0)
             self._renewal = self._opened("renewal", 0)
@@ -96,11 +96,7 @@ class Ledger:
         """Whether no process has the license open, this one neither: before `begin` and `join`, or after `leave`."""
         probe = LockedFile.opened(self._alive.path, 0)
         try:
-            fcntl.flock(probe.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        else:
-            return True
+            return probe.taken_now()
         finally:
             probe.close()
 

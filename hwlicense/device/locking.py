@@ -102,7 +102,7 @@ class LockedFile:
         if not turn.tried(patience):
             raise self._taken(patience)
         try:
-            self._lock(fd, patience)
+            self._lock(patience)
             try:
                 yield
             finally:
@@ -118,9 +118,7 @@ class LockedFile:
             yield False
             return
         try:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            if not self.taken_now():
                 yield False
                 return
             try:
@@ -130,23 +128,19 @@ class LockedFile:
         finally:
             turn.over()
 
-    def _lock(self, fd: int, patience: float) -> None:
+    def _lock(self, patience: float) -> None:
         give_up, pause = 0.0, 0.00005
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                now = time.monotonic()
-                give_up = give_up or now + patience
-                if now > give_up:
-                    raise self._taken(patience) from None
-                time.sleep(pause)
-                pause = min(2 * pause, 0.005)
-            except OSError as error:
-                what = f"{self.path} cannot be locked: {error.strerror}."
-                raise StorageError(Reason.STORAGE, what, "Keep the state folder on a local disk.") from error
-            else:
-                return
+        while not self.taken_now():
+            now = time.monotonic()
+            give_up = give_up or now + patience
+            if now > give_up:
+                raise self._taken(patience)
+            time.sleep(pause)
+            pause = min(2 * pause, 0.005)
+
+    def taken_now(self) -> bool:
+        """Whether the file is locked for this process now. Raises StorageError where it cannot be locked at all."""
+        return taken(self.fd, self.path)
 
     def _taken(self, patience: float) -> StorageError:
         what = f"{self.path} has been locked for {patience:g} s."
@@ -157,3 +151,15 @@ class LockedFile:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
+
+
+def taken(fd: int, path: Path) -> bool:
+    """Whether a file is locked for its descriptor now. Raises StorageError where it cannot be locked at all."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        what = f"{path} cannot be locked: {error.strerror}."
+        raise StorageError(Reason.STORAGE, what, "Keep the state folder on a local disk.") from error
+    return True

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 from hwlicense.core import leases
 from hwlicense.core.account import Short
-from hwlicense.core.errors import ClosedError, ExceededError, HwlicenseError, Reason
+from hwlicense.core.errors import ClosedError, ExceededError, HwlicenseError, Reason, StorageError
 from hwlicense.core.monitoring import Verdict
 from hwlicense.device.locking import Turn
 from hwlicense.device.starting import check_count
@@ -50,6 +50,7 @@ class Metering:
         self._grant, self._tended, self._watch, self._instance = grant, tended, watch, instance
         self._offset = tended.offset
         self._sessions: dict[int, list[Session]] = {}
+        self._lost: StorageError | None = None
         self._new_process()
         tended.on_look = self._on_look
         _meterings.add(self)
@@ -66,9 +67,14 @@ class Metering:
         for session in [session for sessions in self._sessions.values() for session in sessions]:
             session.forget()
         self._sessions = {}
-        self._tended.after_fork()
         if self._watch:
             self._watch.after_fork()
+        try:
+            self._tended.after_fork()
+        except (HwlicenseError, OSError):  # files of the parent's own are of no use here: its locks would be this one's
+            self._tended.abandon()
+            what = "The forked process could not open the files of the license's account for itself."
+            self._lost = StorageError(Reason.STORAGE, what, "Raise the limit of open files (`ulimit -n`).")
 
     # ---- spending
 
@@ -111,8 +117,7 @@ class Metering:
         self._tended.start()
         with self._turn:
             for _ in range(3):
-                if self._tended.closed:
-                    raise ClosedError(Reason.MODEL_CLOSED, "The model was closed.", "Open it again.")
+                self._check_open()
                 short = self._book(count, throttled=throttled)
                 if short is None:
                     return
@@ -123,6 +128,12 @@ class Metering:
                 if not self._tended.reserve(count):
                     break
             raise self._pending()
+
+    def _check_open(self) -> None:
+        if self._lost:
+            raise self._lost.again()
+        if self._tended.closed:
+            raise ClosedError(Reason.MODEL_CLOSED, "The model was closed.", "Open it again.")
 
     def _book(self, count: int, *, throttled: bool) -> Short | None:
         with self._tended.sharing() as (account, now):
@@ -192,13 +203,14 @@ class Metering:
         self._tended.start()
         give_up = time.monotonic() + _WAITED
         while True:
+            self._check_open()
             with self._turn, self._tended.sharing() as (account, now):
                 self._take_back(account)
                 end = now + (seconds or SESSION) * 10**9
                 held = account.hold(now, count, end)
             if isinstance(held, int):
                 session = Session(self, held, end, count)
-                self._sessions.setdefault(threading.get_ident(), []).append(session)
+                self._sessions.setdefault(session.thread, []).append(session)
                 return session
             if held.rate or held.exhausted or held.wait:
                 raise self._exceeded(held, count)
@@ -209,9 +221,9 @@ class Metering:
 
     def let_go(self, session: Session) -> None:
         """The session is over."""
-        for sessions in self._sessions.values():
-            if session in sessions:
-                sessions.remove(session)
+        mine = self._sessions.get(session.thread, [])
+        if session in mine:
+            mine.remove(session)
         with self._tended.sharing() as (account, now):
             account.let_go(session.place, session.end, now, session.count, session.drain())
 
@@ -223,7 +235,7 @@ class Metering:
     def may_start(self, count: int) -> HwlicenseError | None:
         """Why a session that spends so many could not start now; None if it may."""
         denied = self._watch.refusal(self._tended.now()) if self._watch else None
-        if refusal := self._tended.refusal or denied:
+        if refusal := self._lost or self._tended.refusal or denied:
             return refusal
         total = self._grant.terms_of_use.limits.inferences
         if not count and (total is None or self._tended.look()[0].remaining):
@@ -285,7 +297,7 @@ class Session:
         self._metering, self.place, self.end, self.count = metering, place, end, count
         self._tickets: Iterator[bool] = repeat(_TICKET, count)
         self._turn = Turn()
-        self._mine = True
+        self._mine, self.thread = True, threading.get_ident()
 
     def draw(self, count: int, now: int) -> bool:
         """Spend `count` of them; False where so many are not left."""

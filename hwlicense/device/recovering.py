@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from hwlicense.core import calendar, leases
 from hwlicense.core.account import Account, Field
-from hwlicense.core.errors import DamagedError, Reason, RefusedError, StorageError
+from hwlicense.core.errors import DamagedError, Reason, RefusedError, StorageError, UsageError
 from hwlicense.core.terms import check_validity
 from hwlicense.device import clock
 from hwlicense.device.ledger import Ledger, prepare, unverified
-from hwlicense.device.tending import AnchorClock, Tended, busy, longest_session
+from hwlicense.device.tending import AnchorClock, Tended, longest_session
 
 if TYPE_CHECKING:
     import datetime
@@ -51,11 +51,7 @@ def open_account(folder: Path, grant: Grant, key: Secret, anchor: Anchor | None,
         what = "The license asks for an account that a TPM anchors, and this device's is not anchored."
         raise RefusedError(Reason.NOT_ANCHORED, what, "Ask the vendor for a license for a request with --counted.")
     like = Account(use.limits, throttle(grant))
-    try:
-        ledger = Ledger(folder, key, len(like.encode()))
-    except BaseException:
-        key.wipe()
-        raise
+    ledger = Ledger(folder, key, len(like.encode()))
     try:
         opened = _Opening(grant, like, ledger, anchor, reset)
         with ledger.writing(_OPENING) as write:
@@ -78,9 +74,8 @@ def remembered_day(folder: Path, grant: Grant, key: Secret, anchor: Anchor | Non
     like = Account(grant.terms_of_use.limits)
     try:
         ledger = Ledger(folder, key, len(like.encode()))
-    except StorageError:
-        key.wipe()
-        check_validity(grant, calendar.day(clock.wall()))
+    except (StorageError, UsageError):
+        check_validity(grant, calendar.day(known(calendar.seconds(grant.issued))))
         return
     try:
         with ledger.writing() as write:
@@ -144,7 +139,8 @@ class _Opening:
         with self._ledger.sharing() as shared:
             account = self._like.copy(shared.look())
         if not account.known or _boot_of(account) != self._boot:
-            raise busy()
+            what = "The license is open in a process of another release, whose account of use this one cannot read."
+            raise StorageError(Reason.STORAGE, what, "Close that process, or use the same release in both.")
         if self._anchor:
             self.clock.set(account.words[Field.ANCHOR_MS], account.words[Field.ANCHOR_NS])
         if problem := self._dated(account):
@@ -217,6 +213,7 @@ def foreseeable(folder: Path, grant: Grant, reset: ClockReset | None) -> None:
     """
     like, floor = Account(grant.terms_of_use.limits, throttle(grant)), calendar.seconds(grant.issued)
     first: datetime.date | None = None
+    now = known(floor)
     with suppress(ValueError, OverflowError):  # numbers that nobody wrote: opening says so
         if account := latest(folder, like):
             clocks = calendar.Clocks(
@@ -224,12 +221,16 @@ def foreseeable(folder: Path, grant: Grant, reset: ClockReset | None) -> None:
             )
             if reset:
                 calendar.reset(account.words, clocks, reset.time)
-            calendar.present(account.words, clocks, floor)
+            now = calendar.present(account.words, clocks, floor)
             first = calendar.day(account.words[Field.FIRST]) if account.words[Field.FIRST] else None
-    if not calendar.unset(clock.wall(), floor):
-        check_validity(grant, calendar.day(clock.wall()), first)
+    check_validity(grant, calendar.day(now), first)
     if kept(grant):
         prepare(folder, len(like.encode()))
+
+
+def known(floor: int) -> int:
+    """The time by the wall clock; `floor`, where that was never set."""
+    return floor if calendar.unset(clock.wall(), floor) else clock.wall()
 
 
 def kept(grant: Grant) -> bool:

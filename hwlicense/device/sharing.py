@@ -7,6 +7,7 @@ writing a file, and it is gone with the last process. One that is killed leaves 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hmac
 import os
@@ -36,6 +37,7 @@ _NONCE: Final = 32
 _LOOK: Final = b"look"
 _ANSWER: Final = 1.0  # seconds to wait for what the other says next
 _WAITING: Final = 64
+_NO_SOCKETS: Final = {errno.EOPNOTSUPP, errno.EPERM, errno.EINVAL}
 _POLL: Final = 0.02
 _LARGEST: Final = 1 << 20
 
@@ -152,8 +154,11 @@ def opened(folder: Path, shared: Shared, records: Records) -> Door | None:
         try:
             listener.bind(name)
             listener.listen(_WAITING)
-        except OSError:
+        except OSError as error:
             listener.close()
+            if error.errno not in _NO_SOCKETS:
+                with storage.reporting(folder / _NAME):
+                    raise
             return None
     listener.settimeout(0)
     return Door(listener, shared, records)
@@ -169,6 +174,13 @@ def joined(folder: Path, records: Records) -> tuple[Shared, Door]:
     """What the processes that have the license open share, and their door. Raises StorageError."""
     give_up = time.monotonic() + PATIENCE
     while time.monotonic() < give_up:
+        if not (folder / _NAME).exists():
+            what = (
+                f"The license is open in a process, and {folder} has no socket to join it at: removed, or impossible."
+            )
+            raise StorageError(
+                Reason.STORAGE, what, "Keep the state folder (--state) on a local disk that has sockets."
+            )
         with suppress(OSError), _asking(folder) as asking:
             nonce, mine = asking.recv(_NONCE), secrets.token_bytes(_NONCE)
             asking.send(mine + records.code(b"join" + nonce + mine))

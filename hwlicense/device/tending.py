@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from hwlicense.core import calendar, leases
 from hwlicense.core.account import Field
-from hwlicense.core.errors import HardwareError, HwlicenseError, Reason, StorageError
+from hwlicense.core.errors import HardwareError, HwlicenseError, Reason
 from hwlicense.core.terms import check_validity
 from hwlicense.device import clock
 from hwlicense.device.locking import PATIENCE, Turn
@@ -98,6 +98,11 @@ class Tended:
         self.new_process()
         if not self.closed:
             self._ledger.renew()
+
+    def abandon(self) -> None:
+        """Let go of the account as it is: what it says is for others to use."""
+        self.closed = True
+        self._ledger.close()
 
     # ---- the account
 
@@ -225,13 +230,16 @@ class Tended:
             if self.metered:
                 self._look_after(self._anchor)
             self._look_at_calendar()
-            self.problem = None
+            if time.monotonic() >= self._retry_at:  # until then nothing was tried
+                self.problem = None
         except HwlicenseError as error:
             self.problem = error.again()
             self._retry_at = time.monotonic() + RETRY
         except Exception as error:  # noqa: BLE001  # whatever it is, the next look may go well
-            what = f"The account could not be looked after ({type(error).__name__})."
+            what = f"The account could not be looked after ({type(error).__name__}: {error})."
             self.problem = HardwareError(Reason.INTERNAL, what, "Open the model again; if it comes back, report it.")
+            self.problem.__cause__ = error
+            self._retry_at = time.monotonic() + RETRY
         return True
 
     def _look_after(self, anchor: Anchor | None) -> None:
@@ -309,11 +317,5 @@ def _tend_on(tended: weakref.ref[Tended], wake: threading.Event) -> None:
 
 
 def longest_session(grant: Grant) -> int:
-    """Nanoseconds."""
+    """How long a session may last, in nanoseconds."""
     return (grant.continuity or SESSION) * 10**9
-
-
-def busy() -> StorageError:
-    """What is said where the account cannot be read."""
-    what = "The account of the license's use is not to be had."
-    return StorageError(Reason.STORAGE, what, "Close every process that uses the license, and open it again.")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import fcntl
 import os
 import random
+import resource
 import signal
 import struct
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -356,4 +358,56 @@ def test_a_failing_anchor_is_said_and_gotten_over(tmp_path):
     shop.anchor.failing, metering._tended._retry_at = False, 0.0
     metering._tended.tend()
     assert spend_patiently(metering, 10) == 10
+    metering.close()
+
+
+def test_a_child_that_cannot_open_files_for_itself_spends_nothing(tmp_path):
+    """What it has of the parent's, locks included, would be the parent's."""
+    shop = Shop(tmp_path, Use(limits=Limits(inferences=1000)))
+    metering = shop.open()
+    spend_patiently(metering, 20)
+
+    def work() -> None:
+        with pytest.raises(StorageError, match="forked"):
+            metering.spend()
+        with pytest.raises(StorageError):
+            metering.hold(5, 10)
+        assert metering.may_start(0) is not None
+        metering.close()
+        shop.tell()
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (max(int(path.name) for path in Path("/proc/self/fd").iterdir()) - 1, hard)
+    )
+    try:
+        child = shop.child(work)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert os.waitpid(child, 0)[1] == 0
+    assert len(shop.told()) == 1
+    assert spend_patiently(metering, 980) == 980
+    metering.close()
+
+
+def test_sessions_that_begin_and_end_in_many_threads(tmp_path):
+    shop = Shop(tmp_path, Use(limits=Limits(inferences=10**6)), anchored=False)
+    metering, failed = shop.open(), []
+
+    def work() -> None:
+        for _ in range(30):
+            try:
+                metering.hold(1, 60).finish()
+            except ExceededError:
+                time.sleep(0.001)
+            except Exception as error:  # noqa: BLE001  # any of them is wrong
+                failed.append(error)
+
+    for _ in range(10):
+        threads = [threading.Thread(target=work) for _ in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not failed
     metering.close()

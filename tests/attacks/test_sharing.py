@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -160,7 +161,7 @@ def test_memory_that_something_else_wrote_to_gives_nothing(shop):
 
 def test_a_file_system_without_sockets_serves_one_process(shop, monkeypatch):
     def bind(_self, _address):
-        raise PermissionError
+        raise PermissionError(errno.EPERM, "no sockets")
 
     with monkeypatch.context() as patch:
         patch.setattr(socket.socket, "bind", bind)

@@ -51,10 +51,12 @@ class Answers:
                 outcome.set_exception(error)
 
         try:
-            self._thread().put(run)
-            wait((outcome,), seconds)
+            calls = self._thread()
         except RuntimeError:  # the system gives no thread: then it takes as long as it takes
             return act()
+        try:
+            calls.put(run)
+            wait((outcome,), seconds)
         except BaseException:  # of a signal: the answer is most likely on its way
             wait((outcome,), _MOMENT)
             if not outcome.done():
