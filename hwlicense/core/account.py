@@ -29,6 +29,7 @@ LARGEST: Final = 1 << 28
 """Allowances of the largest lease."""
 
 _LEAST, _FEW, _PARTS, _LEASED = 64, 16, 1024, 256
+_AHEAD: Final = 15  # seconds of use that a reservation is for
 _FREQUENT: Final = 60  # seconds of a rate's frame from which on a loss to it would be felt
 _LAYOUT: Final = 2
 _MOST: Final = 1 << 60
@@ -104,11 +105,14 @@ class Account:
         self.words = array("q", raw or bytes(8 * (_WINDOWS_AT + len(self._windows) * WORDS)))
         small = [rate.count for rate in limits.rates if rate.seconds >= _FREQUENT]
         smallest = min([*small, self.total or _LEAST * _PARTS])
-        self.first = max(1, min(_LEAST, smallest))
+        self.first = max(1, min(_LEAST, smallest // 4))
         # What a crash of an idle process may cost: a thousandth of the total, and yet enough for a first few calls.
         self.least = max(1, min(_LEAST, max(smallest // _PARTS, min(_FEW, smallest // 8))))
         # Of any lease, whoever took it: so a lease of which nothing else is known is bounded.
-        self.most = min(LARGEST // RESERVATIONS, max(self.first, (self.total or LARGEST) // _LEASED))
+        bounds = [
+            -(-_AHEAD * rate.count // rate.seconds) if rate.seconds < _AHEAD else rate.count for rate in limits.rates
+        ]
+        self.most = max(self.first, min([LARGEST // RESERVATIONS, (self.total or LARGEST) // _LEASED, *bounds]))
         if raw is None:
             self.words[Field.LAYOUT] = _LAYOUT
             self.words[Field.STEP] = self.least

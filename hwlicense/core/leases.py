@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SPACING: Final = 10_000
 """Milliseconds between reservations in one lease, at the least."""
 
-LASTING: Final = 60 * 10**9
+LASTING: Final = 300 * 10**9
 """Nanoseconds after a look at the anchor in which a license with rates books what is reserved."""
 
 _NANOSECONDS: Final = SPACING * 1_000_000
@@ -198,8 +198,9 @@ def adopt(account: Account, recorded: Account) -> None:
     """Take over what was written down of the lease, while others went on booking from what was reserved before."""
     for field in _OF_LEASE:
         account.words[field] = recorded.words[field]
-    if lost := recorded.words[Field.LOST] - account.words[Field.LOST]:
-        account.charge(lost, recorded.words[Field.DOUBTED_NS])
+    account.words[Field.USED] += recorded.words[Field.LOST] - account.words[Field.LOST]
+    for field in (Field.LOST, Field.DOUBTED, Field.DOUBTED_NS):
+        account.words[field] = recorded.words[field]
     spent = account.words[Field.USED] - account.words[Field.BASE]
     account.words[Field.LEFT] = account.words[Field.RESERVED] - spent
 
@@ -215,16 +216,20 @@ def recover(account: Account, reading: Reading | None, moment: Moment, *, same_b
     if reading:
         missing = reading.steps - words[Field.SERIAL]
         passed = reading.clock - words[Field.CLOCK_MS]
+        # Where the clock may not have stopped since, whatever the system says of its boots, it may be of this run.
+        until_cut = passed + reading.lapse - reading.uptime
+        this_run = same_boot or passed < reading.uptime
+        if this_run:
+            until_cut = max(passed, until_cut)
         if not words[Field.SETTLED]:
-            until_cut = passed if same_boot else passed + reading.lapse - reading.uptime
             more = words[Field.STEP] * _reservations(until_cut)
             charge += min(words[Field.SIZE] - words[Field.RESERVED], more)
         charge += _unknown(account, missing, reading)
-        if missing or same_boot:
-            until = moment.meter + LASTING + (moment.session if missing else 0)
+        if missing or (this_run and charge):
+            until = moment.meter + LASTING + moment.session
         words[Field.SERIAL] = reading.steps
         words[Field.CLOCK_MS] = max(words[Field.CLOCK_MS], reading.clock)
-    account.charge(max(0, charge), until)
+    account.charge(max(0, charge), until if charge > 0 else 0)
     _begin(account)
 
 

@@ -7,9 +7,11 @@ import uuid
 from pathlib import Path
 from typing import Final
 
+from hwlicense.core.errors import Reason, RefusedError
 from hwlicense.storage import reporting
 
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+OFFSETS: Final = Path("/proc/self/timens_offsets")
 
 
 def wall() -> int:
@@ -25,6 +27,17 @@ def boot_time() -> int:
 def running_time() -> int:
     """Nanoseconds since the boot, suspension left out: what a TPM counts at the least."""
     return time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+
+
+def check_shared() -> None:
+    """Raises RefusedError CLOCK_SET_BACK where this process's time since the boot is not the machine's."""
+    try:
+        offsets = OFFSETS.read_text("ascii").split()
+    except (OSError, ValueError):  # a kernel without time namespaces
+        return
+    if any(word.lstrip("-").isdigit() and int(word) for word in offsets):
+        what = "The process runs in a time namespace whose clocks are not the machine's (time_namespaces(7))."
+        raise RefusedError(Reason.CLOCK_SET_BACK, what, "Run it outside of that namespace.")
 
 
 def boot_identifier() -> tuple[int, int]:

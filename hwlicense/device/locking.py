@@ -98,7 +98,7 @@ class LockedFile:
     @contextmanager
     def locked(self, patience: float = PATIENCE) -> Iterator[None]:
         """Let no other process or thread in. Raises StorageError where that took longer than `patience` seconds."""
-        turn, fd = self._turn, self.fd
+        turn, fd, process = self._turn, self.fd, os.getpid()
         if not turn.tried(patience):
             raise self._taken(patience)
         try:
@@ -106,14 +106,15 @@ class LockedFile:
             try:
                 yield
             finally:
-                fcntl.flock(fd, fcntl.LOCK_UN)
+                if os.getpid() == process:  # in a child that was forked meanwhile, it is the parent's
+                    fcntl.flock(fd, fcntl.LOCK_UN)
         finally:
             turn.over()
 
     @contextmanager
     def locked_now(self) -> Iterator[bool]:
         """Let no other process or thread in, if none is there now; gives whether that is so."""
-        turn, fd = self._turn, self.fd
+        turn, fd, process = self._turn, self.fd, os.getpid()
         if not turn.tried():
             yield False
             return
@@ -124,7 +125,8 @@ class LockedFile:
             try:
                 yield True
             finally:
-                fcntl.flock(fd, fcntl.LOCK_UN)
+                if os.getpid() == process:  # in a child that was forked meanwhile, it is the parent's
+                    fcntl.flock(fd, fcntl.LOCK_UN)
         finally:
             turn.over()
 

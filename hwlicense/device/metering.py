@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Final
 
 from hwlicense.core import leases
 from hwlicense.core.account import Short
-from hwlicense.core.errors import ClosedError, ExceededError, HwlicenseError, Reason, StorageError
+from hwlicense.core.errors import ClosedError, ExceededError, HwlicenseError, Reason, RefusedError, StorageError
 from hwlicense.core.monitoring import Verdict
+from hwlicense.device import clock
 from hwlicense.device.locking import Turn
 from hwlicense.device.starting import check_count
 from hwlicense.device.tending import PERIOD, RETRY, SESSION, Tended
@@ -50,7 +51,7 @@ class Metering:
         self._grant, self._tended, self._watch, self._instance = grant, tended, watch, instance
         self._offset = tended.offset
         self._sessions: dict[int, list[Session]] = {}
-        self._lost: StorageError | None = None
+        self._lost: HwlicenseError | None = None
         self._new_process()
         tended.on_look = self._on_look
         _meterings.add(self)
@@ -71,6 +72,10 @@ class Metering:
             self._watch.after_fork()
         try:
             self._tended.after_fork()
+            clock.check_shared()
+        except RefusedError as error:
+            self._tended.abandon()
+            self._lost = error.again()
         except (HwlicenseError, OSError):  # files of the parent's own are of no use here: its locks would be this one's
             self._tended.abandon()
             what = "The forked process could not open the files of the license's account for itself."

@@ -211,6 +211,7 @@ def foreseeable(folder: Path, grant: Grant, reset: ClockReset | None) -> None:
     Makes the account's files where there are none: what is no place for them is found out now. Raises RefusedError as
     `open_account`, StorageError.
     """
+    clock.check_shared()
     like, floor = Account(grant.terms_of_use.limits, throttle(grant)), calendar.seconds(grant.issued)
     first: datetime.date | None = None
     now = known(floor)

@@ -126,11 +126,14 @@ class Door:
             ready = {fd for fd, _ in poll.poll()}
             if ending.fileno() in ready or ending.fileno() < 0:
                 return
-            with suppress(OSError, HwlicenseError):  # whoever asked says what went wrong
+            try:
                 asking, _ = self._listener.accept()
-                with asking:
-                    asking.settimeout(_ANSWER)
-                    self._answer(asking)
+            except OSError:  # another process was quicker, or no descriptor is free
+                time.sleep(_POLL)
+                continue
+            with asking, suppress(OSError, HwlicenseError):  # whoever asked says what went wrong
+                asking.settimeout(_ANSWER)
+                self._answer(asking)
 
     def _answer(self, asking: socket.socket) -> None:
         nonce = secrets.token_bytes(_NONCE)

@@ -5,6 +5,7 @@ A thread of its own does it, so that nobody who spends waits for hardware.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import weakref
@@ -12,8 +13,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from hwlicense.core import calendar, leases
-from hwlicense.core.account import Field
-from hwlicense.core.errors import HardwareError, HwlicenseError, Reason
+from hwlicense.core.account import RESERVATIONS, Field
+from hwlicense.core.errors import HardwareError, HwlicenseError, Reason, StorageError
 from hwlicense.core.terms import check_validity
 from hwlicense.device import clock
 from hwlicense.device.locking import PATIENCE, Turn
@@ -38,6 +39,7 @@ RETRY: Final = 5.0
 SESSION: Final = 600
 """Seconds of a session that no continuity ends."""
 
+_ASKED: Final = 10.0  # seconds after which nobody waits for what was asked for
 _MILLION: Final = 1_000_000
 _CHECKED: Final = 60.0  # seconds between looks at the calendar
 _MARKED: Final = 6 * 3600  # seconds by which a mark is older than the time, at the most
@@ -77,7 +79,7 @@ class Tended:
         self.refusal: HwlicenseError | None = None
         self.problem: HwlicenseError | None = None
         self.closed = False
-        self._demand, self._seen = 0, (-1, 0.0)
+        self._demand, self._asked, self._seen = 0, 0.0, (-1, 0.0)
         self.on_look: Callable[[], None] = lambda: None
         self.new_process()
 
@@ -109,9 +111,12 @@ class Tended:
     @contextmanager
     def sharing(self) -> Iterator[tuple[Account, int]]:
         """The account, for this process alone, and the time on its clock. Kept if the block ends well."""
+        process = os.getpid()
         with self._ledger.sharing() as shared:
             account, now = self._load(shared)
             yield account, now
+            if os.getpid() != process:  # a signal handler forked: the lock, and what was booked, are the parent's
+                raise forked()
             shared.share(account.encode())
 
     def writing(self) -> AbstractContextManager[object]:
@@ -138,10 +143,13 @@ class Tended:
 
     def _recorded(self, change: Callable[[Account], bool]) -> bool:
         """Change the lease, write that down, and only then let it be used; others go on booking meanwhile."""
+        process = os.getpid()
         with self._ledger.writing() as write:
             account, _ = self.look()
             if not change(account):
                 return False
+            if os.getpid() != process:
+                raise forked()
             self._write(write, account)
             with self.sharing() as (present, _):
                 leases.adopt(present, account)
@@ -156,12 +164,12 @@ class Tended:
 
     def ask(self, count: int) -> None:
         """Have so many reserved, without waiting for it."""
-        self._demand = max(self._demand, count)
+        self._demand, self._asked = max(self._demand, count), time.monotonic()
         self._wake.set()
 
     def reserve(self, count: int) -> bool:
         """Reserve so many now, if that takes no anchor; if it does, ask for it. Raises StorageError."""
-        self._demand = max(self._demand, count)
+        self._demand, self._asked = max(self._demand, count), time.monotonic()
         if self._anchor is None:
             return self._recorded(lambda account: leases.reserve_freely(account, self._moment(), self._demand))
         self._wake.set()
@@ -173,6 +181,7 @@ class Tended:
             if not mine:
                 return
             account, looked = self.look()
+            due = leases.due(account, clock.running_time(), self._demand)  # before the anchor says how things are
             reading = anchor.read()
             self._anchor_clock.set(reading.clock)
             moment = self._moment(reading.clock)
@@ -185,7 +194,7 @@ class Tended:
             if latest:
                 self._recorded(
                     lambda account: (
-                        leases.raise_reservation(account, moment, self._demand)
+                        (due and leases.raise_reservation(account, moment, self._demand))
                         or leases.certify(account, moment, self._demand)
                     )
                 )
@@ -199,6 +208,8 @@ class Tended:
             step = leases.plan(account, self._moment(), self._demand)
             if not step or not leases.low(account, self._demand):  # another process was quicker
                 return
+            with self._ledger.writing() as write:  # what cannot be written down is not asked for
+                self._write(write, self.look()[0])
             reading = anchor.step()
             self._anchor_clock.set(reading.clock)
             moment = self._moment(reading.clock)
@@ -244,6 +255,11 @@ class Tended:
 
     def _look_after(self, anchor: Anchor | None) -> None:
         account, meter = self.look()
+        self._demand = min(
+            self._demand, account.most * RESERVATIONS, *([] if account.total is None else [account.remaining or 0])
+        )
+        if time.monotonic() > self._asked + _ASKED:
+            self._demand = 0
         used, now = account.words[Field.USED], time.monotonic()
         if used != self._seen[0]:
             self._seen = used, now
@@ -314,6 +330,12 @@ def _tend_on(tended: weakref.ref[Tended], wake: threading.Event) -> None:
         if present is None or not present.tend():
             return
         del present
+
+
+def forked() -> StorageError:
+    """What is said in a child that was forked in the middle of a change to the account."""
+    what = "The process was forked in the middle of a change to the account, which is its parent's."
+    return StorageError(Reason.STORAGE, what, "Try again. Do not fork in a signal handler.")
 
 
 def longest_session(grant: Grant) -> int:

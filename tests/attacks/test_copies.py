@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hwlicense.core.account import Field
-from hwlicense.core.errors import HwlicenseError
+from hwlicense.core.errors import HwlicenseError, Reason, StorageError
+from hwlicense.device.ledger import Ledger
 from tests.attacks.test_ledger import excess, used
 from tests.metered import SECOND, Machine, abandon, grant, hold, limited, restore, save, spend
 
@@ -189,6 +190,94 @@ def test_a_session_ends_with_its_time(machine, tmp_path):
     assert metering._tended.look()[0].words[Field.USED] == before + 20
     other.finish()
     assert metering._tended.look()[0].words[Field.USED] == before
+
+
+def test_a_session_that_began_after_the_record_is_kept_free(machine, tmp_path):
+    granted = grant(limited((60, 60)), continuity=600)
+    one = machine.open(tmp_path / "one", granted)
+    one._tended.tend()
+    save(tmp_path / "one", tmp_path / "other")
+    session = hold(one, 15, 600)
+    other = machine.open(tmp_path / "other", granted)
+    times = []
+    for second in range(1300):
+        machine.passes(1)
+        other._tended.tend()
+        times.append((machine.boot, spend(other, 60)))
+        if second > 450:
+            times.append((machine.boot, int(session.draw(1, one._tended.now()))))
+    assert excess(times, 60, 60) <= 0
+
+
+def test_another_boot_identifier_in_one_run_of_the_tpm_hides_nothing(machine, tmp_path):
+    granted, state = grant(limited(inferences=10**6)), tmp_path / "state"
+    metering = machine.open(state, granted)
+    spent = fast(machine, metering, 3)
+    save(state, tmp_path / "saved")
+    spent += fast(machine, metering, 40)
+    abandon(metering)
+    restore(state, tmp_path / "saved")
+    machine.boots += 1
+    assert used(machine.open(state, granted)) >= spent
+
+
+def test_a_deletion_does_not_hide_copies_from_each_other(machine, tmp_path):
+    granted = grant(limited((60, 60)))
+    machine.open(tmp_path / "0", granted).close()
+    restore(tmp_path / "0", tmp_path / "nowhere")
+    machine.open(tmp_path / "0", granted).close()
+    machine.passes(2000)
+    for number in range(1, 6):
+        save(tmp_path / "0", tmp_path / str(number))
+    copies = [machine.open(tmp_path / str(number), granted) for number in range(6)]
+    times = spend_all(machine, copies, rounds=500, each=60, seconds=7)
+    assert excess(times, 60, 60) <= 0
+
+
+def test_clean_openings_after_a_crash_do_not_begin_its_charge_anew(machine, tmp_path):
+    granted = grant(limited((60, 60)))
+    metering = machine.open(tmp_path, granted)
+    spend(metering, 5)
+    abandon(metering)
+    metering = machine.open(tmp_path, granted)
+    until = metering._tended.look()[0].words[Field.DOUBTED_NS]
+    for _ in range(5):
+        metering.close()
+        machine.passes(10)
+        metering = machine.open(tmp_path, granted)
+        assert metering._tended.look()[0].words[Field.DOUBTED_NS] == until > 0
+    metering.close()
+
+
+def test_what_nobody_waits_for_any_more_takes_no_leases(machine, tmp_path):
+    metering = machine.open(tmp_path, grant(limited(inferences=TOTAL)))
+    metering._tended.ask(TOTAL)
+    spend(metering, 100)
+    for _ in range(30):
+        machine.passes(1)
+        metering._tended.tend()
+    steps = machine.steps
+    for _ in range(300):
+        machine.passes(1)
+        metering._tended.tend()
+    assert machine.steps == steps
+
+
+def test_what_cannot_be_written_down_is_not_asked_of_the_anchor(machine, tmp_path, monkeypatch):
+    metering = machine.open(tmp_path, grant(limited(inferences=10**6)))
+    spend(metering, 20)
+    steps = machine.steps
+
+    def full(_ledger, _record):
+        raise StorageError(Reason.STORAGE, "No space left.", "Free some.")
+
+    monkeypatch.setattr(Ledger, "_write", full)
+    for _ in range(300):
+        machine.passes(3)
+        metering._tended.tend()
+        with suppress(HwlicenseError):
+            metering.spend()
+    assert machine.steps == steps
 
 
 ACTIONS = st.lists(

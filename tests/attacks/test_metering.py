@@ -15,12 +15,20 @@ from pathlib import Path
 
 import pytest
 
-from hwlicense.core.account import Field
-from hwlicense.core.errors import ClosedError, ExceededError, HwlicenseError, Reason, StorageError, UsageError
+from hwlicense.core.account import Account, Field
+from hwlicense.core.errors import (
+    ClosedError,
+    ExceededError,
+    HwlicenseError,
+    Reason,
+    RefusedError,
+    StorageError,
+    UsageError,
+)
 from hwlicense.core.hardware import Reading
 from hwlicense.core.limits import Limits, Rate, Use
 from hwlicense.core.secret import Secret
-from hwlicense.device import recovering
+from hwlicense.device import clock, recovering
 from hwlicense.device.metering import BATCH, Metering
 from tests.attacks.test_ledger import excess
 from tests.metered import grant
@@ -411,3 +419,52 @@ def test_sessions_that_begin_and_end_in_many_threads(tmp_path):
             thread.join()
     assert not failed
     metering.close()
+
+
+@pytest.mark.parametrize("anchored", [True, False])
+def test_a_fork_in_a_signal_handler_gives_no_batch_twice(tmp_path, anchored, monkeypatch):
+    """The handler interrupts a booking: the child goes on in the middle of it."""
+    shop = Shop(tmp_path, Use(limits=Limits(inferences=3000)), anchored=anchored)
+    metering, children = shop.open(), list[int]()
+    book = Account.book
+
+    def interrupted(account, *arguments, **keywords):
+        result = book(account, *arguments, **keywords)
+        if len(children) < 3:
+            children.append(os.fork())
+        return result
+
+    monkeypatch.setattr(Account, "book", interrupted)
+    spent = 0
+    while 0 not in children and spent < 3000:
+        try:
+            metering.spend()
+        except ExceededError as error:
+            if error.reason != Reason.LEASE_PENDING:
+                break
+            time.sleep(0.002)
+        except HwlicenseError:
+            break
+        else:
+            spent += 1
+    if 0 in children:
+        with suppress(BaseException):
+            signal.alarm(20)
+            for _ in range(3000):
+                metering.spend()
+                shop.tell()
+        os._exit(0)
+    for child in children:
+        os.waitpid(child, 0)
+    assert spent + len(shop.told()) <= 3000
+
+
+def test_a_time_namespace_is_no_way_around_frames(tmp_path, monkeypatch):
+    offsets = tmp_path / "offsets"
+    offsets.write_text("monotonic 0 0\nboottime 70 0\n")
+    monkeypatch.setattr(clock, "OFFSETS", offsets)
+    with pytest.raises(RefusedError) as error:
+        clock.check_shared()
+    assert error.value.reason == Reason.CLOCK_SET_BACK
+    offsets.write_text("monotonic 0 0\nboottime 0 0\n")
+    clock.check_shared()
