@@ -105,7 +105,7 @@ class Account:
         self.words = array("q", raw or bytes(8 * (_WINDOWS_AT + len(self._windows) * WORDS)))
         small = [rate.count for rate in limits.rates if rate.seconds >= _FREQUENT]
         smallest = min([*small, self.total or _LEAST * _PARTS])
-        self.first = max(1, min(_LEAST, smallest // 4))
+        self.first = max(1, min(_LEAST, smallest))
         # What a crash of an idle process may cost: a thousandth of the total, and yet enough for a first few calls.
         self.least = max(1, min(_LEAST, max(smallest // _PARTS, min(_FEW, smallest // 8))))
         # Of any lease, whoever took it: so a lease of which nothing else is known is bounded.
