@@ -422,7 +422,7 @@ def test_sessions_that_begin_and_end_in_many_threads(tmp_path):
 
 
 @pytest.mark.parametrize("anchored", [True, False])
-def test_a_fork_in_a_signal_handler_gives_no_batch_twice(tmp_path, anchored, monkeypatch):
+def test_a_fork_in_a_signal_handler_gives_no_batch_twice(tmp_path, anchored, monkeypatch):  # noqa: C901  # both sides
     """The handler interrupts a booking: the child goes on in the middle of it."""
     shop = Shop(tmp_path, Use(limits=Limits(inferences=3000)), anchored=anchored)
     metering, children = shop.open(), list[int]()
