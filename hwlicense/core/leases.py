@@ -74,7 +74,7 @@ def raise_reservation(account: Account, moment: Moment, demand: int = 0) -> bool
     words = account.words
     if not due(account, moment.running, demand):
         return False
-    steady = moment.running - words[Field.RAISED_NS] < _NANOSECONDS * 6 // 5
+    steady = moment.running - words[Field.RAISED_NS] < 2 * _NANOSECONDS
     _measure(account, moment)
     wanted = max(_step(account), demand)
     if steady:  # a crash costs a reservation or two: they need be no larger than use asks for

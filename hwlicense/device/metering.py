@@ -38,6 +38,7 @@ BATCH: Final = 1024
 
 _TICKET: Final = True
 _SOON: Final = 0.5  # seconds after which a lease is expected to be renewed
+_LONGER: Final = 1.1  # times its frame, a rate says no for other reasons
 _WAITED, _POLL = 2.0, 0.01  # seconds
 
 
@@ -186,6 +187,10 @@ class Metering:
             what = f"{count:,} inferences at once are more than the license ever allows ({each})."
             return ExceededError(Reason.RATE_EXCEEDED, what, "Ask for fewer at a time.")
         what = f"The license allows {each}; the next is allowed in {wait:,.1f} s."
+        if wait > _LONGER * short.rate.seconds:
+            what = f"{what} Sessions have reserved the rest, or a process that was killed may have spent it."
+            hint = "Wait that long. End sessions early, and close the model when a process ends."
+            return ExceededError(Reason.RATE_EXCEEDED, what, hint, wait)
         return ExceededError(
             Reason.RATE_EXCEEDED, what, "Wait that long, or ask for a license with a higher rate.", wait
         )

@@ -59,7 +59,6 @@ def open_account(folder: Path, grant: Grant, key: Secret, anchor: Anchor | None,
         tended = Tended(grant, account, ledger, anchor, opened.clock)
         if anchor is None and use.metered:
             tended.reserve(account.first)
-        ledger.serve()
     except BaseException:
         ledger.close()
         raise
@@ -109,9 +108,13 @@ class _Opening:
         write(account.encode())
         if problem:
             raise problem
+        # All that can be short (descriptors, threads, room for a socket) is taken before the anchor is asked to count.
+        self._ledger.begin(account.encode())
+        self._ledger.serve()
         if anchor and self._step(anchor, account):
             write(account.encode())
-        self._ledger.begin(account.encode())
+            with self._ledger.sharing() as shared:
+                shared.share(account.encode())
         return account
 
     def _step(self, anchor: Anchor, account: Account) -> bool:
@@ -136,6 +139,7 @@ class _Opening:
     def joined(self) -> Account:
         """Other processes have it open, and have recovered the account."""
         self._ledger.join()
+        self._ledger.serve()
         with self._ledger.sharing() as shared:
             account = self._like.copy(shared.look())
         if not account.known or _boot_of(account) != self._boot:

@@ -38,6 +38,7 @@ _LOOK: Final = b"look"
 _ANSWER: Final = 1.0  # seconds to wait for what the other says next
 _WAITING: Final = 64
 _NO_SOCKETS: Final = {errno.EOPNOTSUPP, errno.EPERM, errno.EINVAL}
+_NOT_NOW: Final = (ConnectionError, TimeoutError, BlockingIOError, FileNotFoundError)
 _POLL: Final = 0.02
 _LARGEST: Final = 1 << 20
 
@@ -101,7 +102,8 @@ class Door:
     def renew(self) -> None:
         """In a forked child: nobody of this process answers yet."""
         self._thread: threading.Thread | None = None
-        self._end, self._ending = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        with storage.reporting(self._shared.file.path):
+            self._end, self._ending = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
 
     def serve(self) -> None:
         """Have a thread answer from now on. Raises StorageError where the system gives none."""
@@ -150,21 +152,19 @@ class Door:
 
 def opened(folder: Path, shared: Shared, records: Records) -> Door | None:
     """A door at a new socket; None where the file system has no sockets: then one process at a time has the license."""
-    with _name(folder) as name:
-        with storage.reporting(folder / _NAME):
-            Path(name).unlink(missing_ok=True)
-        listener = _above_standard(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC))
+    with storage.reporting(folder / _NAME), _name(folder) as name:
+        Path(name).unlink(missing_ok=True)
+        listener = _socket()
         try:
             listener.bind(name)
             listener.listen(_WAITING)
-        except OSError as error:
+            listener.settimeout(0)
+            return Door(listener, shared, records)
+        except BaseException as error:
             listener.close()
-            if error.errno not in _NO_SOCKETS:
-                with storage.reporting(folder / _NAME):
-                    raise
-            return None
-    listener.settimeout(0)
-    return Door(listener, shared, records)
+            if isinstance(error, OSError) and error.errno in _NO_SOCKETS:
+                return None
+            raise
 
 
 def forget(folder: Path) -> None:
@@ -184,7 +184,8 @@ def joined(folder: Path, records: Records) -> tuple[Shared, Door]:
             raise StorageError(
                 Reason.STORAGE, what, "Keep the state folder (--state) on a local disk that has sockets."
             )
-        with suppress(OSError), _asking(folder) as asking:
+        # Where one that answers is in the middle of its end, the next try tells.
+        with storage.reporting(folder / _NAME), suppress(*_NOT_NOW), _asking(folder) as asking:
             nonce, mine = asking.recv(_NONCE), secrets.token_bytes(_NONCE)
             asking.send(mine + records.code(b"join" + nonce + mine))
             code, given, _, _ = socket.recv_fds(asking, _NONCE, 2, socket.MSG_CMSG_CLOEXEC)
@@ -235,7 +236,7 @@ def begin(thread: threading.Thread) -> None:
 def _asking(folder: Path) -> Iterator[socket.socket]:
     with (
         _name(folder) as name,
-        _above_standard(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)) as asking,
+        _socket() as asking,
     ):
         asking.settimeout(_ANSWER)
         asking.connect(name)
@@ -252,5 +253,6 @@ def _name(folder: Path) -> Iterator[str]:
         os.close(fd)
 
 
-def _above_standard(made: socket.socket) -> socket.socket:
+def _socket() -> socket.socket:
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     return socket.socket(fileno=storage.above_standard(made.detach()))

@@ -228,3 +228,27 @@ def test_an_account_that_is_not_open_is_shared_by_nobody(tmp_path):
     with pytest.raises(HwlicenseError), ledger.sharing():
         pass
     ledger.close()
+
+
+@pytest.mark.parametrize("where", ["memory", "socket", "pair", "thread"])
+def test_an_opening_that_lacks_something_of_the_system_takes_no_lease(shop, monkeypatch, where):
+    shop.open().close()
+    steps = shop.anchor.read().steps
+
+    def lacking(*_arguments, **_keywords):
+        if where == "thread":
+            raise RuntimeError("can't start new thread")
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    target = {
+        "memory": (sharing, "memory_file"),
+        "socket": (sharing, "_socket"),
+        "pair": (socket, "socketpair"),
+        "thread": (threading.Thread, "start"),
+    }[where]
+    with monkeypatch.context() as patch:
+        patch.setattr(*target, lacking)
+        with pytest.raises(StorageError):
+            shop.open()
+    assert shop.anchor.read().steps == steps
+    assert shop.used() == 0
