@@ -205,7 +205,7 @@ def test_a_storage_key_made_in_software_opens_nowhere(two, own_vendor):
     with refused("TPM_AUTHORIZATION", "TPM_FAILED"), connection.work() as work:
         srk, _, _ = tpm_keys.storage_root_key(work)
         area = tpm_keys.tpm_public(made.public)
-        software = work.hold(work.call("load_external", area, None, ESYS_TR.NULL))
+        software = work.call("load_external", area, None, ESYS_TR.NULL)
         assert bytes(work.call("tr_get_name", software)) == binding.storage_root_key
         ek = tpm_keys.endorsement_key(work, binding.endorsement_key, len(binding.storage_credential.secret))
         installing._share(work, srk, software, *ek, binding.storage_credential)

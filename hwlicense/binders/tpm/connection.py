@@ -51,6 +51,7 @@ _TRANSIENT, _LOADED_SESSIONS = 0x80000000, 0x02000000
 _LOCAL: Final = {"tr_set_auth", "tr_get_name", "tr_deserialize", "tr_serialize", "trsess_set_attributes"}
 """Functions of the library that ask the TPM nothing."""
 
+_LOADS: Final = {"create_primary", "load", "load_external", "start_auth_session"}
 _KEY_RESOURCE, _NV_RESOURCE = 1, 2  # IESYSC_KEY_RSRC and IESYSC_NV_RSRC in the metadata that tpm2-tss serializes
 
 
@@ -217,6 +218,8 @@ class Work:
         self.command, run = command, partial(getattr(self._esapi, command), *arguments, **keywords)
         if command in _LOCAL:
             return run()
+        if command in _LOADS:
+            run = partial(self._held, run)
         give_up, pause, full = time.monotonic() + PATIENCE, 0.01, False
         while True:
             try:
@@ -246,10 +249,12 @@ class Work:
 
     # ---- what is loaded ----
 
-    def hold(self, handle: ESYS_TR) -> ESYS_TR:
-        """Flush `handle` at the end of the work."""
+    def _held(self, load: Callable[[], Any]) -> Any:  # noqa: ANN401 - as many types as commands
+        """What it loads is flushed at the end of the work. With the command: a signal may come right after it."""
+        result = load()
+        handle = result[0] if isinstance(result, tuple) else result
         self._live[handle] = int(self._esapi.tr_get_tpm_handle(handle))
-        return handle
+        return result
 
     def borrow(self, handle: ESYS_TR) -> ESYS_TR:
         """Forget the library's record of something persistent at the end of the work; the TPM keeps it."""
@@ -259,7 +264,7 @@ class Work:
     def primary(self, hierarchy: ESYS_TR, template: TPM2B_PUBLIC) -> tuple[ESYS_TR, Public]:
         """A primary key, until the end of the work. Raises DamagedError for one of a kind that `Public` lacks."""
         handle, public, *_ = self.call("create_primary", TPM2B_SENSITIVE_CREATE(), template, hierarchy)
-        return self.hold(handle), Public.parse(public.marshal()[2:])
+        return handle, Public.parse(public.marshal()[2:])
 
     def known(self, handle: int, public: Public, again: Callable[[], ESYS_TR] | None = None) -> ESYS_TR:
         """A persistent key whose public area is known, without asking the TPM or anyone between: no command.
@@ -304,7 +309,6 @@ class Work:
             made = self._made_again[salt]()
             self._made_again[salt] = lambda: made
             handle = self.call("start_auth_session", made, bind, kind, aes, TPM2_ALG(auth_hash))
-        self.hold(handle)
         self.call("trsess_set_attributes", handle, attributes)
         return handle
 

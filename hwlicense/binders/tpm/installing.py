@@ -87,7 +87,7 @@ def _share(
 def ticket(work: Work, key: Public, policy: bytes, reference: bytes, signature: bytes) -> bytes:
     """TPMT_TK_VERIFIED for a policy whose signature has been found good: what PolicyAuthorize asks for."""
     # In the owner hierarchy: a ticket of the null hierarchy satisfies no PolicyAuthorize.
-    loaded = work.hold(work.call("load_external", keys.tpm_public(key), None, ESYS_TR.OWNER))
+    loaded = work.call("load_external", keys.tpm_public(key), None, ESYS_TR.OWNER)
     signed, _ = TPMT_SIGNATURE.unmarshal(signature)
     verified = work.call("verify_signature", loaded, hashlib.sha256(policy + reference).digest(), signed)
     work.flush(loaded)

@@ -67,12 +67,12 @@ def load(work: Work, held: Held, sealed: Sealed) -> tuple[ESYS_TR, ESYS_TR]:
     root = storage_root_key(work, held)
     try:
         try:
-            return root, work.hold(work.call("load", root, private, public))
+            return root, work.call("load", root, private, public)
         except TSS2_Exception as error:
             if held.handle is None or code(error) != TPM2_RC.HANDLE:
                 raise
         root, _ = keys.template_storage_root_key(work, held.storage_root_public.name)
-        return root, work.hold(work.call("load", root, private, public))
+        return root, work.call("load", root, private, public)
     except TSS2_Exception as error:
         if code(error) not in NOT_ITS_OWN:
             raise
