@@ -216,10 +216,10 @@ def recover(account: Account, reading: Reading | None, moment: Moment, *, same_b
     if reading:
         missing = reading.steps - words[Field.SERIAL]
         passed = reading.clock - words[Field.CLOCK_MS]
-        # Where the clock may not have stopped since, whatever the system says of its boots, it may be of this run.
+        # Whatever the system says of its boots: a clock that went on since is of this run of the anchor.
+        this_run = same_boot or passed + reading.lapse < reading.uptime
         until_cut = passed + reading.lapse - reading.uptime
-        this_run = same_boot or passed < reading.uptime
-        if this_run:
+        if this_run or passed < reading.uptime:  # or it may be, and is charged as if
             until_cut = max(passed, until_cut)
         if not words[Field.SETTLED]:
             more = words[Field.STEP] * _reservations(until_cut)
