@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 import hwlicense
+from benchmarks import crashes
 from benchmarks.measure import Failed
 from hwlicense.core.account import Field
 from hwlicense.device import instances
-from tests.metered import Machine, abandon, grant, limited, spend
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -163,14 +163,12 @@ def _nanoseconds(model: hwlicense.Model, threads: int, processes: int, count: in
 
 
 def _empty() -> float:
-    class Nothing:
-        def spend(self, count: int = 1) -> None:
-            """Nothing."""
+    def nothing(count: int = 1) -> None:
+        """Nothing."""
 
-    nothing = Nothing()
     begun = time.perf_counter()
     for _ in range(_MILLION):
-        nothing.spend()
+        nothing()
     return (time.perf_counter() - begun) * 1e3
 
 
@@ -323,53 +321,6 @@ def soak(scene: Scene, count: int) -> dict[str, Any]:
     return found
 
 
-def year(days: int, rate: int = 30, step: int = 5) -> dict[str, Any]:
-    """A year of days at so many inferences a second, each ended by a power cut. Time is simulated, the account real."""
-    from hwlicense.device.ledger import Ledger  # noqa: PLC0415
-
-    chance, written = random.Random(3), 0  # noqa: S311
-    record = Ledger._write  # noqa: SLF001
-
-    def counted(ledger: Ledger, raw: bytes) -> None:
-        nonlocal written
-        written += 1
-        record(ledger, raw)
-
-    import pytest  # noqa: PLC0415
-
-    spent, steps = 0, 0
-    granted = grant(limited((1000, 5), (200_000_000, 86400), inferences=10**12))
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Ledger, "_write", counted)
-        with Machine().running(patch) as machine:
-            for _ in range(days):
-                metering = machine.open(Path(folder), granted)
-                until = machine.wall + 8 * 3600 + chance.uniform(0, 600)
-                while machine.wall < until:
-                    spent += spend(metering, rate * step, rate * step)
-                    machine.passes(step)
-                    metering._tended.tend()  # noqa: SLF001
-                abandon(metering)
-                machine.restarts(16 * 3600, cut=True)
-            metering = machine.open(Path(folder), granted)
-            words = metering._tended.look()[0].words  # noqa: SLF001
-            lost, steps = words[Field.LOST], machine.steps
-            if words[Field.USED] - lost > spent or words[Field.USED] < spent:
-                raise Failed("the account is wrong")
-            abandon(metering)
-    return {
-        "days": days,
-        "inferences": spent,
-        "lost": lost,
-        "lost a cut": lost / days,
-        "seconds of use a cut": lost / days / rate,
-        "part": lost / spent,
-        "records a day": written / days,
-        "bytes synced a day": written / days * 4096,
-        "steps of the anchor a day": steps / days,
-    }
-
-
 def places(  # noqa: C901  # one loop that watches twenty processes
     scene: Scene, seconds: float, limit: int = 3, count: int = 20, seed: int = 5
 ) -> dict[str, Any]:
@@ -423,7 +374,9 @@ def measure(scene: Scene, options: Any) -> dict[str, Any]:  # noqa: ANN401  # th
         "costs": lambda: costs(scene, 5, options.seconds),
         "kills": lambda: kills(scene, options.kills),
         "soak": lambda: soak(scene, options.inferences),
-        "year of power cuts": lambda: year(options.cuts),
+        "power cuts": lambda: crashes.year(options.cuts),
+        "cost of a crash": crashes.costs,
+        "wear": crashes.wear,
         "instances": lambda: places(scene, min(60.0, options.seconds)),
     }
     found: dict[str, Any] = {}
