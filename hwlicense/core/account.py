@@ -28,7 +28,10 @@ RESERVATIONS: Final = 128
 LARGEST: Final = 1 << 28
 """Allowances of the largest lease."""
 
-_LEAST, _FEW, _PARTS, _LEASED = 64, 16, 1024, 256
+_SMALL: Final = 64  # allowances reserved at first, and kept by an idle process, at the most
+_FEW: Final = 16  # allowances that are kept at a pause even where a thousandth is less
+_PARTS: Final = 1024  # of the smallest limit: what is kept at a pause, at the most
+_LEASED: Final = 256  # parts of the total: the most of one reservation
 _AHEAD: Final = 15  # seconds of use that a reservation is for
 _FREQUENT: Final = 60  # seconds of a rate's frame from which on a loss to it would be felt
 _LAYOUT: Final = 2
@@ -104,10 +107,10 @@ class Account:
         self._windows = windows(self._rates, _WINDOWS_AT)
         self.words = array("q", raw or bytes(8 * (_WINDOWS_AT + len(self._windows) * WORDS)))
         small = [rate.count for rate in limits.rates if rate.seconds >= _FREQUENT]
-        smallest = min([*small, self.total or _LEAST * _PARTS])
-        self.first = max(1, min(_LEAST, smallest))
+        smallest = min([*small, self.total or _SMALL * _PARTS])
+        self.first = max(1, min(_SMALL, smallest))
         # What a crash of an idle process may cost: a thousandth of the total, and yet enough for a first few calls.
-        self.least = max(1, min(_LEAST, max(smallest // _PARTS, min(_FEW, smallest // 8))))
+        self.least = max(1, min(_SMALL, max(smallest // _PARTS, min(_FEW, smallest // 8))))
         # Of any lease, whoever took it: so a lease of which nothing else is known is bounded.
         bounds = [
             -(-_AHEAD * rate.count // rate.seconds) if rate.seconds < _AHEAD else rate.count for rate in limits.rates
