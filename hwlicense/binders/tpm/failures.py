@@ -125,9 +125,9 @@ def defining_error(error: TSS2_Exception) -> HardwareError:
     return HardwareError(reason, f"{what} (response code 0x{error.rc:x}: {error}).", hint)
 
 
-def connect_error(error: TSS2_Exception, tcti: str) -> HardwareError:
+def connect_error(error: TSS2_Exception | OSError, tcti: str) -> HardwareError:
     """Why no connection came about: the library does not say, so the file or socket is asked again."""
-    number = _errno(*tcti.split(":", 1))
+    number = error.errno if isinstance(error, OSError) else _errno(*tcti.split(":", 1))
     what = f"at {tcti} ({os.strerror(number) if number else error})"
     match number:
         case errno.EACCES | errno.EPERM:
