@@ -393,7 +393,7 @@ def test_a_forged_account_makes_no_answer_fresh_again(vendor, numbered):
     """What cannot be believed counts as used up: the answers as the grace."""
     numbered.open(vendor).close()
     (account,) = numbered.home.path.rglob("presence")
-    for content in (b"", b"{}", account.read_bytes()[:-9] + b'AAAAAAA"}'):
+    for content in (b"", b"{}", account.read_bytes()[:-9] + bytes(9)):
         account.write_bytes(content)
         with refusal(RefusedError, "ANSWERS_EXHAUSTED"):
             numbered.open(vendor)
