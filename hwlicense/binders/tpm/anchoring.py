@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from tpm2_pytss import TSS2_Exception
 
-from hwlicense.binders.tpm import counting, opening, standing
+from hwlicense.binders.tpm import clock, opening, standing
 from hwlicense.binders.tpm.counting import GONE, Indexes
 from hwlicense.binders.tpm.failures import code
 from hwlicense.core.hardware import Reading
@@ -49,7 +49,7 @@ class TpmAnchor:
 
     def _reading(self, work: Work, root: ESYS_TR, steps: int, now: Time) -> Reading:
         if not self._lapse:
-            self._lapse = counting.lapse(work, root)
+            self._lapse = clock.lapse(work, root)
         return Reading(steps, now.clock, now.uptime, self._lapse)
 
     @contextmanager

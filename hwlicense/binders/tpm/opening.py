@@ -19,8 +19,8 @@ from tpm2_pytss import (
     TSS2_Exception,
 )
 
-from hwlicense.binders.tpm import capping, installing, keys, standing
-from hwlicense.binders.tpm.counting import GONE, Indexes, make_safe
+from hwlicense.binders.tpm import capping, clock, installing, keys, standing
+from hwlicense.binders.tpm.counting import GONE, Indexes
 from hwlicense.binders.tpm.failures import NOT_ITS_OWN, WRONG_AUTHORIZATION, code
 from hwlicense.core.errors import DamagedError, ExceededError, HardwareError, Reason, RefusedError
 from hwlicense.core.tpm.pcrs import Selection
@@ -160,7 +160,7 @@ class Opening:
             case PolicyNV(index) if answer == TPM2_RC.POLICY or answer in GONE:
                 raise self._outdated(index, error) from error
             case PolicyCounterTimer(offset) if answer == TPM2_RC.POLICY and offset == SAFE:
-                make_safe(self._work, self._root)
+                clock.make_safe(self._work, self._root)
                 return True
             case PolicyCounterTimer() if answer == TPM2_RC.POLICY:
                 what = "The license's hours of powered-on time are over."
