@@ -20,15 +20,18 @@ from tpm2_pytss import (
 
 from hwlicense.binders.tpm import clock
 from hwlicense.binders.tpm.failures import WRONG_AUTHORIZATION, code, defining_error
+from hwlicense.core.tpm import standing
 from hwlicense.core.tpm.nv import SIZE as NV_SIZE
-from hwlicense.core.tpm.nv import NvPublic
+from hwlicense.core.tpm.nv import NvPublic, counter_public
 from hwlicense.core.tpm.policy import NV_READ, PolicyOR
 from hwlicense.core.tpm.quote import Time, read_time
 from hwlicense.core.tpm.wire import sized
 
 if TYPE_CHECKING:
     from hwlicense.binders.tpm.connection import Work
+    from hwlicense.core.documents import TpmCounter
     from hwlicense.core.secret import Secret
+    from hwlicense.core.tpm.standing import State
 
 GONE: Final = (*WRONG_AUTHORIZATION, TPM2_RC.HANDLE, TPM2_RC.NV_UNINITIALIZED, TPM2_RC.AUTH_TYPE, TPM2_RC.POLICY_FAIL)
 """What an index answers that is not there, was never written, or is another one at the same handle."""
@@ -72,6 +75,19 @@ class Indexes:
         content = self._work.call("nv_read", index, NV_SIZE, auth_handle=index, session1=session)
         self._work.ended(session)
         return int.from_bytes(bytes(content), "big")
+
+    def standing(self, counter: TpmCounter | None) -> State:
+        """How a license with this counter stands, by the counter's value, which the TPM authenticates."""
+        return standing.of(self.found(counter), counter) if counter else "current"
+
+    def found(self, counter: TpmCounter) -> int | None:
+        """As `value`; None where it is not this device's counter."""
+        try:
+            return self.value(counter_public(counter.handle))
+        except TSS2_Exception as error:
+            if code(error) not in GONE:
+                raise
+            return None
 
     def counted(self, public: NvPublic, branches: PolicyOR) -> tuple[int, Time]:
         """How often an index was used, by the branch of its policy that does not count; and the time."""

@@ -109,6 +109,12 @@ def hardware_error(error: TSS2_Exception, command: str) -> HardwareError:
     return HardwareError(reason, f"{meaning} {what}.", hint)
 
 
+def tampered() -> HardwareError:
+    """An index is what it should be, and refuses what it should take."""
+    what = "A command to the TPM was changed on its way: the TPM refuses its authentication."
+    return HardwareError(Reason.TPM_ANSWER_FORGED, what, "Inspect the device: something tampers with its TPM's bus.")
+
+
 def defining_error(error: TSS2_Exception) -> HardwareError:
     """Why an NV index could not be made."""
     match code(error):
