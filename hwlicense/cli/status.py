@@ -49,7 +49,7 @@ def status(home: Path | None, state: Path | None, tpm: str | None, watch: float 
     while True:
         entries, problems = reporting.status(place, opening.utc_today(), selecting.hardware(place, tpm))
         if as_json:
-            told = [{"reason": p.reason, "what": p.what} for p in problems]
+            told = [{"reason": p.reason, "what": p.what, "hint": p.hint} for p in problems]
             output.emit({"home": str(place.path), "licenses": entries, "problems": told}, indent=not watch)
         else:
             if watch:
@@ -77,6 +77,8 @@ def _show(place: Home, entries: list[dict[str, Any]], problems: list[HwlicenseEr
         output.say()
     for problem in problems:
         output.note(f"problem: {problem.what} ({problem.reason})")
+        if problem.hint:
+            output.note(f"hint: {problem.hint}")
 
 
 def _left(row: dict[str, Any]) -> str:
