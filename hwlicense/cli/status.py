@@ -43,24 +43,30 @@ def status(home: Path | None, state: Path | None, tpm: str | None, watch: float 
 
     Spends nothing. Asks the TPM where the license has opens or powered-on hours that the TPM counts. What the runtime
     counts is read from the state folder as it lies there: it is checked when the license is opened. With --watch and
-    --json, each time is one line.
+    --json, each time is one line. Interrupted, it ends with exit status 130.
     """
     place = selecting.home(home, state)
-    while True:
-        entries, problems = reporting.status(place, opening.utc_today(), selecting.hardware(place, tpm))
-        if as_json:
-            told = [{"reason": p.reason, "what": p.what} for p in problems]
-            output.emit({"home": str(place.path), "licenses": entries, "problems": told}, indent=not watch)
-        else:
-            if watch:
-                click.clear()
-            _show(place, entries, problems)
-        if not watch:
-            return
-        try:
+    if watch is None:
+        _report(place, tpm, as_json=as_json, watched=False)
+        return
+    try:
+        while True:
+            _report(place, tpm, as_json=as_json, watched=True)
             time.sleep(watch)
-        except KeyboardInterrupt:
-            return
+    except KeyboardInterrupt:  # as it is meant to end: nothing is to be said
+        output.after_interrupt()
+        raise click.exceptions.Exit(130) from None
+
+
+def _report(place: Home, tpm: str | None, *, as_json: bool, watched: bool) -> None:
+    entries, problems = reporting.status(place, opening.utc_today(), selecting.hardware(place, tpm))
+    if as_json:
+        told = [{"reason": p.reason, "what": p.what, "hint": p.hint} for p in problems]
+        output.emit({"home": str(place.path), "licenses": entries, "problems": told}, indent=not watched)
+    else:
+        if watched:
+            click.clear()
+        _show(place, entries, problems)
 
 
 def _show(place: Home, entries: list[dict[str, Any]], problems: list[HwlicenseError]) -> None:
@@ -77,6 +83,8 @@ def _show(place: Home, entries: list[dict[str, Any]], problems: list[HwlicenseEr
         output.say()
     for problem in problems:
         output.note(f"problem: {problem.what} ({problem.reason})")
+        if problem.hint:
+            output.note(f"hint: {problem.hint}")
 
 
 def _left(row: dict[str, Any]) -> str:

@@ -37,6 +37,18 @@ def spend_all(machine, copies, *, rounds, each, seconds):
     return times
 
 
+def spend_beside(machine, copy, rounds, since, drawn):
+    """What a copy spends, a second at a time, and what is `drawn` besides, from some second on; and when."""
+    times = []
+    for second in range(rounds):
+        machine.passes(1)
+        copy._tended.tend()
+        times.append((machine.boot, spend(copy, 60)))
+        if second >= since:
+            times.append((machine.boot, int(drawn())))
+    return times
+
+
 @pytest.mark.parametrize(("each", "seconds"), [(3, 11), (1, 2), (40, 31)])
 def test_copies_that_are_held_open_spend_no_more_together(machine, tmp_path, each, seconds):
     granted = grant(limited(inferences=TOTAL))
@@ -69,15 +81,14 @@ def test_one_that_was_stopped_does_not_spend_what_it_had_while_a_copy_goes_on(ma
     stopped = machine.open(tmp_path / "0", granted)
     save(tmp_path / "0", tmp_path / "1")
     copy = machine.open(tmp_path / "1", granted)
-    times = []
-    for second in range(550):
-        machine.passes(1)
-        copy._tended.tend()
-        times.append((machine.boot, spend(copy, 60)))
-        if second >= since:
-            with suppress(HwlicenseError):
-                stopped.spend()  # nobody looks after it
-                times.append((machine.boot, 1))
+
+    def drawn():
+        with suppress(HwlicenseError):
+            stopped.spend()  # nobody looks after it
+            return True
+        return False
+
+    times = spend_beside(machine, copy, 550, since, drawn)
     assert excess(times, 60, 60) <= 0
 
 
@@ -91,13 +102,7 @@ def test_a_session_of_one_copy_is_kept_free_in_another(machine, tmp_path):
         one._tended.tend()
     hold(one, 60, 600)
     other = machine.open(tmp_path / "0", granted)
-    times = []
-    for second in range(1300):
-        machine.passes(1)
-        other._tended.tend()
-        times.append((machine.boot, spend(other, 60)))
-        if second > 500:
-            times.append((machine.boot, int(one._spend_held(1))))
+    times = spend_beside(machine, other, 1300, 501, lambda: one._spend_held(1))
     assert sum(count for _, count in times) > 200
     assert excess(times, 60, 60) <= 0
 
@@ -199,13 +204,7 @@ def test_a_session_that_began_after_the_record_is_kept_free(machine, tmp_path):
     save(tmp_path / "one", tmp_path / "other")
     session = hold(one, 15, 600)
     other = machine.open(tmp_path / "other", granted)
-    times = []
-    for second in range(1300):
-        machine.passes(1)
-        other._tended.tend()
-        times.append((machine.boot, spend(other, 60)))
-        if second > 450:
-            times.append((machine.boot, int(session.draw(1, one._tended.now()))))
+    times = spend_beside(machine, other, 1300, 451, lambda: session.draw(1, one._tended.now()))
     assert excess(times, 60, 60) <= 0
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from hwlicense.binders.pkcs11 import TokenHardware
+from hwlicense.cli.hardware import plugged_dongles
 from hwlicense.core.documents import License
 from hwlicense.core.dongle import PRODUCTS
 from hwlicense.core.envelope import unverified
-from hwlicense.core.errors import AbsentError, HwlicenseError, Reason
+from hwlicense.core.errors import AbsentError, HardwareError, HwlicenseError, Reason
 from hwlicense.core.secret import Secret
 from hwlicense.core.tpm.pcrs import Selection
 from hwlicense.core.uri import TokenUri
@@ -742,6 +743,21 @@ def test_recorded_answers_that_are_used_up(bench, vendor, tmp_path, repeat):
     assert account(kit, terms).reserve_proofs() == range(grace.BLOCK)
     over = ("missing", "the recorded answers of its dongle are used up", "Ask the vendor for a new license.")
     assert presence(kit)[1:] == ([] if repeat == "true" else [over])
+
+
+def test_probe_says_of_a_dongle_that_cannot_be_asked_what_to_do(monkeypatch):
+    class Taken:
+        product = "Key"
+
+        def __enter__(self):
+            raise HardwareError(Reason.DONGLE_BUSY, "Another program has it.", "Close that program.")
+
+        def __exit__(self, *_):
+            pytest.fail("not reached")
+
+    monkeypatch.setattr("hwlicense.binders.usb.find", lambda: [Taken()])
+    said = {"problem": "Another program has it.", "reason": "DONGLE_BUSY", "hint": "Close that program."}
+    assert plugged_dongles() == [{"selector": "Key", **said}]
 
 
 def test_the_made_up_machine_forbids_by_mode(machine):

@@ -463,21 +463,15 @@ def test_a_watch_that_fails_prints_nothing_and_leaves_no_keys_that_nobody_watche
     assert printed == []
 
 
-def test_a_payment_that_fails_prints_nothing_and_grants_nothing(watched, printed, monkeypatch):
+@pytest.mark.parametrize(
+    ("of", "name", "fails"),
+    [(Account, "bridge", unforeseen), (Presence, "_start", no_space)],
+    ids=["payment", "no thread to pay"],
+)
+def test_what_cannot_be_paid_prints_nothing_and_grants_nothing(watched, printed, monkeypatch, of, name, fails):
     presence, hardware, guarded = watched(seconds=300)
     until(lambda: presence.proofs >= 1)
-    monkeypatch.setattr(Account, "bridge", unforeseen)
-    hardware.problem = GONE
-    until(lambda: guarded.lost, 4)
-    hardware.problem = None
-    until(lambda: presence.refusal() is None)
-    assert printed == []
-
-
-def test_no_thread_to_pay_grants_nothing(watched, printed, monkeypatch):
-    presence, hardware, guarded = watched(seconds=300)
-    until(lambda: presence.proofs >= 1)
-    monkeypatch.setattr(presence, "_start", no_space)
+    monkeypatch.setattr(of, name, fails)
     hardware.problem = GONE
     until(lambda: guarded.lost, 4)
     monkeypatch.undo()
