@@ -70,6 +70,8 @@ def _show(place: Home, entries: list[dict[str, Any]], problems: list[HwlicenseEr
         limits, folder, refusal = entry.pop("limits", []), entry.pop("account_folder", ""), entry.pop("refusal")
         if "account" in entry:
             entry["account"] = _ACCOUNT[entry["account"]].format(folder)
+        if "uncharged" in entry:
+            entry["uncharged"] = _uncharged(**entry["uncharged"])
         rows = [(key, output.shown(value)) for key, value in entry.items()]
         if refusal:
             rows.insert(1 + list(entry).index("state"), ("", f"{refusal['what']} {refusal['hint']}"))
@@ -77,6 +79,12 @@ def _show(place: Home, entries: list[dict[str, Any]], problems: list[HwlicenseEr
         output.say()
     for problem in problems:
         output.note(f"problem: {problem.what} ({problem.reason})")
+
+
+def _uncharged(now: int | None, most: int) -> str:
+    if now is None:
+        return f"it was not closed: opening it charges up to {most:,} more"
+    return f"it was not closed: opening it now charges about {now:,} more, later up to {most:,}"
 
 
 def _left(row: dict[str, Any]) -> str:

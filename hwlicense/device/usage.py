@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
-from hwlicense.core import calendar, monitoring
+from hwlicense.core import calendar, leases, monitoring
 from hwlicense.core.account import Account, Field
 from hwlicense.core.errors import ExceededError, HwlicenseError, Reason, RefusedError
 from hwlicense.core.terms import check_validity
 from hwlicense.device import clock, instances, recovering, watching
-from hwlicense.device.ledger import begun
+from hwlicense.device.ledger import begun, held
 
 if TYPE_CHECKING:
     import datetime
@@ -25,13 +25,15 @@ if TYPE_CHECKING:
 
 _HOUR: Final = 3_600_000
 _MILLION: Final = 1_000_000
+_EVER: Final = 1 << 62  # milliseconds
 
 
 class Reading(NamedTuple):
     """The account as it says itself, brought up to now; None where there is none that can be read.
 
     `state`: read but not verified; there and not to be read; not there, or not there though the TPM has counted opens;
-    never begun, as the TPM has counted none. `refusal`: why nothing would start, by clock, dates and account.
+    never begun, as the TPM has counted none. `refusal`: why nothing would start, by clock, dates and account. `open`:
+    whether a process has the license open, as far as that can be seen.
     """
 
     folder: Path
@@ -39,6 +41,7 @@ class Reading(NamedTuple):
     account: Account | None
     verdict: monitoring.Verdict
     refusal: RefusedError | None
+    open: bool
 
 
 def read(state: Path, grant: Grant, counted: Counted | None, reset: ClockReset | None, today: datetime.date) -> Reading:
@@ -46,7 +49,7 @@ def read(state: Path, grant: Grant, counted: Counted | None, reset: ClockReset |
     no account says what day it is.
     """
     folder, verdict = recovering.account_folder(state, grant), monitoring.Verdict()
-    like = Account(grant.terms_of_use.limits, recovering.throttle(grant))
+    like, is_open = Account(grant.terms_of_use.limits, recovering.throttle(grant)), held(folder)
     try:
         found = recovering.latest(folder, like)
         refusal = _brought_up(found, grant, counted, reset) if found else _outside(grant, today)
@@ -55,12 +58,12 @@ def read(state: Path, grant: Grant, counted: Counted | None, reset: ClockReset |
     except (ValueError, OverflowError, OSError):  # numbers that nobody wrote: it opens as one that is damaged
         found, refusal = None, _outside(grant, today)
     if found:
-        return Reading(folder, "unverified", found, verdict, refusal)
+        return Reading(folder, "unverified", found, verdict, refusal, is_open)
     if begun(folder):
-        return Reading(folder, "unreadable", None, verdict, refusal)
+        return Reading(folder, "unreadable", None, verdict, refusal, is_open)
     if counted is None or counted.opens is None:
-        return Reading(folder, "absent", None, verdict, refusal)
-    return Reading(folder, "missing" if counted.opens else "unused", None, verdict, refusal)
+        return Reading(folder, "absent", None, verdict, refusal, is_open)
+    return Reading(folder, "missing" if counted.opens else "unused", None, verdict, refusal, is_open)
 
 
 def over(grant: Grant, reading: Reading) -> RefusedError | None:
@@ -72,6 +75,33 @@ def over(grant: Grant, reading: Reading) -> RefusedError | None:
         what = f"The license's {total:,} inferences are used up."
         return ExceededError(Reason.INFERENCES_EXHAUSTED, what, "Ask the vendor for a revision with more.")
     return watching.denied(reading.verdict, account.words[Field.NEWEST_NS] // _MILLION)
+
+
+class Uncharged(NamedTuple):
+    """How many inferences the next opening charges, as the account was left open: if it is `now`, and at `most`.
+
+    `now` is None where that is not known: after a restart. By the account's own word, which the TPM may know better.
+    """
+
+    now: int | None
+    most: int
+
+
+def uncharged(grant: Grant, reading: Reading) -> Uncharged | None:
+    """What is charged beside what the account says; None where nothing is, or a process has it open."""
+    limited, account = grant.terms_of_use.limits, reading.account
+    counts = [rate.count for rate in limited.rates]
+    if account is None or reading.open or not (limited.inferences or counts):
+        return None
+    bound = max(counts) if account.remaining is None else account.remaining
+    most = min(bound, leases.unsettled(account, _EVER))
+    if most <= 0:
+        return None
+    words = account.words
+    if (words[Field.BOOT_HIGH], words[Field.BOOT_LOW]) != clock.boot_identifier():
+        return Uncharged(None, most)
+    passed = (clock.running_time() - words[Field.RAISED_NS]) // _MILLION
+    return Uncharged(min(bound, leases.unsettled(account, passed)), most)
 
 
 def limits(licensed: License, counted: Counted | None, reading: Reading) -> tuple[dict[str, Any], list[HwlicenseError]]:
@@ -101,6 +131,8 @@ def limits(licensed: License, counted: Counted | None, reading: Reading) -> tupl
         found["monitor"] = _monitor(reading)
     if account and use.metered:
         found["charged_in_doubt"] = account.words[Field.LOST]
+    if left_open := uncharged(licensed.grant, reading):
+        found["uncharged"] = left_open._asdict()
     if account and account.words[Field.UNSET]:
         found["clock"] = "not set: time goes on from when the license was issued"
     return found, problems

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import signal
 import subprocess
 
 import pytest
@@ -103,6 +105,23 @@ def test_what_may_have_been_spent_is_not_said_to_be_lost(customer):
     entry, _, _, _ = shown(customer)
     assert entry["charged_in_doubt"] == 0
     assert "lost" not in asked(customer, "status").stdout
+
+
+def test_what_a_killed_process_left_open_is_said_to_be_charged(customer):
+    customer.sell(limited(9, extra=METERED))
+    pid = os.fork()
+    if not pid:
+        model = customer.device.open(customer.vendor)
+        model.spend(20)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    entry, limits, text, _ = shown(customer)
+    assert 0 < entry["uncharged"]["now"] <= entry["uncharged"]["most"] <= limits["inferences"]["left"]
+    assert "it was not closed: opening it now charges about " in text["uncharged"]
+    customer.open()
+    after, then, _, _ = shown(customer)
+    assert "uncharged" not in after
+    assert limits["inferences"]["left"] - then["inferences"]["left"] >= entry["uncharged"]["now"]
 
 
 @pytest.mark.parametrize("seed", range(4))
