@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import time
 from typing import TYPE_CHECKING, Any, Final
 
@@ -9,6 +10,7 @@ import click
 
 from hwlicense.cli import output
 from hwlicense.cli.options import json_option, place_options, tpm_option
+from hwlicense.core.durations import spelled, waiting
 from hwlicense.device import opening, reporting, selecting
 
 if TYPE_CHECKING:
@@ -24,6 +26,9 @@ _ACCOUNT: Final = {
     "missing": "none in {}, though the TPM has counted opens: it is in another state folder, or gone",
     "unused": "none yet: the TPM has counted no open",
 }
+
+_SECONDS: Final = ("continuity", "presence_interval", "grace", "grace_left")
+"""What JSON has in seconds."""
 
 
 @click.command()
@@ -43,17 +48,26 @@ def status(home: Path | None, state: Path | None, tpm: str | None, watch: float 
 
     Spends nothing. Asks the TPM where the license has opens or powered-on hours that the TPM counts. What the runtime
     counts is read from the state folder as it lies there: it is checked when the license is opened. With --watch and
-    --json, each time is one line.
+    --json, each time is one line. `time` in JSON is in UTC.
     """
     place = selecting.home(home, state)
     while True:
+        now = datetime.datetime.now(datetime.UTC)
         entries, problems = reporting.status(place, opening.utc_today(), selecting.hardware(place, tpm))
         if as_json:
             told = [{"reason": p.reason, "what": p.what} for p in problems]
-            output.emit({"home": str(place.path), "licenses": entries, "problems": told}, indent=not watch)
+            report = {
+                "time": f"{now:%Y-%m-%dT%H:%M:%SZ}",
+                "home": str(place.path),
+                "licenses": entries,
+                "problems": told,
+            }
+            output.emit(report, indent=not watch)
         else:
             if watch:
                 click.clear()
+                output.say(f"{now.astimezone():%Y-%m-%d %H:%M:%S %Z}")
+                output.say()
             _show(place, entries, problems)
         if not watch:
             return
@@ -72,6 +86,9 @@ def _show(place: Home, entries: list[dict[str, Any]], problems: list[HwlicenseEr
             entry["account"] = _ACCOUNT[entry["account"]].format(folder)
         if "uncharged" in entry:
             entry["uncharged"] = _uncharged(**entry["uncharged"])
+        if "for_seconds" in entry.get("monitor", ()):
+            entry["monitor"]["for"] = waiting(entry["monitor"].pop("for_seconds"))
+        entry |= {key: spelled(entry[key]) for key in _SECONDS if key in entry}
         rows = [(key, output.shown(value)) for key, value in entry.items()]
         if refusal:
             rows.insert(1 + list(entry).index("state"), ("", f"{refusal['what']} {refusal['hint']}"))
@@ -93,4 +110,4 @@ def _left(row: dict[str, Any]) -> str:
     else:
         text = f"{row['left']:,} of {row['of']:,} left{'' if row['verified'] else ' by the account'}"
     text += f"; enforced by: {row['enforced_by']}"
-    return f"{text}; more in {row['refills_in']:,} s" if "refills_in" in row else text
+    return f"{text}; more in {waiting(row['refills_in'])}" if "refills_in" in row else text

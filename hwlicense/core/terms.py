@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import msgspec
 
 from hwlicense.core import documents
+from hwlicense.core.durations import FRAMES, UNITS
 from hwlicense.core.errors import Reason, RefusedError, UsageError
 from hwlicense.core.limits import (
     LONGEST_WINDOW,
@@ -280,21 +281,15 @@ def _check(terms: Terms) -> None:
     Selection.parse(*terms.require.pcrs)
 
 
-_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-
-
-_RATE_UNITS: Final = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 7 * 86400}
-
-
 def _rate(term: str, text: str) -> Rate:
     match = re.fullmatch(r"([0-9_]{1,30})/([a-z]+|[0-9]{1,9}[smhd])", text, re.ASCII)
     digits = match[1].replace("_", "") if match else ""
     if match and digits and 1 <= int(digits) < 2**53:
-        seconds = _RATE_UNITS.get(match[2])
+        seconds = FRAMES.get(match[2])
         if seconds or match[2][0].isdigit():
             return Rate(int(digits), seconds or _seconds(term, match[2], 1, LONGEST_WINDOW))
     what = f"{term} has {text!r}."
-    hint = f'Write a number and a time frame: "100/hour", "5/90s"; {", ".join(_RATE_UNITS)}, or a duration.'
+    hint = f'Write a number and a time frame: "100/hour", "5/90s"; {", ".join(FRAMES)}, or a duration.'
     raise UsageError(Reason.TERM_INVALID, what, hint)
 
 
@@ -338,7 +333,7 @@ def _monitor(asked: Monitored) -> Monitor:
 
 def _seconds(term: str, text: str, least: int, most: int) -> int:
     match = re.fullmatch(r"([0-9]{1,9})([smhd])", text, re.ASCII)
-    seconds = int(match[1]) * _UNITS[match[2]] if match else -1
+    seconds = int(match[1]) * UNITS[match[2]] if match else -1
     if not least <= seconds <= most:
         what = f"{term} is {text!r}."
         hint = f'Write a whole number and a unit (s, m, h, d), such as "10s": from {least} to {most:,} seconds.'

@@ -5,6 +5,7 @@ from __future__ import annotations
 from numbers import Real
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from hwlicense.core.durations import spelled
 from hwlicense.core.errors import Reason, RefusedError, UsageError
 
 if TYPE_CHECKING:
@@ -63,5 +64,5 @@ def too_long(horizon: float, continuity: int | None) -> RefusedError | None:
         raise UsageError(Reason.USAGE, what, "Give how many seconds the procedure takes at the most, from 0 on.")
     if continuity is None or horizon <= continuity:
         return None
-    what = f"The procedure would take longer than the {continuity:,} s that the license keeps from interruption."
+    what = f"The procedure would take longer than the {spelled(continuity)} that the license keeps from interruption."
     return RefusedError(Reason.CONTINUITY_TOO_SHORT, what, "Start a shorter one, or ask for another license.")

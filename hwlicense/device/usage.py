@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from hwlicense.core import calendar, leases, monitoring
 from hwlicense.core.account import Account, Field
+from hwlicense.core.durations import of_rate
 from hwlicense.core.errors import ExceededError, HwlicenseError, Reason, RefusedError
 from hwlicense.core.terms import check_validity
 from hwlicense.device import clock, instances, recovering, watching
@@ -108,7 +109,7 @@ def limits(licensed: License, counted: Counted | None, reading: Reading) -> tupl
     """The entries of a report, and what could not be told.
 
     Every limit has what is `left` (None where that is not known), whether that is `verified`, and `enforced_by`; a
-    rate, `refills_in` in seconds.
+    rate, the `seconds` of its frame and `refills_in` in seconds.
     """
     use, account, problems = licensed.grant.terms_of_use, reading.account, list[HwlicenseError]()
     runtime = "runtime, anchored in the TPM" if anchored(licensed) else "runtime, not anchored"
@@ -216,7 +217,7 @@ def _metered(limited: Limits, reading: Reading, runtime: str) -> list[dict[str, 
     )
     for rate in limited.rates:
         left, wait = rooms.get(rate, (rate.count if unused else None, 0))
-        row = _row(f"{rate.count}/{rate.seconds}s", rate.count, left, runtime, verified=unused)
+        row = _row(of_rate(rate), rate.count, left, runtime, verified=unused) | {"seconds": rate.seconds}
         rows.append(row | {"refills_in": round(wait / 1e9, 1)} if left is not None and left < rate.count else row)
     return rows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import random
@@ -81,7 +82,7 @@ def test_an_account_that_is_gone_leaves_nothing_to_tell(customer):
     shutil.rmtree(folder(customer))
     entry, limits, _, _ = shown(customer)
     assert entry["account"] == "missing"
-    assert [limits[name]["left"] for name in ("inferences", "500/3600s")] == [None, None]
+    assert [limits[name]["left"] for name in ("inferences", "500/hour")] == [None, None]
     out = asked(customer, "status").stdout
     assert "though the TPM has counted opens" in out
     assert "unknown, of 1,000" in out
@@ -210,12 +211,32 @@ def test_what_lies_in_an_instances_place_is_reported_and_the_rest_is_told(custom
     assert shown(customer)[1]["instances"]["left"] == 3
 
 
-def test_watching_gives_a_line_of_json_each_time(customer):
-    customer.sell(limited(0, require="revocable = true\n"))
-    words = [PROGRAM, "device", "status", "--home", customer.device.home.path, "--watch", "0.2", "--json"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as watching:
+def watched(customer, *more):
+    """Three pictures of `status --watch`, as lines."""
+    words = [PROGRAM, "device", "status", "--home", customer.device.home.path, "--watch", "0.2", *more]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=os.environ | {"TZ": "EST5"}) as watching:
+        lines: list[str] = []
         try:
-            lines = [watching.stdout.readline() for _ in range(3)]
+            while sum(line.startswith(("{", "license ")) for line in lines) < 3:
+                lines.append(watching.stdout.readline())
         finally:
             watching.terminate()
-    assert [json.loads(line)["licenses"][0]["state"] for line in lines] == ["installed"] * 3
+    return lines
+
+
+def test_watching_gives_a_line_of_json_each_time(customer):
+    customer.sell(limited(0, require="revocable = true\n"))
+    reports = [json.loads(line) for line in watched(customer, "--json")]
+    assert [report["licenses"][0]["state"] for report in reports] == ["installed"] * 3
+    assert now_is(datetime.datetime.fromisoformat(reports[-1]["time"]))
+
+
+def test_watching_says_the_local_time_of_each_picture(customer):
+    customer.sell(limited(0, require="revocable = true\n"))
+    times = [line for line in watched(customer) if line.endswith(" EST\n")]
+    assert len(times) == 3
+    assert now_is(datetime.datetime.fromisoformat(times[-1].replace(" EST\n", "-05:00")))
+
+
+def now_is(time):
+    return abs(time - datetime.datetime.now(datetime.UTC)) < datetime.timedelta(minutes=1)

@@ -23,6 +23,7 @@ from tpm2_pytss import (
 
 from hwlicense.binders.tpm.failures import WRONG_AUTHORIZATION, code, defining_error
 from hwlicense.core.documents import TpmCounter
+from hwlicense.core.durations import spelled
 from hwlicense.core.errors import DamagedError, HardwareError, Reason
 from hwlicense.core.secret import SIZE, Secret
 from hwlicense.core.tpm.composing import PLACES
@@ -180,7 +181,7 @@ def make_safe(work: Work, root: ESYS_TR) -> None:
         if code(error) not in WRONG_AUTHORIZATION:
             raise
         what = "After a power cut the TPM's clock is to be set on, and the TPM's owner hierarchy has a password."
-        hint = f"Wait {forward / 1000:,.0f} seconds with the TPM switched on, and try again."
+        hint = f"Wait {spelled(forward / 1000)} with the TPM switched on, and try again."
         raise HardwareError(Reason.TPM_AUTHORIZATION, what, hint) from error
     work.ended(session)
 
