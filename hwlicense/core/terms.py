@@ -6,13 +6,12 @@ A term that this release cannot enforce is an error here: a license never says m
 from __future__ import annotations
 
 import datetime
-import re
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, get_args
 
 import msgspec
 
 from hwlicense.core import documents
-from hwlicense.core.durations import FRAMES, UNITS
+from hwlicense.core.durations import milliseconds, rate, seconds
 from hwlicense.core.errors import Reason, RefusedError, UsageError
 from hwlicense.core.limits import (
     LONGEST_WINDOW,
@@ -28,9 +27,11 @@ from hwlicense.core.limits import (
 )
 from hwlicense.core.schema import Name, Positive  # noqa: TC001  # msgspec reads the annotations at run time
 from hwlicense.core.tpm.pcrs import Selection
-from hwlicense.core.wording import in_words
+from hwlicense.core.wording import TOML, in_words, mend
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from hwlicense.core.documents import Grant
 
 SIZE_LIMIT: Final = 64 << 10
@@ -165,16 +166,16 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return None
         asked = self.presence
         return documents.Presence(
-            interval=_seconds("presence.interval", asked.interval, 1, 86400),
-            grace=_seconds("presence.grace", asked.grace, 0, 31 * 86400),
-            regain=None if asked.regain is None else _seconds("presence.regain", asked.regain, 1, 2**40),
+            interval=seconds("presence.interval", asked.interval, 1, 86400),
+            grace=seconds("presence.grace", asked.grace, 0, 31 * 86400),
+            regain=None if asked.regain is None else seconds("presence.regain", asked.regain, 1, 2**40),
             repeat=asked.repeat,
         )
 
     @property
     def granted_continuity(self) -> int | None:
         """`continuity.session` in seconds."""
-        return _seconds("continuity.session", self.continuity.session, 1, 2**40) if self.continuity else None
+        return seconds("continuity.session", self.continuity.session, 1, 2**40) if self.continuity else None
 
     @property
     def selection(self) -> Selection:
@@ -193,15 +194,15 @@ def parse_terms(text: str) -> Terms:
     try:
         table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # beside TOML's own, numbers too long for Python to read
-        raise UsageError(Reason.TERM_INVALID, f"The terms are not TOML: {error}.", "Mend the terms file.") from None
+        raise UsageError(Reason.TERM_INVALID, f"The terms are not TOML: {error}.", TOML) from None
     _refuse_unsupported(table)
     try:
         terms = msgspec.convert(table, Terms, builtin_types=(datetime.date, datetime.datetime))  # a day, not text
     except msgspec.ValidationError as error:
         unknown = "unknown field" in str(error)
         reason = Reason.TERM_UNKNOWN if unknown else Reason.TERM_INVALID
-        hint = "See the list of terms in docs/terms.md; a term that is not known is never ignored."
-        raise UsageError(reason, f"The terms cannot be used: {in_words(str(error))}.", hint) from None
+        what = f"The terms cannot be used: {in_words(str(error))}."
+        raise UsageError(reason, what, mend(str(error), list(_names("", Terms)))) from None
     _check(terms)
     return terms
 
@@ -244,6 +245,16 @@ def check_validity(grant: Grant, today: datetime.date, first_used: datetime.date
         raise RefusedError(Reason.LICENSE_EXPIRED, what, "Ask the vendor for a new license.")
 
 
+def _names(path: str, kind: type[msgspec.Struct]) -> Iterator[str]:
+    """The terms of a table; that of a table in it ends with a dot."""
+    for field in msgspec.structs.fields(kind):
+        inner = [each for each in (field.type, *get_args(field.type)) if isinstance(each, type)]
+        tables = [each for each in inner if issubclass(each, msgspec.Struct)]
+        yield f"{path}{field.name}{'.' if tables else ''}"
+        for table in tables:
+            yield from _names(f"{path}{field.name}.", table)
+
+
 def _refuse_unsupported(table: dict[str, Any]) -> None:
     for name, keys in _PLANNED.items():
         given = table.get(name)
@@ -281,21 +292,9 @@ def _check(terms: Terms) -> None:
     Selection.parse(*terms.require.pcrs)
 
 
-def _rate(term: str, text: str) -> Rate:
-    match = re.fullmatch(r"([0-9_]{1,30})/([a-z]+|[0-9]{1,9}[smhd])", text, re.ASCII)
-    digits = match[1].replace("_", "") if match else ""
-    if match and digits and 1 <= int(digits) < 2**53:
-        seconds = FRAMES.get(match[2])
-        if seconds or match[2][0].isdigit():
-            return Rate(int(digits), seconds or _seconds(term, match[2], 1, LONGEST_WINDOW))
-    what = f"{term} has {text!r}."
-    hint = f'Write a number and a time frame: "100/hour", "5/90s"; {", ".join(FRAMES)}, or a duration.'
-    raise UsageError(Reason.TERM_INVALID, what, hint)
-
-
 def _rates(texts: list[str]) -> list[Rate]:
     """The rates, of which each must be able to say no."""
-    rates = [_rate("limits.rates", text) for text in texts]
+    rates = [rate("limits.rates", text) for text in texts]
     for one, text in zip(rates, texts, strict=True):
         for other, against in zip(rates, texts, strict=True):
             # A longer frame with no more in it says no first, each time.
@@ -315,34 +314,17 @@ def _monitor(asked: Monitored) -> Monitor:
         raise UsageError(Reason.TERM_INVALID, what, 'Set monitor.throttled = "10/minute", or choose another action.')
     regular, distant = asked.regularity, asked.distances
     return Monitor(
-        lasting=_seconds("monitor.lasting", asked.lasting, 1, LONGEST_WINDOW),
+        lasting=seconds("monitor.lasting", asked.lasting, 1, LONGEST_WINDOW),
         regularity=None
         if regular is None
         else Regularity(
             regular.calls,
             round(regular.variation * 1000),
-            _milliseconds("monitor.regularity.pause", regular.pause),
+            milliseconds("monitor.regularity.pause", regular.pause),
             regular.action,
         ),
         distances=None
         if distant is None
         else Distances(distant.queries, round(distant.normality * 1000), distant.features, distant.action),
-        throttled=_rate("monitor.throttled", asked.throttled) if asked.throttled is not None else None,
+        throttled=rate("monitor.throttled", asked.throttled) if asked.throttled is not None else None,
     )
-
-
-def _seconds(term: str, text: str, least: int, most: int) -> int:
-    match = re.fullmatch(r"([0-9]{1,9})([smhd])", text, re.ASCII)
-    seconds = int(match[1]) * UNITS[match[2]] if match else -1
-    if not least <= seconds <= most:
-        what = f"{term} is {text!r}."
-        hint = f'Write a whole number and a unit (s, m, h, d), such as "10s": from {least} to {most:,} seconds.'
-        raise UsageError(Reason.TERM_INVALID, what, hint)
-    return seconds
-
-
-def _milliseconds(term: str, text: str) -> int:
-    """At most a day. The one duration that may be shorter than a second."""
-    if match := re.fullmatch(r"(?!0+ms)([0-9]{1,7})ms", text, re.ASCII):
-        return int(match[1])
-    return _seconds(term, text, 1, 86400) * 1000
