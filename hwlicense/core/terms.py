@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 SIZE_LIMIT: Final = 64 << 10
 
+LONGEST_SESSION: Final = 366 * 86400
+"""Seconds of the longest session that a license keeps from interruption."""
+
 _PLANNED: Final[dict[str, set[str] | None]] = {
     "guard": None,
 }
@@ -57,7 +60,7 @@ class Require(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `cap_pcr`: a free PCR, which lets sessions that were prepared in a write window not be used.
     """
 
-    pcrs: Annotated[list[str], msgspec.Meta(max_length=8)] = []
+    pcrs: Annotated[list[str], msgspec.Meta(max_length=8)] | None = None
     bindings: int | str = "all"
     anchor: bool = False
     revocable: bool = False
@@ -93,7 +96,7 @@ class Limited(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     opens: Annotated[int, msgspec.Meta(ge=1, lt=2**32)] | None = None
     inferences: Positive | None = None
-    rates: Annotated[list[str], msgspec.Meta(max_length=RATE_LIMIT)] = []
+    rates: Annotated[list[str], msgspec.Meta(max_length=RATE_LIMIT)] | None = None
     powered_on_hours: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] | None = None
     instances: Annotated[int, msgspec.Meta(ge=1, le=1024)] | None = None
 
@@ -135,7 +138,7 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     limits: Limited = Limited()
     presence: Presence | None = None
     continuity: Continuity | None = None
-    features: Annotated[dict[Name, Feature], msgspec.Meta(max_length=100)] = {}
+    features: Annotated[dict[Name, Feature], msgspec.Meta(max_length=100)] | None = None
     monitor: Monitored | None = None
 
     @property
@@ -146,12 +149,12 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             limits=Limits(
                 opens=asked.opens,
                 inferences=asked.inferences,
-                rates=_rates(asked.rates),
+                rates=_rates(asked.rates or []),
                 hours=asked.powered_on_hours,
                 instances=asked.instances,
             ),
             days=self.validity.days_from_first_use,
-            features=self.features,
+            features=self.features or {},
             monitor=_monitor(self.monitor) if self.monitor else None,
             anchor=self.require.anchor,
             revocable=self.require.revocable,
@@ -175,12 +178,12 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def granted_continuity(self) -> int | None:
         """`continuity.session` in seconds."""
-        return seconds("continuity.session", self.continuity.session, 1, 2**40) if self.continuity else None
+        return seconds("continuity.session", self.continuity.session, 1, LONGEST_SESSION) if self.continuity else None
 
     @property
     def selection(self) -> Selection:
         """The PCRs of `require.pcrs`."""
-        return Selection.parse(*self.require.pcrs)
+        return Selection.parse(*self.require.pcrs or ())
 
 
 def parse_terms(text: str) -> Terms:
@@ -223,12 +226,52 @@ def oddities(terms: Terms, today: datetime.date) -> list[str]:
     if last and days and (last - max(today, validity.not_before or today)).days <= days:
         odd.append(f"validity.days_from_first_use ({days}) never ends before validity.not_after ({last}).")
     if total:
-        for rate, text in zip(_rates(limits.rates), limits.rates, strict=True):
+        for rate, text in zip(_rates(limits.rates or []), limits.rates or [], strict=True):
             if rate.count >= total:
                 odd.append(f"limits.rates: {text!r} never limits anything beside limits.inferences = {total}.")
     if limits.opens and limits.instances and limits.instances > limits.opens:
         odd.append(f"limits.instances = {limits.instances} are never reached by limits.opens = {limits.opens}.")
-    return odd
+    odd += [f"{name} is empty: {means}." for name, given, means in _lists(terms) if given is not None and not given]
+    return [*odd, *_monitored_in_vain(terms), *_longer_than_it_lasts(terms, today)]
+
+
+def _lists(terms: Terms) -> Iterator[tuple[str, list[str] | dict[str, Any] | None, str]]:
+    yield "limits.rates", terms.limits.rates, "no time frame limits use"
+    yield "features", terms.features, "the application finds none"
+    yield "require.pcrs", terms.require.pcrs, "the license opens in any state of the platform"
+
+
+def _monitored_in_vain(terms: Terms) -> Iterator[str]:
+    asked, total, texts = terms.monitor, terms.limits.inferences, terms.limits.rates or []
+    if asked is None:
+        return
+    looked = {
+        "monitor.regularity.calls": asked.regularity.calls if asked.regularity else 0,
+        "monitor.distances.queries": asked.distances.queries if asked.distances else 0,
+    }
+    for name, count in looked.items():
+        if total and count > total:
+            yield f"{name} = {count} are never reached by limits.inferences = {total}."
+    if asked.throttled is not None:
+        throttled = rate("monitor.throttled", asked.throttled)
+        for other, text in zip(_rates(texts), texts, strict=True):
+            if other.seconds >= throttled.seconds and other.count <= throttled.count:
+                yield f"monitor.throttled: {asked.throttled!r} never limits anything beside {text!r} in limits.rates."
+
+
+def _longer_than_it_lasts(terms: Terms, today: datetime.date) -> Iterator[str]:
+    """A session that runs to its end when the license's time is over before."""
+    session, validity, hours = terms.granted_continuity, terms.validity, terms.limits.powered_on_hours
+    if session is None or terms.continuity is None:
+        return
+    lasting = {"limits.powered_on_hours": (hours or 0) * 3600}
+    if days := validity.days_from_first_use:
+        lasting["validity.days_from_first_use"] = (days + 1) * 86400  # the first is not one of them
+    if last := validity.not_after:
+        lasting["validity.not_after"] = ((last - max(today, validity.not_before or today)).days + 1) * 86400
+    for name, time in lasting.items():
+        if 0 < time < session:
+            yield f"continuity.session ({terms.continuity.session!r}) is longer than the license lasts by {name}."
 
 
 def check_validity(grant: Grant, today: datetime.date, first_used: datetime.date | None = None) -> None:
@@ -289,7 +332,7 @@ def _check(terms: Terms) -> None:
     if use and use.cap is not None and ("sha256", use.cap) in set(terms.selection):
         what = f"require.cap_pcr is {use.cap}, which require.pcrs has too: it cannot be both free and of a fixed value."
         raise UsageError(Reason.TERM_INVALID, what, "Choose a PCR that nothing else extends.")
-    Selection.parse(*terms.require.pcrs)
+    _ = terms.selection
 
 
 def _rates(texts: list[str]) -> list[Rate]:

@@ -36,7 +36,7 @@ _HINTS: Final = {
     r"Expected `int.*`, got `str`": "Write the number without quotes.",
     r"Expected `int.*`, got `float`": "Write a whole number, such as 1_000_000; 1e6 and 1.0 are none.",
     r"Expected `int` [<>]= .*": "Write a number in these bounds. Leave the term out where nothing is to be limited.",
-    r"Expected `array`, got `str`": 'Write a list, in brackets: ["..."].',
+    r"Expected `array.*`, got `str`": 'Write a list, in brackets: ["..."].',
     r"Expected `str.*`, got `int`": 'Write it in quotes; a duration has a unit, such as "10s".',
     r"Expected `date.*`, got `str`": "Write the day without quotes, such as 2027-12-31.",
     r"Expected `bool`, got .*": "Write true or false, without quotes.",
