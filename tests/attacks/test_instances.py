@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import time
 
@@ -43,11 +44,10 @@ def test_who_holds_the_places_is_named(tmp_path, monkeypatch):
     os.read(ready[0], 1)
     mine = Instance(tmp_path, 2)
     try:
-        with pytest.raises(
-            ExceededError, match=rf"They are held by process {os.getpid()} \(\S+\), process {pid} \("
-        ) as error:
+        with pytest.raises(ExceededError, match="They are held by process ") as error:
             Instance(tmp_path, 2)
-        assert error.value.what.endswith(").")
+        for each in (pid, os.getpid()):
+            assert re.search(rf"process {each} \(.+?\)[,.]", error.value.what)
         monkeypatch.setattr(locking, "LOCKS", tmp_path / "absent")  # as where /proc is hidden
         with pytest.raises(ExceededError, match=r"so many are running\.$"):
             Instance(tmp_path, 2)
@@ -67,7 +67,7 @@ def test_a_holder_that_ended_and_left_children_is_said_to(tmp_path):
     waiting, ready = os.pipe(), os.pipe()
     pid = os.fork()
     if not pid:
-        Instance.__init__(kept := Instance.__new__(Instance), tmp_path, 1)
+        kept = Instance(tmp_path, 1)
         child = os.fork()
         if not child:
             os.write(ready[1], b"!")
