@@ -23,7 +23,7 @@ from hwlicense.core.errors import ClosedError, ExceededError, HwlicenseError, Re
 from hwlicense.core.monitoring import Verdict
 from hwlicense.device import clock
 from hwlicense.device.locking import Turn
-from hwlicense.device.starting import check_count
+from hwlicense.device.starting import check_count, foremost
 from hwlicense.device.tending import PERIOD, RETRY, SESSION, Tended
 
 if TYPE_CHECKING:
@@ -245,9 +245,12 @@ class Metering:
 
     def may_start(self, count: int) -> HwlicenseError | None:
         """Why a session that spends so many could not start now; None if it may."""
+        if self._lost:
+            return self._lost
         denied = self._watch.refusal(self._tended.now()) if self._watch else None
-        if refusal := self._lost or self._tended.refusal or denied:
-            return refusal
+        return foremost(self._tended.refusal, denied, self._short_of(count))
+
+    def _short_of(self, count: int) -> HwlicenseError | None:
         total = self._grant.terms_of_use.limits.inferences
         if not count and (total is None or self._tended.look()[0].remaining):
             return None

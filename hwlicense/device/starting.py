@@ -6,12 +6,13 @@ from numbers import Real
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from hwlicense.core.durations import spelled
-from hwlicense.core.errors import Reason, RefusedError, UsageError
+from hwlicense.core.errors import ExceededError, Reason, RefusedError, UsageError
 
 if TYPE_CHECKING:
     from hwlicense.core.errors import HwlicenseError
 
 _MOST: Final = 1 << 31
+_OF_THE_CLOCK: Final = (Reason.CLOCK_SET_BACK, Reason.LICENSE_NOT_YET_VALID)
 
 
 class Session(NamedTuple):
@@ -47,6 +48,18 @@ class Standing(NamedTuple):
     def reason(self) -> Reason | None:
         """The stable code of the refusal."""
         return self.refusal.reason if self.refusal else None
+
+
+def foremost(*refusals: HwlicenseError | None) -> HwlicenseError | None:
+    """The first that waiting does not end; where all of them pass, the first. None where there is none."""
+    found = [each for each in refusals if each]
+    return next((each for each in found if not _passes(each)), found[0] if found else None)
+
+
+def _passes(refusal: HwlicenseError) -> bool:
+    if isinstance(refusal, ExceededError):
+        return refusal.wait is not None
+    return not isinstance(refusal, RefusedError) or refusal.reason in _OF_THE_CLOCK
 
 
 def check_count(count: object, least: int = 1) -> None:
