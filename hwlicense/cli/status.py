@@ -11,9 +11,10 @@ import click
 from hwlicense.cli import output
 from hwlicense.cli.options import json_option, place_options, tpm_option
 from hwlicense.core.durations import spelled, waiting
-from hwlicense.device import opening, reporting, selecting
+from hwlicense.device import opening, reporting, selecting, usage
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from hwlicense.core.errors import HwlicenseError
@@ -55,7 +56,7 @@ def status(home: Path | None, state: Path | None, tpm: str | None, watch: float 
         now = datetime.datetime.now(datetime.UTC)
         entries, problems = reporting.status(place, opening.utc_today(), selecting.hardware(place, tpm))
         if as_json:
-            told = [{"reason": p.reason, "what": p.what} for p in problems]
+            told = [{"reason": p.reason, "what": p.what, "hint": p.hint} for p in problems]
             report = {
                 "time": f"{now:%Y-%m-%dT%H:%M:%SZ}",
                 "home": str(place.path),
@@ -81,32 +82,40 @@ def _show(place: Home, entries: list[dict[str, Any]], problems: list[HwlicenseEr
     if not entries and not problems:
         output.note(f"No license by a trusted vendor is installed in {place.path}.")
     for entry in entries:
-        limits, folder, refusal = entry.pop("limits", []), entry.pop("account_folder", ""), entry.pop("refusal")
-        if "account" in entry:
-            entry["account"] = _ACCOUNT[entry["account"]].format(folder)
-        if "uncharged" in entry:
-            entry["uncharged"] = _uncharged(**entry["uncharged"])
-        if "for_seconds" in entry.get("monitor", ()):
-            entry["monitor"]["for"] = waiting(entry["monitor"].pop("for_seconds"))
-        entry |= {key: spelled(entry[key]) for key in _SECONDS if key in entry}
-        rows = [(key, output.shown(value)) for key, value in entry.items()]
-        if refusal:
-            rows.insert(1 + list(entry).index("state"), ("", f"{refusal['what']} {refusal['hint']}"))
-        output.columns([*rows, *((f"limit {row['limit']}", _left(row)) for row in limits)])
+        limits, unreached = entry.pop("limits", []), entry.pop("unreached", None)
+        rows = list(_rows(entry, unreached))
+        output.columns([*rows, *((f"limit {row['limit']}", _left(row, unreached)) for row in limits)])
         output.say()
     for problem in problems:
         output.note(f"problem: {problem.what} ({problem.reason})")
+        if problem.hint:
+            output.note(f"hint: {problem.hint}")
 
 
-def _uncharged(now: int | None, most: int) -> str:
-    if now is None:
-        return f"it was not closed: opening it charges up to {most:,} more"
-    return f"it was not closed: opening it now charges about {now:,} more, later up to {most:,}"
+def _rows(entry: dict[str, Any], unreached: dict[str, str] | None) -> Iterator[tuple[str, str]]:
+    refusal, folder = entry.pop("refusal"), entry.pop("account_folder", "")
+    if "account" in entry:
+        entry["account"] = _ACCOUNT[entry["account"]].format(folder)
+    if "uncharged" in entry:
+        entry["uncharged"] = usage.left_open(**entry["uncharged"])
+    if "for_seconds" in entry.get("monitor", ()):
+        entry["monitor"]["for"] = waiting(entry["monitor"].pop("for_seconds"))
+    entry |= {key: spelled(entry[key]) for key in _SECONDS if key in entry}
+    for key, value in entry.items():
+        if key != "days_left" or value is not None:  # without an end there are none
+            yield key, output.shown(value)
+        if key == "state" and refusal:
+            yield "", f"{refusal['what']} {refusal['hint']}"
+        if key == "state" and unreached:
+            why = f"{unreached['what']} {unreached['hint']}"
+            yield "", f"the TPM was not reached, so it is not known whether it opens: {why}"
 
 
-def _left(row: dict[str, Any]) -> str:
+def _left(row: dict[str, Any], unreached: dict[str, str] | None) -> str:
     if row["left"] is None:
-        text = f"unknown, of {row['of']:,}"
+        by_account = row["enforced_by"].startswith("runtime, ")
+        why = ": the TPM was not reached" if unreached and row["enforced_by"] == "TPM" else ""
+        text = f"unknown, of {row['of']:,}{': see account' if by_account else why}"
     else:
         text = f"{row['left']:,} of {row['of']:,} left{'' if row['verified'] else ' by the account'}"
     text += f"; enforced by: {row['enforced_by']}"

@@ -14,7 +14,7 @@ from hwlicense.core.documents import License, TokenBinding, TpmBinding, UsbBindi
 from hwlicense.core.durations import spelled
 from hwlicense.core.errors import HardwareError, HwlicenseError, Reason
 from hwlicense.core.tpm.pcrs import Selection
-from hwlicense.device import grace, memory, plugged, selecting, tpm_memory
+from hwlicense.device import grace, memory, plugged, selecting, tpm_memory, usage
 from hwlicense.device.bound import kind_of
 from hwlicense.device.counters import Counters
 from hwlicense.device.opening import utc_today
@@ -202,12 +202,19 @@ def _home(home: Home, connect: Connect) -> Iterator[Finding]:
         )
         return
     yield Finding("ok", "trust", ", ".join(vendor.name for vendor in vendors))
+    yield from _installed(home, connect)
+
+
+def _installed(home: Home, connect: Connect) -> Iterator[Finding]:
     entries, problems = status(home, utc_today(), connect)
     for entry in entries:
         text, mend = f"{entry['license']} ({', '.join(entry['packages'])}): {entry['state']}", ""
         if refusal := entry["refusal"]:
             text, mend = f"{text}. {refusal['what']}", refusal["hint"]
+        elif entry.get("unreached"):
+            text += ", as far as is known without its TPM"
         yield Finding("missing" if refusal else "ok", "license", text, mend)
+        yield from usage.doubts(entry)
     for problem in problems:
         if not isinstance(problem, HardwareError) and problem.reason != Reason.EXTRA_MISSING:  # others say that
             yield Finding("missing", "license", problem.what, problem.hint)

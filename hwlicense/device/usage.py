@@ -15,9 +15,11 @@ from hwlicense.core.errors import ExceededError, HwlicenseError, Reason, Refused
 from hwlicense.core.terms import check_validity
 from hwlicense.device import clock, instances, recovering, watching
 from hwlicense.device.ledger import begun, held
+from hwlicense.device.plugged import Finding
 
 if TYPE_CHECKING:
     import datetime
+    from collections.abc import Iterator
     from pathlib import Path
 
     from hwlicense.core.documents import ClockReset, Grant, License
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 
 _HOUR: Final = 3_600_000
 _MILLION: Final = 1_000_000
+_SPENT: Final = ("opens", "inferences", "powered_on_hours", "days_from_first_use")
+_FEW: Final = 10  # of which less than one part is left
+_NOT_ANCHORED: Final = "runtime, not anchored"
 _EVER: Final = 1 << 62  # milliseconds
 
 
@@ -105,6 +110,35 @@ def uncharged(grant: Grant, reading: Reading) -> Uncharged | None:
     return Uncharged(min(bound, leases.unsettled(account, passed)), most)
 
 
+def left_open(now: int | None, most: int) -> str:
+    """What `Uncharged` means."""
+    if now is None:
+        return f"it was not closed: opening it charges up to {most:,} more"
+    return f"it was not closed: opening it now charges about {now:,} more, later up to {most:,}"
+
+
+def doubts(entry: dict[str, Any]) -> Iterator[Finding]:
+    """What a person should know of the use of a license before it is refused. `entry` is as in a report."""
+    subject, rows, folder = f"use of {entry['license'][:8]}", entry.get("limits", []), entry.get("account_folder", "")
+    if entry.get("account") == "unreadable":
+        text = f"its account of use in {folder} cannot be read: if it is damaged, opening charges all that is left"
+        yield Finding("note", subject, text, "Look as the application's user; see docs/limits.md (what a crash costs).")
+    if entry.get("account") == "missing":
+        text = f"its account of use is not in {folder}, though it was opened: opening it here charges all that is left"
+        yield Finding("note", subject, text, "Give --state as the application does, or put the folder back before.")
+    if "uncharged" in entry:
+        yield Finding(
+            "note", subject, left_open(**entry["uncharged"]), "Open it soon, and close it when a process ends."
+        )
+    few = [row for row in rows if row["limit"] in _SPENT and row["left"] and row["left"] * _FEW < row["of"]]
+    if few:
+        text = "; ".join(f"{row['limit']}: {row['left']:,} of {row['of']:,} left" for row in few)
+        yield Finding("note", subject, text, "Ask the vendor for a revision before they are used up.")
+    if any(row["enforced_by"] == _NOT_ANCHORED for row in rows):
+        text = "its account is not anchored in a TPM: a copy that is put back is not found out"
+        yield Finding("note", subject, text, "Where that matters, ask for a license for a request made with --counted.")
+
+
 def limits(licensed: License, counted: Counted | None, reading: Reading) -> tuple[dict[str, Any], list[HwlicenseError]]:
     """The entries of a report, and what could not be told.
 
@@ -112,7 +146,7 @@ def limits(licensed: License, counted: Counted | None, reading: Reading) -> tupl
     rate, the `seconds` of its frame and `refills_in` in seconds.
     """
     use, account, problems = licensed.grant.terms_of_use, reading.account, list[HwlicenseError]()
-    runtime = "runtime, anchored in the TPM" if anchored(licensed) else "runtime, not anchored"
+    runtime = "runtime, anchored in the TPM" if anchored(licensed) else _NOT_ANCHORED
     rows = [*_of_the_tpm(use.limits, counted), *_metered(use.limits, reading, runtime)]
     if of := use.limits.instances:
         left = None

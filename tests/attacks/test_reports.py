@@ -16,7 +16,7 @@ from hwlicense.core import calendar
 from hwlicense.device import clock, diagnosing, recovering
 from hwlicense.device.reporting import status
 from tests.counted import Customer, limited
-from tests.world import PROGRAM, run
+from tests.world import PROGRAM, TERMS, licensed, run
 
 METERED = 'inferences = 1000\nrates = ["500/hour"]\n'
 
@@ -85,7 +85,7 @@ def test_an_account_that_is_gone_leaves_nothing_to_tell(customer):
     assert [limits[name]["left"] for name in ("inferences", "500/hour")] == [None, None]
     out = asked(customer, "status").stdout
     assert "though the TPM has counted opens" in out
-    assert "unknown, of 1,000" in out
+    assert "unknown, of 1,000: see account; enforced by: runtime" in out
 
 
 def test_another_state_folder_than_the_one_in_use(customer, tmp_path):
@@ -178,6 +178,92 @@ def test_clocks_and_days(customer, monkeypatch, opened, then, code):
     assert (entry["state"], problems) == (f"refused: {code}", [])
     (finding,) = [f for f in diagnosing.examine(home, customer.wire.tcti) if f.subject == "license"]
     assert (finding.state, f"refused: {code}. " in finding.text) == ("missing", True)
+
+
+# ---- what the doctor says of use ----
+
+
+def found(customer, status=0):
+    """What the doctor finds about use, with what mends it."""
+    findings = json.loads(asked(customer, "doctor", "--json", status=status).stdout)
+    return [(each["text"], each["mend"]) for each in findings if each["subject"].startswith("use of ")]
+
+
+def test_the_doctor_says_nothing_where_there_is_nothing_to_say(customer):
+    customer.sell(limited(9, extra=METERED))
+    assert found(customer) == []
+    customer.open()
+    assert found(customer) == []
+
+
+def test_the_doctor_says_that_little_is_left(customer):
+    customer.sell(limited(3, extra="inferences = 100\n[validity]\ndays_from_first_use = 3\n"))
+    with customer.device.open(customer.vendor) as model, model.session(91):
+        model.spend(91)
+    customer.open()
+    ((text, mend),) = found(customer)
+    assert "inferences: 9 of 100 left" in text
+    assert "opens" not in text
+    assert "revision" in mend
+
+
+def test_the_doctor_says_that_an_account_is_gone(customer):
+    customer.sell(limited(9, extra=METERED))
+    customer.open()
+    shutil.rmtree(folder(customer))
+    ((text, mend),) = found(customer)
+    assert str(folder(customer)) in text
+    assert "charges all that is left" in text
+    assert "--state" in mend
+
+
+def test_the_doctor_says_that_an_account_cannot_be_read(customer):
+    customer.sell(limited(9, extra=METERED))
+    customer.open()
+    (folder(customer) / "ledger").write_bytes(b"damage" * 2000)
+    ((text, mend),) = found(customer)
+    assert "cannot be read" in text
+    assert mend
+
+
+def test_the_doctor_says_that_a_license_was_left_open(customer):
+    customer.sell(limited(9, extra=METERED))
+    pid = os.fork()
+    if not pid:
+        model = customer.device.open(customer.vendor)
+        model.spend(20)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    ((text, mend),) = found(customer)
+    assert "it was not closed: opening it now charges about " in text
+    assert "Open it soon" in mend
+
+
+def test_the_doctor_says_that_nothing_anchors_an_account(customer):
+    licensed(customer.vendor, customer.device, TERMS + "[limits]\ninferences = 100\n")
+    ((text, mend),) = found(customer)
+    assert "not anchored" in text
+    assert "--counted" in mend
+
+
+# ---- without the TPM ----
+
+
+def test_a_tpm_that_was_not_reached_is_why_nothing_is_known(customer, tmp_path):
+    customer.sell(limited(9, extra=METERED))
+    at, away = ("--home", customer.device.home.path), {"HWLICENSE_TPM": f"swtpm:path={tmp_path / 'nowhere'}"}
+    (entry,) = json.loads(run("device", "status", "--json", *at, env=away).stdout)["licenses"]
+    assert entry["state"] == "installed"
+    assert entry["unreached"]["reason"].startswith("TPM_")
+    assert entry["unreached"]["hint"]
+    shown = run("device", "status", *at, env=away)
+    assert "the TPM was not reached, so it is not known whether it opens" in shown.stdout
+    assert entry["unreached"]["hint"] in shown.stdout
+    assert "unknown, of 9: the TPM was not reached; enforced by: TPM" in shown.stdout
+    assert "days_left" not in shown.stdout, "it has no end"
+    assert f"hint: {entry['unreached']['hint']}" in shown.stderr
+    told = run("device", "doctor", *at, env=away, status=3).stdout
+    assert "installed, as far as is known without its TPM" in told
 
 
 # ---- what opening costs ----
