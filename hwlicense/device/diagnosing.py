@@ -212,7 +212,7 @@ def _installed(home: Home, connect: Connect) -> Iterator[Finding]:
         if refusal := entry["refusal"]:
             text, mend = f"{text}. {refusal['what']}", refusal["hint"]
         elif entry.get("unreached"):
-            text += ", as far as is known without its TPM"
+            text += ", as far as is known without the TPM"
         yield Finding("missing" if refusal else "ok", "license", text, mend)
         yield from usage.doubts(entry)
     for problem in problems:
