@@ -211,8 +211,7 @@ def recover(account: Account, reading: Reading | None, moment: Moment, *, same_b
     `reading` is the anchor's; None without one. `same_boot`: the record is of this boot, so that whoever wrote it may
     still be there. To be written down before the next step.
     """
-    words, until = account.words, 0
-    charge = words[Field.RESERVED] - (words[Field.USED] - words[Field.BASE])
+    words, until, charge = account.words, 0, unsettled(account, 0)
     if reading:
         missing = reading.steps - words[Field.SERIAL]
         passed = reading.clock - words[Field.CLOCK_MS]
@@ -221,16 +220,23 @@ def recover(account: Account, reading: Reading | None, moment: Moment, *, same_b
         until_cut = passed + reading.lapse - reading.uptime
         if this_run or passed < reading.uptime:  # or it may be, and is charged as if
             until_cut = max(passed, until_cut)
-        if not words[Field.SETTLED]:
-            more = words[Field.STEP] * _reservations(until_cut)
-            charge += min(words[Field.SIZE] - words[Field.RESERVED], more)
-        charge += _unknown(account, missing, reading)
+        charge = unsettled(account, until_cut) + _unknown(account, missing, reading)
         if missing or (this_run and charge):
             until = moment.meter + LASTING + moment.session
         words[Field.SERIAL] = reading.steps
         words[Field.CLOCK_MS] = max(words[Field.CLOCK_MS], reading.clock)
     account.charge(max(0, charge), until if charge > 0 else 0)
     _begin(account)
+
+
+def unsettled(account: Account, passed: int) -> int:
+    """What of this lease may have been spent and is not booked, `passed` milliseconds after the last reservation."""
+    words = account.words
+    reserved = words[Field.RESERVED] - (words[Field.USED] - words[Field.BASE])
+    if words[Field.SETTLED]:
+        return reserved
+    more = words[Field.STEP] * _reservations(passed)
+    return reserved + max(0, min(words[Field.SIZE] - words[Field.RESERVED], more))
 
 
 def lose(account: Account, reading: Reading | None, moment: Moment) -> None:

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Final
 
 from hwlicense.core import leases
 from hwlicense.core.account import Short
+from hwlicense.core.durations import of_rate, waiting
 from hwlicense.core.errors import ClosedError, ExceededError, HwlicenseError, Reason, RefusedError, StorageError
 from hwlicense.core.monitoring import Verdict
 from hwlicense.device import clock
 from hwlicense.device.locking import Turn
-from hwlicense.device.starting import check_count
+from hwlicense.device.starting import check_count, foremost
 from hwlicense.device.tending import PERIOD, RETRY, SESSION, Tended
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ class Metering:
             left = min(self._tended.look()[0].remaining or 0, count - 1)  # others may have given some back since
             if left:
                 what = f"{left:,} of the license's {total:,} inferences are left; {count:,} were asked for."
-                hint = "Ask for no more than are left, or ask the vendor for a revision with more."
+                hint = f"Ask for {left:,} or fewer, or ask the vendor for a revision with more."
                 return ExceededError(Reason.INFERENCES_EXHAUSTED, what, hint)
             what = f"The license's {total:,} inferences are used up."
             return ExceededError(Reason.INFERENCES_EXHAUSTED, what, "Ask the vendor for a revision with more.")
@@ -182,11 +183,11 @@ class Metering:
         if short.rate is None:
             what = "Too many sessions with reserved inferences are under way."
             return ExceededError(Reason.RATE_EXCEEDED, what, "Wait until one of them ends.", wait)
-        each = f"{short.rate.count:,} inferences in {short.rate.seconds:,} s"
+        each = of_rate(short.rate)
         if wait is None:
             what = f"{count:,} inferences at once are more than the license ever allows ({each})."
-            return ExceededError(Reason.RATE_EXCEEDED, what, "Ask for fewer at a time.")
-        what = f"The license allows {each}; the next is allowed in {wait:,.1f} s."
+            return ExceededError(Reason.RATE_EXCEEDED, what, f"Ask for {short.rate.count:,} at a time, or fewer.")
+        what = f"The license allows {each}; the next is allowed in {waiting(wait)}."
         if wait > _LONGER * short.rate.seconds:
             what = f"{what} Sessions have reserved the rest, or a process that was killed may have spent it."
             hint = "Wait that long. End sessions early, and close the model when a process ends."
@@ -244,9 +245,12 @@ class Metering:
 
     def may_start(self, count: int) -> HwlicenseError | None:
         """Why a session that spends so many could not start now; None if it may."""
+        if self._lost:
+            return self._lost
         denied = self._watch.refusal(self._tended.now()) if self._watch else None
-        if refusal := self._lost or self._tended.refusal or denied:
-            return refusal
+        return foremost(self._tended.refusal, denied, self._short_of(count))
+
+    def _short_of(self, count: int) -> HwlicenseError | None:
         total = self._grant.terms_of_use.limits.inferences
         if not count and (total is None or self._tended.look()[0].remaining):
             return None

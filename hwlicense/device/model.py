@@ -13,7 +13,7 @@ from hwlicense.core import package
 from hwlicense.core.errors import ClosedError, DamagedError, HwlicenseError, Reason, RefusedError, UsageError
 from hwlicense.core.secret import SIZE
 from hwlicense.device.memory import Memory, Protection, SealedFile, lend, protection
-from hwlicense.device.starting import Session, Standing, check_count, too_long
+from hwlicense.device.starting import Session, Standing, check_count, foremost, too_long
 from hwlicense.device.streaming import MemberReader
 
 if TYPE_CHECKING:
@@ -209,18 +209,17 @@ class Model:
         """
         check_count(inferences, least=0)
         longer = too_long(horizon, self.grant.continuity if self.grant else None)
-        refusal = self._denial(inferences)
+        refusal = foremost(self._denial(inferences), longer)
         here = self._presence.here if self._presence else True
-        return Standing(refusal or longer, here, self._presence.bridged_left if self._presence else 0.0)
+        return Standing(refusal, here, self._presence.bridged_left if self._presence else 0.0)
 
     def _denial(self, inferences: int, *, wait: bool = False) -> HwlicenseError | None:
         """Why no session of so many inferences may start now; None if it may."""
         self._check_open()
-        if refusal := (self._presence.refusal(wait=wait) if self._presence else None) or self._refusal:
-            return refusal
+        absent = (self._presence.refusal(wait=wait) if self._presence else None) or self._refusal
         if self._metering:
-            return self._metering.may_start(inferences)
-        return self._instance.refusal() if self._instance else None
+            return foremost(absent, self._metering.may_start(inferences))
+        return foremost(absent, self._instance.refusal() if self._instance else None)
 
     def close(self) -> None:
         """Wipe the keys and close the package; lent buffers stay. Doing it again changes nothing."""

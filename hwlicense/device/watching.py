@@ -14,6 +14,7 @@ import msgspec
 from hwlicense import storage
 from hwlicense.core import monitoring
 from hwlicense.core.account import Field
+from hwlicense.core.durations import waiting
 from hwlicense.core.errors import DamagedError, ExceededError, HwlicenseError, Reason, UsageError
 from hwlicense.core.monitoring import Observation, State, Verdict
 from hwlicense.device.locking import Turn
@@ -154,7 +155,7 @@ def denied(verdict: Verdict, now: int) -> ExceededError | None:
     if verdict.until is None or verdict.action != "deny" or now >= verdict.until:
         return None
     wait = (verdict.until - now) / 1000
-    what = f"Use is abnormal ({', '.join(verdict.detectors)}), so the license denies it for {wait:,.0f} s."
+    what = f"Use is abnormal ({', '.join(verdict.detectors)}), so the license denies it for {waiting(wait)}."
     hint = "Wait, or ask the vendor for a revision with other terms."
     return ExceededError(Reason.ABNORMAL_USE, what, hint, wait)
 

@@ -178,7 +178,8 @@ def test_what_standing_says(vendor, dongle):
         assert long.refusal.hint
         dongle.pieces[0].pull()
         lost(model)
-        for horizon in (0, 10, 1e9):
+        assert model.standing(1e9).reason == "CONTINUITY_TOO_SHORT", "the dongle would not change that"
+        for horizon in (0, 10, 3600):
             gone = model.standing(horizon)
             assert (gone.may_start, gone.reason, gone.present) == (False, "DONGLE_ABSENT", False)
             assert isinstance(gone.refusal, AbsentError)

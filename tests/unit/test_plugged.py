@@ -720,19 +720,19 @@ def test_presence_without_grace(bench, vendor, tmp_path):
     ("regain", "mend"),
     [
         ("", "See that the hardware stays plugged in: nothing gives it back."),
-        ('regain = "1h"\n', "See that the hardware stays plugged in: 3,600 s of that give all of it back."),
+        ('regain = "1h"\n', "See that the hardware stays plugged in: 1 h of that give all of it back."),
     ],
 )
 def test_presence_with_grace(bench, vendor, tmp_path, regain, mend):
     kit = Kit(bench, tmp_path / "home", [TokenPiece(bench)])
     terms = unverified(kit.license(vendor, f'{TERMS}{PRESENCE}grace = "2h"\n{regain}'), License)[0].grant.presence
     start = "its hardware is to prove every 10 s that it is here; "
-    assert presence(kit) == [("ok", f"{start}0 of 7,200 s of grace are used", "")]
+    assert presence(kit) == [("ok", f"{start}0 s of 2 h of grace are used", "")]
     used = account(kit, terms)
     used.bridge(1000, 90.4)
-    assert presence(kit) == [("ok", f"{start}90 of 7,200 s of grace are used", "")]
+    assert presence(kit) == [("ok", f"{start}1 min 30 s of 2 h of grace are used", "")]
     used.bridge(2000, 9000)
-    assert presence(kit) == [("note", f"{start}all 7,200 s of grace are used", mend)]
+    assert presence(kit) == [("note", f"{start}all 2 h of grace are used", mend)]
 
 
 @pytest.mark.parametrize("repeat", ["true", "false"])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 from tpm2_pytss import ESYS_TR, TPM2_CAP, TPM2_PT, TPM2_SE, TPMA_SESSION, TSS2_Exception
 
 from hwlicense.binders.tpm.failures import WRONG_AUTHORIZATION, code
+from hwlicense.core.durations import spelled
 from hwlicense.core.errors import HardwareError, Reason
 from hwlicense.core.tpm.quote import Time, read_time
 
@@ -59,6 +60,6 @@ def make_safe(work: Work, root: ESYS_TR) -> None:
         if code(error) not in WRONG_AUTHORIZATION:
             raise
         what = "After a power cut the TPM's clock is to be set on, and the TPM's owner hierarchy has a password."
-        hint = f"Wait {forward / 1000:,.0f} seconds with the TPM switched on, and try again."
+        hint = f"Wait {spelled(forward / 1000)} with the TPM switched on, and try again."
         raise HardwareError(Reason.TPM_AUTHORIZATION, what, hint) from error
     work.ended(session)
