@@ -30,7 +30,7 @@ LASTING: Final = 300 * 10**9
 """Nanoseconds after a look at the anchor in which a license with rates books what is reserved."""
 
 _NANOSECONDS: Final = SPACING * 1_000_000
-_DIM: Final = 600_000
+_OUTDATED: Final = 600_000
 _EVERYTHING: Final = 1 << 60
 _REST: Final = 675 * 10**9  # of the anchor for each step: 128 steps a day, ten years with 500,000 of them
 _LONGEST_IDLE: Final = 300 * 10**9
@@ -103,32 +103,32 @@ def reserve_freely(account: Account, moment: Moment, demand: int = 0) -> bool:
     return True
 
 
-def refresh(account: Account, moment: Moment, looked: int) -> None:
+def confirm(account: Account, moment: Moment, looked: int) -> None:
     """The anchor was at this lease when it was asked: after `looked`, by the meter."""
-    asked(account, moment)
+    note_anchor(account, moment)
     account.words[Field.FRESH_NS] = looked + LASTING if account.rated else FOREVER
 
 
-def asked(account: Account, moment: Moment) -> None:
+def note_anchor(account: Account, moment: Moment) -> None:
     """The anchor was asked just now."""
     account.words[Field.ANCHOR_MS], account.words[Field.ANCHOR_NS] = moment.clock, moment.running
 
 
-def old(account: Account, meter: int) -> bool:
+def unconfirmed(account: Account, meter: int) -> bool:
     """Whether the anchor should be looked at again."""
     return account.words[Field.LEFT] > 0 and account.words[Field.FRESH_NS] - meter < LASTING // 2
 
 
-def dim(account: Account, anchors: int) -> bool:
+def outdated(account: Account, anchors: int) -> bool:
     """Whether the record is so old, by the anchor's clock, that a cut right after a step would be charged for long."""
     words = account.words
     ended = words[Field.SETTLED] or words[Field.RESERVED] >= words[Field.SIZE]
-    return bool(ended) and anchors - words[Field.CLOCK_MS] > _DIM
+    return bool(ended) and anchors - words[Field.CLOCK_MS] > _OUTDATED
 
 
-def certify(account: Account, moment: Moment, demand: int) -> bool:
+def renew_record(account: Account, moment: Moment, demand: int) -> bool:
     """Before a further lease: note that none was taken after this one till now. To be written down: True."""
-    if not (low(account, demand) and dim(account, moment.clock)):
+    if not (low(account, demand) and outdated(account, moment.clock)):
         return False
     _measure(account, moment)
     _raised(account, moment)
@@ -189,7 +189,7 @@ def take(account: Account, step: int, reading: Reading, moment: Moment, looked: 
     words[Field.LEFT] = words[Field.RESERVED] = min(kept + step, size)
     words[Field.STEP], words[Field.SETTLED] = max(step, 1), 0
     words[Field.WORN_NS] = max(words[Field.WORN_NS], moment.meter) + _REST
-    refresh(account, moment, looked)
+    confirm(account, moment, looked)
     _raised(account, moment)
     return True
 

@@ -52,12 +52,12 @@ class Ledger:
         self._files.append(file)
         return file
 
-    def renew(self) -> None:
+    def after_fork(self) -> None:
         """In a forked child. The lock on `alive` stays that of parent and children together."""
         for file in (self._ledger, self._renewal, *([self._shared.file] if self._shared else ())):
-            file.again()
+            file.after_fork()
         if self._door:
-            self._door.renew()
+            self._door.after_fork()
 
     def close(self) -> None:
         """Let go of everything."""

@@ -86,7 +86,7 @@ class LockedFile:
                 raise
         return file
 
-    def again(self) -> None:
+    def after_fork(self) -> None:
         """Open it once more: under a descriptor that was shared, locks would be shared, too."""
         before, self._turn = self.fd, Turn()
         with storage.reporting(self.path):

@@ -55,7 +55,7 @@ class Metering:
         self._sessions: dict[int, list[Session]] = {}
         self._lost: HwlicenseError | None = None
         self._new_process()
-        tended.on_look = self._on_look
+        tended.on_round = self._on_round
         _meterings.add(self)
 
     def _new_process(self) -> None:
@@ -68,7 +68,7 @@ class Metering:
         """In a forked child: what the parent booked is the parent's."""
         self._new_process()
         for session in [session for sessions in self._sessions.values() for session in sessions]:
-            session.forget()
+            session.after_fork()
         self._sessions = {}
         if self._watch:
             self._watch.after_fork()
@@ -172,7 +172,7 @@ class Metering:
     def _exceeded(self, short: Short, count: int) -> ExceededError:
         if short.exhausted:
             total = self._grant.terms_of_use.limits.inferences
-            left = min(self._tended.look()[0].remaining or 0, count - 1)  # others may have given some back since
+            left = min(self._tended.snapshot()[0].remaining or 0, count - 1)  # others may have given some back since
             if left:
                 what = f"{left:,} of the license's {total:,} inferences are left; {count:,} were asked for."
                 hint = f"Ask for {left:,} or fewer, or ask the vendor for a revision with more."
@@ -252,7 +252,7 @@ class Metering:
 
     def _short_of(self, count: int) -> HwlicenseError | None:
         total = self._grant.terms_of_use.limits.inferences
-        if not count and (total is None or self._tended.look()[0].remaining):
+        if not count and (total is None or self._tended.snapshot()[0].remaining):
             return None
         with self._turn, self._tended.sharing() as (account, now):
             self._take_back(account)
@@ -266,7 +266,7 @@ class Metering:
         self._tended.ask(count)  # so that the session need not wait for it
         return self._pending() if self._tended.problem else None
 
-    def _on_look(self) -> None:
+    def _on_round(self) -> None:
         if self._instance:
             self._instance.check()
         if self._watch:
@@ -331,7 +331,7 @@ class Session:
             tickets, self._tickets = self._tickets, iter(())
             return sum(tickets)
 
-    def forget(self) -> None:
+    def after_fork(self) -> None:
         """In a forked child: they are the parent's."""
         self._tickets, self._turn, self._mine = iter(()), Turn(), False
 

@@ -70,7 +70,7 @@ class Model:
         self._lent: weakref.WeakValueDictionary[str, ctypes.Array[ctypes.c_ubyte]] = weakref.WeakValueDictionary()
         self._sealed: dict[str, SealedFile] = {}
         self._readers: weakref.WeakSet[MemberReader] = weakref.WeakSet()
-        self._renew()
+        self.after_fork()
         _models.add(self)
         if self._presence:
             self._presence.guard(self)
@@ -371,7 +371,7 @@ class Model:
                 raise
             self._open(chunk, sealed, out)
 
-    def _renew(self) -> None:
+    def after_fork(self) -> None:
         """New locks: in a forked child, threads that are not there may have held the old ones."""
         self._lock = threading.RLock()  # reentrant: a signal handler or the collector may close within a call
         self._turns: dict[str, threading.RLock] = {}
@@ -380,9 +380,9 @@ class Model:
         if self._refusal:
             self._forget_keys()  # the parent may have been about to
         if self._presence:
-            self._presence.renew()
+            self._presence.after_fork()
         for reader in list(self._readers):
-            reader.renew()
+            reader.after_fork()
 
 
 _models: weakref.WeakSet[Model] = weakref.WeakSet()
@@ -390,7 +390,7 @@ _models: weakref.WeakSet[Model] = weakref.WeakSet()
 
 def _after_fork() -> None:
     for model in list(_models):
-        model._renew()  # noqa: SLF001  # a module's own class
+        model.after_fork()
 
 
 os.register_at_fork(after_in_child=_after_fork)

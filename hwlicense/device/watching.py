@@ -124,7 +124,7 @@ class Watch:
     def _merge(self) -> None:
         """What all processes have seen, written down."""
         with self._turn, self._tended.writing():
-            account, now = self._tended.look()
+            account, now = self._tended.snapshot()
             number, state = self._read(account.words[Field.MONITOR], now // _MILLION)
             if self._untold:
                 state = monitoring.fold(self._terms, state, self._untold)

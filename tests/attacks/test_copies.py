@@ -189,12 +189,12 @@ def test_a_session_ends_with_its_time(machine, tmp_path):
     assert metering._spend_held(10)
     machine.passes(61)
     assert not metering._spend_held(1)
-    before = metering._tended.look()[0].words[Field.USED]
+    before = metering._tended.snapshot()[0].words[Field.USED]
     other = hold(metering, 20, 60)  # in the same place
     session.finish()
-    assert metering._tended.look()[0].words[Field.USED] == before + 20
+    assert metering._tended.snapshot()[0].words[Field.USED] == before + 20
     other.finish()
-    assert metering._tended.look()[0].words[Field.USED] == before
+    assert metering._tended.snapshot()[0].words[Field.USED] == before
 
 
 def test_a_session_that_began_after_the_record_is_kept_free(machine, tmp_path):
@@ -239,12 +239,12 @@ def test_clean_openings_after_a_crash_do_not_begin_its_charge_anew(machine, tmp_
     spend(metering, 5)
     abandon(metering)
     metering = machine.open(tmp_path, granted)
-    until = metering._tended.look()[0].words[Field.DOUBTED_NS]
+    until = metering._tended.snapshot()[0].words[Field.DOUBTED_NS]
     for _ in range(5):
         metering.close()
         machine.passes(10)
         metering = machine.open(tmp_path, granted)
-        assert metering._tended.look()[0].words[Field.DOUBTED_NS] == until > 0
+        assert metering._tended.snapshot()[0].words[Field.DOUBTED_NS] == until > 0
     metering.close()
 
 

@@ -20,7 +20,7 @@ TOTAL = 20_000
 
 
 def used(metering):
-    return metering._tended.look()[0].words[Field.USED]
+    return metering._tended.snapshot()[0].words[Field.USED]
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_put_back_within_one_lease_it_is_charged_for_the_time_since(machine, tmp
         machine.passes(11)
         metering._tended.tend()
         spent += spend(metering, 40)
-    serial = metering._tended.look()[0].words[Field.SERIAL]
+    serial = metering._tended.snapshot()[0].words[Field.SERIAL]
     abandon(metering)
     restore(state, tmp_path / "saved")
     machine.restarts(cut=True)

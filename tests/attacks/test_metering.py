@@ -79,7 +79,7 @@ class Shop:
     def used(self) -> int:
         metering = self.open()
         try:
-            return metering._tended.look()[0].words[Field.USED]
+            return metering._tended.snapshot()[0].words[Field.USED]
         finally:
             metering.close()
 

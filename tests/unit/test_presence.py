@@ -364,7 +364,7 @@ def test_a_forked_child_watches_for_itself_and_leaves_the_parents_alone(watched)
     if not child:
         status = 1
         try:
-            presence.renew()
+            presence.after_fork()
             time.sleep(1.2)  # longer than the interval: what the parent proved has lapsed
             assert presence.refusal(wait=True) is None
             hardware.problem = GONE

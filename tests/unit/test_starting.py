@@ -55,7 +55,7 @@ class Absent:
     def guard(self, model):
         pass
 
-    close = renew = lambda _self: None
+    close = after_fork = lambda _self: None
 
 
 @pytest.mark.parametrize("horizon", [-1, -0.5, float("nan"), float("-inf"), "300", None, 1j])
