@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
@@ -19,10 +18,12 @@ from hwlicense import storage
 from hwlicense.core.documents import ANSWER_LIMIT
 from hwlicense.core.errors import DamagedError, HwlicenseError, Reason, StorageError, UsageError
 from hwlicense.core.schema import SCHEMA, Count, decode, encode, prepare
+from hwlicense.device import clock
 from hwlicense.device.records import CODE, Records, unchecked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from hwlicense.core.documents import Grant, Presence
     from hwlicense.core.secret import Secret
@@ -38,7 +39,6 @@ _AHEAD: Final = 60_000
 """Milliseconds that no absence is paid for beforehand."""
 
 _PURPOSE: Final = b"presence"
-_BOOT: Final = Path("/proc/sys/kernel/random/boot_id")
 Millis = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
 
 
@@ -149,7 +149,7 @@ class Account:
 
     def _on_disk(self) -> tuple[Entries, bool]:
         """What the file says, and whether it says that of this clock."""
-        boot, now = _boot(), _millis(time.monotonic())
+        boot, now = clock.boot_name(), _millis(time.monotonic())
         with storage.reporting(self._path):
             if not self._path.exists():
                 return Entries(SCHEMA, 0, 0, boot, 0, now), False
@@ -186,11 +186,6 @@ def recorded(folder: Path) -> Entries | None:
         return decode(record[1], Entries) if record else None
     except HwlicenseError:
         return None
-
-
-def _boot() -> str:
-    with storage.reporting(_BOOT):
-        return _BOOT.read_text("ascii").strip()
 
 
 def _millis(seconds: float) -> int:

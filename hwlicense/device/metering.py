@@ -14,6 +14,7 @@ import time
 import weakref
 from contextlib import suppress
 from itertools import repeat
+from time import CLOCK_BOOTTIME, clock_gettime_ns  # by name: `spend` looks up a name less
 from typing import TYPE_CHECKING, Final
 
 from hwlicense.core import leases
@@ -23,11 +24,11 @@ from hwlicense.core.errors import ClosedError, ExceededError, HwlicenseError, Re
 from hwlicense.core.monitoring import Verdict
 from hwlicense.device import clock
 from hwlicense.device.locking import Turn
-from hwlicense.device.starting import check_count, foremost
+from hwlicense.device.starting import check_count, foremost, used_up
 from hwlicense.device.tending import PERIOD, RETRY, SESSION, Tended
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from hwlicense.core.account import Account, Booked
     from hwlicense.core.documents import Grant
@@ -85,20 +86,12 @@ class Metering:
 
     # ---- spending
 
-    def spend(
-        self,
-        count: int = 1,
-        features: Sequence[float] | None = None,
-        label: int = 0,
-        *,
-        _now: Callable[[int], int] = time.clock_gettime_ns,
-        _boot: int = time.CLOCK_BOOTTIME,
-    ) -> None:
+    def spend(self, count: int = 1, features: Sequence[float] | None = None, label: int = 0) -> None:
         """Spend `count` allowances, or none. Raises as `hwlicense.device.model.Model.spend` does."""
         if self._watch is None:
             tickets, end = self._tickets
             # next() is one step to the interpreter: no two threads get the same ticket.
-            if count == 1 and _now(_boot) < end and next(tickets, False):
+            if count == 1 and clock_gettime_ns(CLOCK_BOOTTIME) < end and next(tickets, False):
                 return
             self._refill(count)
         else:
@@ -171,14 +164,13 @@ class Metering:
 
     def _exceeded(self, short: Short, count: int) -> ExceededError:
         if short.exhausted:
-            total = self._grant.terms_of_use.limits.inferences
+            total = self._grant.terms_of_use.limits.inferences or 0
             left = min(self._tended.snapshot()[0].remaining or 0, count - 1)  # others may have given some back since
             if left:
                 what = f"{left:,} of the license's {total:,} inferences are left; {count:,} were asked for."
                 hint = f"Ask for {left:,} or fewer, or ask the vendor for a revision with more."
                 return ExceededError(Reason.INFERENCES_EXHAUSTED, what, hint)
-            what = f"The license's {total:,} inferences are used up."
-            return ExceededError(Reason.INFERENCES_EXHAUSTED, what, "Ask the vendor for a revision with more.")
+            return used_up(total)
         wait = None if short.wait is None else short.wait / 1e9
         if short.rate is None:
             what = "Too many sessions with reserved inferences are under way."

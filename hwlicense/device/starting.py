@@ -62,6 +62,12 @@ def _passes(refusal: HwlicenseError) -> bool:
     return not isinstance(refusal, RefusedError) or refusal.reason in _OF_THE_CLOCK
 
 
+def used_up(total: int) -> ExceededError:
+    """What is said where nothing is left of a license's inferences."""
+    what = f"The license's {total:,} inferences are used up."
+    return ExceededError(Reason.INFERENCES_EXHAUSTED, what, "Ask the vendor for a revision with more.")
+
+
 def check_count(count: object, least: int = 1) -> None:
     """Raises UsageError where `count` is no whole number of inferences from `least` to 2^31 - 1."""
     if type(count) is not int or not least <= count < _MOST:

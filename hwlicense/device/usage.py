@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 from hwlicense.core import calendar, leases, monitoring
 from hwlicense.core.account import Account, Field
 from hwlicense.core.durations import of_rate
-from hwlicense.core.errors import ExceededError, HwlicenseError, Reason, RefusedError
+from hwlicense.core.errors import HwlicenseError, RefusedError
 from hwlicense.core.terms import check_validity
 from hwlicense.device import clock, instances, recovering, watching
 from hwlicense.device.ledger import begun, held
 from hwlicense.device.plugged import Finding
+from hwlicense.device.starting import used_up
 
 if TYPE_CHECKING:
     import datetime
@@ -78,8 +79,7 @@ def over(grant: Grant, reading: Reading) -> RefusedError | None:
     if account is None:
         return None
     if total and not account.remaining:
-        what = f"The license's {total:,} inferences are used up."
-        return ExceededError(Reason.INFERENCES_EXHAUSTED, what, "Ask the vendor for a revision with more.")
+        return used_up(total)
     return watching.denied(reading.verdict, account.words[Field.NEWEST_NS] // _MILLION)
 
 

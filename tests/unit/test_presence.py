@@ -18,7 +18,7 @@ from hwlicense.core.documents import Presence as Terms
 from hwlicense.core.errors import AbsentError, HwlicenseError, Reason, RefusedError, StorageError
 from hwlicense.core.presence import Proofs
 from hwlicense.core.secret import Secret
-from hwlicense.device import grace
+from hwlicense.device import clock, grace
 from hwlicense.device.grace import Account
 from hwlicense.device.pin_turn import PinTurn
 from hwlicense.device.presence import Presence
@@ -113,7 +113,7 @@ def test_a_new_process_finds_what_was_used(tmp_path):
 def test_after_a_restart_of_the_machine_nothing_is_paid_for_and_nothing_comes_back(tmp_path, monkeypatch):
     now = time.monotonic()
     account(tmp_path).bridge(now, 45)
-    monkeypatch.setattr(grace, "_boot", lambda: "another boot")
+    monkeypatch.setattr(clock, "boot_name", lambda: "another boot")
     later = account(tmp_path)
     assert later.grace_left == pytest.approx(15, abs=0.01)
     assert later.bridge(0.5, 10) == pytest.approx(10.5, abs=0.01)
@@ -158,7 +158,7 @@ def test_times_of_another_clock_pay_for_nothing_and_are_not_credited(tmp_path, m
     assert mine.bridge(now, 10) == pytest.approx(now + 10, abs=0.01)
     assert mine.grace_left == pytest.approx(30, abs=0.01)
     for boot in ("a", "b", "c"):
-        monkeypatch.setattr(grace, "_boot", lambda boot=boot: boot)
+        monkeypatch.setattr(clock, "boot_name", lambda boot=boot: boot)
         account(tmp_path, 60, 600).credit(now - 100, now)
     assert account(tmp_path, 60, 600).grace_left == pytest.approx(30, abs=0.01)
 
