@@ -80,7 +80,10 @@ class Anchor(Protocol):
         """The count as it is. Raises HardwareError, AbsentError, RefusedError LICENSE_SUPERSEDED."""
 
     def step(self) -> Reading:
-        """Count one more, and read. Raises as `read`; the step may have been counted then."""
+        """Count one more, and read. Raises as `read`; the step may have been counted then.
+
+        One whose answer came too late is given by the next call in the same process, instead of another.
+        """
 
 
 class CounterStore(Protocol):

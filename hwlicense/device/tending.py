@@ -39,6 +39,7 @@ RETRY: Final = 5.0
 SESSION: Final = 600
 """Seconds of a session that no continuity ends."""
 
+_STEP: Final = 65.0  # seconds for a step of the anchor, which takes as long as hardware may
 _ASKED: Final = 10.0  # seconds after which nobody waits for what was asked for
 _MILLION: Final = 1_000_000
 _CHECKED: Final = 60.0  # seconds between looks at the calendar
@@ -93,6 +94,7 @@ class Tended:
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
         self._starting = Turn()
+        self._stepping = False
         self._retry_at = self._calendar_at = 0.0
 
     def after_fork(self) -> None:
@@ -210,10 +212,14 @@ class Tended:
                 return
             with self._ledger.writing() as write:  # what cannot be written down is not asked for
                 self._write(write, self.snapshot()[0])
-            reading = anchor.step()
-            self._anchor_clock.set(reading.clock)
-            moment = self._moment(reading.clock)
-            self._recorded(lambda account: leases.take(account, step, reading, moment, looked))
+            self._stepping = True
+            try:
+                reading = anchor.step()
+                self._anchor_clock.set(reading.clock)
+                moment = self._moment(reading.clock)
+                self._recorded(lambda account: leases.take(account, step, reading, moment, looked))
+            finally:
+                self._stepping = False
 
     # ---- the thread
 
@@ -308,6 +314,8 @@ class Tended:
         thread = self._thread
         if thread and thread is not threading.current_thread():
             thread.join(PATIENCE)
+            if self._stepping:  # what comes of it is in the record then, and costs nothing
+                thread.join(_STEP)
         try:
             with self._ledger.writing() as write:
                 self._ledger.leave()

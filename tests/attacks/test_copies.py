@@ -336,3 +336,22 @@ def test_no_sequence_of_events_with_copies_gains(monkeypatch, tmp_path_factory, 
         for each in copies.values():
             if each:
                 abandon(each)
+
+
+def test_a_clock_of_ones_own_gives_no_reservation_sooner(tmp_path, monkeypatch):
+    """In a time namespace, the system's clocks may be set on; the anchor's is asked before each reservation."""
+    with Machine().running(monkeypatch) as machine:
+        metering = machine.open(tmp_path, grant(limited(inferences=10**6)))
+        for _ in range(30):
+            spend(metering, 40)
+            machine.passes(1)
+            metering._tended.tend()
+        real = machine.read()
+        monkeypatch.setattr(machine, "read", lambda: real)
+        reserved = []
+        for _ in range(4):
+            machine.passes(11)
+            metering._tended.ask(3000)
+            metering._tended.tend()
+            reserved.append(metering._tended.snapshot()[0].words[Field.RESERVED])
+        assert reserved == [reserved[0]] * 4

@@ -7,6 +7,8 @@ import random
 import re
 import signal
 import time
+from collections import deque
+from itertools import repeat
 
 import pytest
 
@@ -163,6 +165,31 @@ def test_a_removed_place_is_noticed_without_an_account(vendor, device, monkeypat
                 assert error.value.reason == Reason.HOME_DAMAGED
             assert model.standing().reason == Reason.HOME_DAMAGED
             assert other.standing()
+
+
+def test_a_removed_place_ends_use_with_an_account(vendor, device, monkeypatch):
+    monkeypatch.setattr(instances, "PERIOD", 0.0)
+    licensed(vendor, device, TERMS + "[limits]\ninstances = 1\ninferences = 1_000_000\n", counted=True)
+    with device.open(vendor) as model:
+        model.spend()
+        (place,) = device.home.state.rglob("instances/0")
+        place.unlink()
+        with device.open(vendor):  # nobody keeps another from starting
+            assert model.standing().reason == Reason.HOME_DAMAGED
+            with pytest.raises(DamagedError) as error:
+                deque(map(model.spend, repeat(1, 5000)))  # what is booked already is spent
+            assert error.value.reason == Reason.HOME_DAMAGED
+            with pytest.raises(DamagedError), model.session(inferences=1):
+                pass
+
+
+def test_a_folder_of_places_that_leads_elsewhere_is_refused(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "instances").symlink_to("other")
+    with pytest.raises(DamagedError) as error:
+        Instance(tmp_path, LIMIT)
+    assert error.value.reason == Reason.HOME_DAMAGED
+    assert not any((tmp_path / "other").iterdir())
 
 
 def test_a_place_is_looked_at_seldom(tmp_path, monkeypatch):

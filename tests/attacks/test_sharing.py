@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import signal
@@ -10,13 +11,14 @@ import socket
 import threading
 import time
 from contextlib import suppress
+from typing import Any
 
 import pytest
 
 from hwlicense.core.errors import DamagedError, HwlicenseError, StorageError
 from hwlicense.core.limits import Limits, Use
 from hwlicense.core.secret import Secret
-from hwlicense.device import recovering, sharing
+from hwlicense.device import locking, recovering, sharing
 from hwlicense.device.ledger import Ledger
 from hwlicense.device.records import Records
 from tests.attacks.test_metering import Shop, spend_patiently
@@ -247,3 +249,87 @@ def test_an_opening_that_lacks_something_of_the_system_takes_no_lease(shop, monk
             shop.open()
     assert shop.anchor.read().steps == steps
     assert shop.used() == 0
+
+
+def test_who_joins_one_that_is_killed_opens_alone(shop):
+    """A stopped process is asked in vain; that it was killed meanwhile is no reason to refuse."""
+    ready = os.pipe()
+
+    def work() -> None:
+        shop.open()
+        os.write(ready[1], b"!")
+        time.sleep(60)
+
+    first = shop.child(work)
+    os.read(ready[0], 1)
+    os.kill(first, signal.SIGSTOP)
+    killing = threading.Timer(0.5, os.kill, (first, signal.SIGKILL))
+    killing.start()
+    shop.open().close()
+    os.waitpid(first, 0)
+
+
+def test_a_lock_that_nobody_lets_go_ends_an_opening_with_a_reason(shop, monkeypatch):
+    monkeypatch.setattr(locking.LockedFile.share, "__defaults__", (0.5,))
+    account(shop).mkdir(parents=True)
+    shop.open().close()
+    with (account(shop) / "alive").open("rb+") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(StorageError, match="has been locked for"):
+            shop.open()
+    shop.open().close()
+
+
+def test_looking_whether_others_are_there_leaves_no_lock_to_a_child(shop):
+    shop.open().close()
+    probe = locking.LockedFile.opened(account(shop) / "alive", 0)
+    copy = os.dup(probe.fd)  # as a child has it that was forked just then
+    try:
+        assert probe.free()
+        probe.close()
+        shop.open().close()
+    finally:
+        os.close(copy)
+
+
+def test_a_file_that_is_closed_while_a_thread_has_it_locked_is_closed_by_that_thread(tmp_path):
+    """Another file may have its number by then, and would be unlocked."""
+    file = locking.LockedFile.opened(tmp_path / "one", 0)
+    number = file.fd
+    with file.locked():
+        closing = threading.Thread(target=file.close)
+        closing.start()
+        closing.join()
+        assert os.fstat(number)  # and so no other file gets the number
+        with (tmp_path / "one").open("rb+") as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with pytest.raises(OSError, match="Bad file"):
+        os.fstat(number)
+    file.close()
+
+
+def test_a_signal_handler_that_raises_as_a_lock_is_had_leaves_it_to_others():
+    turn: Any = locking.Turn()
+    lock = turn._lock
+
+    class Interrupted:
+        release = lock.release
+
+        def acquire(self, timeout):
+            assert lock.acquire(timeout=timeout)
+            raise KeyboardInterrupt
+
+    turn._lock = Interrupted()
+    with pytest.raises(KeyboardInterrupt), turn:
+        pass
+    turn._lock = lock
+    others = []
+
+    def other() -> None:
+        with turn:
+            others.append(True)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert others == [True]

@@ -3,6 +3,7 @@
 import os
 import shutil
 import threading
+import time
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -10,12 +11,12 @@ from typing import Any
 import pytest
 from tpm2_pytss import ESAPI, ESYS_TR, TPM2_CC, TPM2_RC, TPM2_SE, TSS2_Exception
 
-from hwlicense.binders.tpm import TpmHardware, clock
+from hwlicense.binders.tpm import TpmHardware, answering, clock
 from hwlicense.binders.tpm.held import Held
 from hwlicense.binders.tpm.keys import tpm_public
 from hwlicense.core.documents import License
 from hwlicense.core.envelope import unverified
-from hwlicense.core.errors import HwlicenseError, UsageError
+from hwlicense.core.errors import HardwareError, HwlicenseError, Reason, UsageError
 from hwlicense.core.hardware import Counting
 from hwlicense.core.secret import Secret
 from hwlicense.core.tpm import policy
@@ -379,6 +380,26 @@ def test_an_anchor_counts_steps_over_restarts_forks_and_threads(customer, parts)
         assert anchor.step().steps == steps + 1
         happens()
     assert anchor.read().uptime < 60_000
+
+
+@pytest.mark.parametrize("command", [TPM2_CC.NV_Read, TPM2_CC.GetTime])
+def test_a_step_whose_answer_comes_late_is_given_by_the_next(customer, parts, monkeypatch, command):
+    """It was counted: given to nobody, it would be charged as another's lease."""
+    hardware, binding, held, approvals = parts
+    anchor = hardware.unwrap(binding, held, approvals, None).anchor
+    assert anchor.step().steps == 1
+    monkeypatch.setattr(answering, "LIMIT", 0.5)
+    customer.wire.delay(1.5, command=int(command))
+    with pytest.raises(HardwareError) as error:
+        anchor.step()
+    assert error.value.reason == Reason.TPM_HUNG
+    with pytest.raises(HardwareError, match="earlier command"):
+        anchor.step()
+    time.sleep(1.5)
+    assert anchor.step().steps == 2
+    assert anchor.read().steps == 2
+    assert anchor.step().steps == 3
+    customer.tpm.reboot()  # what was loaded for that command is known to nobody, and no resource manager is here
 
 
 def test_an_anchor_ends_with_its_revision(customer, parts):

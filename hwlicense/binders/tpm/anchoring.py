@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from tpm2_pytss import TSS2_Exception
 
 from hwlicense.binders.tpm import clock, opening
-from hwlicense.binders.tpm.counting import GONE, Indexes
+from hwlicense.binders.tpm.counting import GONE, Indexes, count
 from hwlicense.binders.tpm.failures import code, tampered
 from hwlicense.core.hardware import Reading
 from hwlicense.core.tpm import standing
@@ -34,6 +35,7 @@ class TpmAnchor:
     ) -> None:
         self._connection, self._sealed, self._held, self._index, self._auth = connection, sealed, held, index, auth
         self._lapse = 0
+        self._unused: Future[bytes] | bytes | None = None  # the count of a step that was not given to whoever asked
 
     def read(self) -> Reading:
         """The count as it is. Raises HardwareError, AbsentError, RefusedError LICENSE_SUPERSEDED, COUNTER_LOST."""
@@ -43,10 +45,32 @@ class TpmAnchor:
             return self._reading(work, root, *found)
 
     def step(self) -> Reading:
-        """Count one more, and read. Raises as `read`; the step may have been counted then."""
-        with self._indexes() as (work, root, indexes):
-            found = indexes.step(self._sealed.conditions.public(self._index))
-            return self._reading(work, root, *found)
+        """Count one more, and read. Raises as `read`; the step may have been counted then.
+
+        A step whose answer came after its time is given now, unless another was counted since.
+        """
+        if (before := self._counted()) is not None:
+            found = self.read()
+            self._unused = None
+            if found.steps == before:
+                return found
+        counted: list[Future[bytes] | bytes] = []
+        try:
+            with self._indexes() as (work, root, indexes):
+                stepped = indexes.step(self._sealed.conditions.public(self._index), counted.append)
+                return self._reading(work, root, *stepped)
+        except BaseException:
+            if counted:
+                self._unused = counted[-1]
+            raise
+
+    def _counted(self) -> int | None:
+        unused = self._unused
+        if isinstance(unused, Future):
+            if not unused.done() or unused.exception():
+                return None
+            unused = unused.result()
+        return None if unused is None else count(unused)
 
     def _reading(self, work: Work, root: ESYS_TR, steps: int, now: Time) -> Reading:
         if not self._lapse:

@@ -28,6 +28,9 @@ from hwlicense.core.tpm.quote import Time, read_time
 from hwlicense.core.tpm.wire import sized
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from concurrent.futures import Future
+
     from hwlicense.binders.tpm.connection import Work
     from hwlicense.core.documents import TpmCounter
     from hwlicense.core.secret import Secret
@@ -41,6 +44,11 @@ _CONTINUE, _ENCRYPT, _DECRYPT = (
     TPMA_SESSION.ENCRYPT,
     TPMA_SESSION.DECRYPT,
 )
+
+
+def count(content: bytes) -> int:
+    """Of an index of type PIN_PASS, by its content."""
+    return int.from_bytes(bytes(content)[:4], "big")
 
 
 class Indexes:
@@ -103,12 +111,21 @@ class Indexes:
         work.ended(session)
         return int.from_bytes(content[:4], "big"), read_time(bytes(attested.attestationData))
 
-    def step(self, public: NvPublic) -> tuple[int, Time]:
-        """Count one more, by reading with the index's authValue; and the time."""
+    def step(self, public: NvPublic, counted: Callable[[Future[bytes] | bytes], None]) -> tuple[int, Time]:
+        """Count one more, by reading with the index's authValue; and the time.
+
+        `counted` is told the count as soon as it is known, also if the time is not; or what will be, if it comes late.
+        """
         session = self._work.session(self._root, TPM2_SE.HMAC, _CONTINUE)
         index = self.handle(public)
-        content = bytes(self._work.call("nv_read", index, NV_SIZE, auth_handle=index, session1=session))
-        return int.from_bytes(content[:4], "big"), clock.read(self._work, session)
+        try:
+            content = bytes(self._work.call("nv_read", index, NV_SIZE, auth_handle=index, session1=session))
+        except BaseException:  # an interrupt gives the answer up, too
+            if self._work.answers.outcome:
+                counted(self._work.answers.outcome)
+            raise
+        counted(content)
+        return count(content), clock.read(self._work, session)
 
     # ---- changing
 
