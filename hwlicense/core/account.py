@@ -199,14 +199,18 @@ class Account:
         """`count` of what was booked was not spent."""
         self._book(-count, booked.slots)
 
+    def check_session(self, now: int, count: int) -> Short | None:
+        """Why no session of `count` allowances could begin now; None if one could."""
+        if all(self.words[at + 1] for at in _SESSIONS_AT):
+            return Short(None, max(1, min(self.words[at] for at in _SESSIONS_AT) - now))
+        return self.check(now, count)
+
     def hold(self, now: int, count: int, end: int) -> int | Short:
         """Book for a session that ends by `end`, when all of it counts as spent. The session's place."""
-        if short := self.check(now, count):
+        if short := self.check_session(now, count):
             return short
         words = self.words
-        place = next((at for at in _SESSIONS_AT if not words[at + 1]), None)
-        if place is None:
-            return Short(None, max(1, min(words[at] for at in _SESSIONS_AT) - now))
+        place = next(at for at in _SESSIONS_AT if not words[at + 1])
         words[place], words[place + 1] = end, count
         words[Field.LEFT] -= count
         words[Field.USED] += count

@@ -185,7 +185,8 @@ def take(account: Account, step: int, reading: Reading, moment: Moment, looked: 
     kept = words[Field.LEFT]  # others may be about to book it
     size = kept + step * RESERVATIONS
     if account.total is not None:
-        size = min(size, max(0, account.total - words[Field.USED]))
+        left = max(0, account.total - words[Field.USED])
+        size = min(size, left, max(kept + step, account.total // 2))  # one crash costs no more than half of it
     words[Field.SERIAL], words[Field.BASE], words[Field.SIZE] = reading.steps, words[Field.USED], size
     words[Field.LEFT] = words[Field.RESERVED] = min(kept + step, size)
     words[Field.STEP], words[Field.SETTLED] = max(step, 1), 0

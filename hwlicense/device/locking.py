@@ -26,7 +26,8 @@ LOCKS: Final = Path("/proc/locks")
 """The kernel's list of locks; see proc(5)."""
 
 _LOCK: Final = re.compile(
-    r"\d+: FLOCK +ADVISORY +WRITE +(?P<pid>[1-9]\d*) (?P<major>[0-9a-f]+):(?P<minor>[0-9a-f]+):(?P<inode>\d+) ",
+    r"\d+: FLOCK +ADVISORY +(?:READ|WRITE) +(?P<pid>[1-9]\d*) "
+    r"(?P<major>[0-9a-f]+):(?P<minor>[0-9a-f]+):(?P<inode>\d+) ",
     re.ASCII,
 )
 

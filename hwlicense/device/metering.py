@@ -42,6 +42,7 @@ _TICKET: Final = True
 _SOON: Final = 0.5  # seconds after which a lease is expected to be renewed
 _LONGER: Final = 1.1  # times its frame, a rate says no for other reasons
 _WAITED, _POLL = 2.0, 0.01  # seconds
+_SILENT: Final = 2.0  # seconds that hardware takes for an answer at times
 
 
 class Metering:
@@ -194,7 +195,10 @@ class Metering:
         if self._tended.problem:
             what = f"The lease of inferences is used up and cannot be renewed now. {self._tended.problem.what}"
             return ExceededError(Reason.LEASE_PENDING, what, self._tended.problem.hint, RETRY)
-        what = "Inferences are asked for faster than the hardware renews the lease of them."
+        if self._tended.silence > _SILENT:
+            what = f"The lease of inferences is used up, and the TPM has not answered for {self._tended.silence:.0f} s."
+            return ExceededError(Reason.LEASE_PENDING, what, "It is waited for: try again.", RETRY)
+        what = "Inferences are asked for faster than the lease of them is renewed."
         return ExceededError(Reason.LEASE_PENDING, what, "Try again in a moment.", _SOON)
 
     # ---- sessions
@@ -219,9 +223,10 @@ class Metering:
                 return session
             if held.rate or held.exhausted or held.wait:
                 raise self._exceeded(held, count)
-            if not self._tended.reserve(count):
-                if self._tended.problem or time.monotonic() > give_up:
-                    raise self._pending()
+            reserved = self._tended.reserve(count)
+            if self._tended.problem or time.monotonic() > give_up:
+                raise self._pending()
+            if not reserved:
                 time.sleep(_POLL)
 
     def let_go(self, session: Session) -> None:
@@ -250,7 +255,7 @@ class Metering:
             return None
         with self._turn, self._tended.sharing() as (account, now):
             self._take_back(account)
-            short = account.check(now, max(count, 1))
+            short = account.check_session(now, count) if count else account.check(now, 1)
         if short is None:
             return None
         if not count:  # what a session under way has reserved is left to others of this process
@@ -261,11 +266,9 @@ class Metering:
         return self._pending() if self._tended.problem else None
 
     def _on_round(self) -> None:
-        if self._instance:
-            self._instance.check()
+        self._give_back_unused()
         if self._watch:
             self._watch.tend()
-        self._give_back_unused()
 
     def _give_back_unused(self) -> None:
         if self._booked is None or time.monotonic() - self._refilled < PERIOD or not self._turn.tried():
@@ -303,8 +306,7 @@ class Session:
     def __init__(self, metering: Metering, place: int, end: int, count: int) -> None:
         """`end` is in nanoseconds of the meter."""
         self._metering, self.place, self.end, self.count = metering, place, end, count
-        self._tickets: Iterator[bool] = repeat(_TICKET, count)
-        self._turn = Turn()
+        self._left, self._turn = count, Turn()
         self._mine, self.thread = True, threading.get_ident()
 
     def draw(self, count: int, now: int) -> bool:
@@ -312,22 +314,21 @@ class Session:
         if now >= self.end or not self._turn.tried():
             return False
         try:
-            taken = sum(next(self._tickets, False) for _ in range(count))
-            if taken < count:
-                self._tickets = repeat(_TICKET, taken)
-            return taken == count
+            granted = count <= self._left
+            self._left -= count * granted
+            return granted
         finally:
             self._turn.over()
 
     def drain(self) -> int:
         """How many are left, for whoever gives them back: none of them is to be had any more. Raises StorageError."""
         with self._turn:
-            tickets, self._tickets = self._tickets, iter(())
-            return sum(tickets)
+            left, self._left = self._left, 0
+            return left
 
     def after_fork(self) -> None:
         """In a forked child: they are the parent's."""
-        self._tickets, self._turn, self._mine = iter(()), Turn(), False
+        self._left, self._turn, self._mine = 0, Turn(), False
 
     def finish(self) -> None:
         """Give back what was not spent. Raises StorageError."""

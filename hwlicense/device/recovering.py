@@ -12,6 +12,7 @@ from hwlicense.core.errors import DamagedError, Reason, RefusedError, StorageErr
 from hwlicense.core.terms import check_validity
 from hwlicense.device import clock
 from hwlicense.device.ledger import Ledger, prepare, unverified
+from hwlicense.device.sharing import check_answered
 from hwlicense.device.tending import AnchorClock, Tended, longest_session
 
 if TYPE_CHECKING:
@@ -241,6 +242,7 @@ def foreseeable(folder: Path, grant: Grant, reset: ClockReset | None) -> None:
     check_validity(grant, calendar.day(now), first)
     if kept(grant):
         prepare(folder, len(like.encode()))
+        check_answered(folder / "alive")
 
 
 def known(floor: int) -> int:

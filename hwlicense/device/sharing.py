@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from hwlicense import storage
-from hwlicense.core.errors import DamagedError, HwlicenseError, Reason, StorageError
-from hwlicense.device.locking import LockedFile
+from hwlicense.core.errors import DamagedError, HwlicenseError, Reason, StorageError, UsageError
+from hwlicense.device.locking import LockedFile, holders, taken
 from hwlicense.device.memory import memory_file
 from hwlicense.device.records import PAGE, Records
 
@@ -195,8 +195,7 @@ def joined(folder: Path, records: Records) -> tuple[Shared, Door]:
             for fd in fds:
                 os.close(fd)
         time.sleep(_POLL)
-    what = "The license is open in a process that does not answer: it is stopped, or a child that never used it."
-    raise StorageError(Reason.STORAGE, what, f"End that process, or let it go on (`lsof {folder / 'alive'}`).")
+    raise _unanswered(folder / "alive")
 
 
 def _taken(folder: Path, fds: list[int], records: Records) -> tuple[Shared, Door]:
@@ -204,12 +203,41 @@ def _taken(folder: Path, fds: list[int], records: Records) -> tuple[Shared, Door
     file = LockedFile(folder, fds[0])
     try:
         file.after_fork()  # a lock of its own
+        shared = Shared(file, records)
+        return shared, Door(listener, shared, records)
     except BaseException:
         file.close()
         listener.close()
         raise
-    shared = Shared(file, records)
-    return shared, Door(listener, shared, records)
+
+
+def check_answered(alive: Path) -> None:
+    """That somebody answers, where the license is open. Asked before hardware is: joining in vain would cost an open.
+
+    `alive` is what those lock who have it open. Raises StorageError.
+    """
+    give_up = time.monotonic() + PATIENCE
+    while True:
+        try:
+            with storage.OpenFile(alive) as file:
+                if taken(file.fd, alive) or seen(alive.parent) is not None:
+                    return
+        except UsageError:  # there is no such file: nobody has
+            return
+        if not (alive.parent / _NAME).exists():  # joining says what that means
+            return
+        if time.monotonic() > give_up:
+            raise _unanswered(alive)
+        time.sleep(_POLL)
+
+
+def _unanswered(alive: Path) -> StorageError:
+    pids = [pid for pid in (holders([alive.stat()]) if alive.exists() else ()) if pid != os.getpid()]
+    named = f" ({', '.join(f'process {pid}' for pid in pids)})" if pids else ""
+    what = (
+        f"The license is open in a process that does not answer{named}: it is stopped, or a child that never used it."
+    )
+    return StorageError(Reason.STORAGE, what, f"End that process, or let it go on (`lsof {alive}`).")
 
 
 def seen(folder: Path) -> bytes | None:

@@ -95,6 +95,7 @@ class Tended:
         self._thread: threading.Thread | None = None
         self._starting = Turn()
         self._stepping = False
+        self._silent_since: float | None = None
         self._retry_at = self._calendar_at = 0.0
 
     def after_fork(self) -> None:
@@ -173,7 +174,8 @@ class Tended:
         """Reserve so many now, if that takes no anchor; if it does, ask for it. Raises StorageError."""
         self._demand, self._asked = max(self._demand, count), time.monotonic()
         if self._anchor is None:
-            return self._recorded(lambda account: leases.reserve_freely(account, self._moment(), self._demand))
+            self._recorded(lambda account: leases.reserve_freely(account, self._moment(), self._demand))
+            return True  # by this thread, or another just before
         self._wake.set()
         return False
 
@@ -184,7 +186,8 @@ class Tended:
                 return
             account, looked = self.snapshot()
             due = leases.due(account, clock.running_time(), self._demand)  # before the anchor says how things are
-            reading = anchor.read()
+            with self._waiting():
+                reading = anchor.read()
             self._anchor_clock.set(reading.clock)
             moment = self._moment(reading.clock)
             latest = reading.steps == account.words[Field.SERIAL]
@@ -214,12 +217,27 @@ class Tended:
                 self._write(write, self.snapshot()[0])
             self._stepping = True
             try:
-                reading = anchor.step()
+                with self._waiting():
+                    reading = anchor.step()
                 self._anchor_clock.set(reading.clock)
                 moment = self._moment(reading.clock)
                 self._recorded(lambda account: leases.take(account, step, reading, moment, looked))
             finally:
                 self._stepping = False
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        self._silent_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._silent_since = None
+
+    @property
+    def silence(self) -> float:
+        """Seconds since the anchor was asked something that it has not answered; 0 where it has."""
+        since = self._silent_since
+        return 0.0 if since is None else time.monotonic() - since
 
     # ---- the thread
 
@@ -242,24 +260,17 @@ class Tended:
         """One round of looking after the account. False when there is nothing to look after any more."""
         if self.closed:
             return False
-        try:
-            self.on_round()
-            if self.metered:
-                self._renew(self._anchor)
-            self._check_calendar()
-            if time.monotonic() >= self._retry_at:  # until then nothing was tried
-                self.problem = None
-        except HwlicenseError as error:
-            self.problem = error.again()
+        problem = _problem(self._renew) if self.metered else None
+        if problem:
             self._retry_at = time.monotonic() + RETRY
-        except Exception as error:  # noqa: BLE001  # whatever it is, the next look may go well
-            what = f"The account could not be looked after ({type(error).__name__}: {error})."
-            self.problem = HardwareError(Reason.INTERNAL, what, "Open the model again; if it comes back, report it.")
-            self.problem.__cause__ = error
-            self._retry_at = time.monotonic() + RETRY
+        others = [_problem(self.on_round), _problem(self._check_calendar)]
+        found = next((each for each in (problem, *others) if each), None)
+        if found or time.monotonic() >= self._retry_at:  # until then nothing was tried
+            self.problem = found
         return True
 
-    def _renew(self, anchor: Anchor | None) -> None:
+    def _renew(self) -> None:
+        anchor = self._anchor
         account, meter = self.snapshot()
         self._demand = min(
             self._demand, account.most * RESERVATIONS, *([] if account.total is None else [account.remaining or 0])
@@ -328,6 +339,20 @@ class Tended:
                     self._ledger.forget()
         finally:
             self._ledger.close()
+
+
+def _problem(part: Callable[[], None]) -> HwlicenseError | None:
+    """What one part of a round came to: no other is kept from its turn by it."""
+    try:
+        part()
+    except HwlicenseError as error:
+        return error.again()
+    except Exception as error:  # noqa: BLE001  # whatever it is, the next round may go well
+        what = f"The account could not be looked after ({type(error).__name__}: {error})."
+        problem = HardwareError(Reason.INTERNAL, what, "Open the model again; if it comes back, report it.")
+        problem.__cause__ = error
+        return problem
+    return None
 
 
 def _tend_on(tended: weakref.ref[Tended], wake: threading.Event) -> None:

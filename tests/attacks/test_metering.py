@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import fcntl
 import os
 import random
@@ -16,7 +17,7 @@ from contextlib import suppress
 
 import pytest
 
-from hwlicense.core.account import Account, Field
+from hwlicense.core.account import SESSIONS, Account, Field
 from hwlicense.core.errors import (
     ClosedError,
     ExceededError,
@@ -465,6 +466,57 @@ def test_a_fork_in_a_signal_handler_gives_no_batch_twice(tmp_path, anchored, mon
     for child in children:
         os.waitpid(child, 0)
     assert spent + len(shop.told()) <= 3000
+
+
+def test_what_cannot_be_looked_after_keeps_nothing_else_from_it(tmp_path):
+    shop = Shop(tmp_path, Use(limits=Limits(inferences=10**6)), anchored=False)
+    metering = shop.open()
+    tended = metering._tended
+
+    def fails() -> None:
+        raise StorageError(Reason.STORAGE, "The monitor cannot be written.", "")
+
+    tended.on_round = fails
+    tended._grant = grant(Use(limits=Limits(inferences=10**6)), not_after=datetime.date(2026, 6, 2))
+    tended._calendar_at = 0.0
+    assert tended.tend()
+    assert tended.refusal.reason == Reason.LICENSE_EXPIRED
+    assert tended.problem.what == "The monitor cannot be written."
+    tended.on_round = lambda: None
+    assert tended.tend()
+    metering.close()
+
+
+def test_without_an_anchor_no_lease_is_pending(tmp_path):
+    """What another thread reserved just now is there to be booked."""
+    shop = Shop(tmp_path, Use(limits=Limits(inferences=10**7)), anchored=False)
+    metering = shop.open()
+    for _ in range(20_000):
+        metering.spend()  # its own thread reserves, too
+    metering.close()
+
+
+def test_a_session_is_refused_beforehand_where_none_is_free(tmp_path):
+    shop = Shop(tmp_path, Use(limits=Limits(inferences=10**6)), anchored=False)
+    metering = shop.open()
+    sessions = [metering.hold(1, 60) for _ in range(SESSIONS)]
+    refusal = metering.may_start(1)
+    assert refusal.reason == Reason.RATE_EXCEEDED
+    assert 59 < refusal.wait <= 60
+    assert metering.may_start(0) is None
+    sessions.pop().finish()
+    assert metering.may_start(1) is None
+    metering.close()
+
+
+def test_a_silent_anchor_is_named(tmp_path, monkeypatch):
+    shop = Shop(tmp_path, Use(limits=Limits(inferences=10**6)))
+    metering = shop.open()
+    monkeypatch.setattr(type(metering._tended), "silence", 30.0)
+    error = metering._pending()
+    assert (error.reason, error.wait) == (Reason.LEASE_PENDING, 5.0)
+    assert "has not answered for 30 s" in error.what
+    metering.close()
 
 
 CHECK = """

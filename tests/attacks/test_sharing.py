@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -75,8 +76,11 @@ def test_a_stopped_process_keeps_others_out_and_says_so(shop, monkeypatch):
     os.kill(child, signal.SIGSTOP)
     with pytest.raises(StorageError) as error:
         shop.open()
-    assert "does not answer" in error.value.what
+    assert f"does not answer (process {child})" in error.value.what
+    with pytest.raises(StorageError, match="does not answer"):  # and so before hardware is asked, which may count
+        recovering.foreseeable(account(shop), shop.granted, None)
     os.kill(child, signal.SIGCONT)
+    recovering.foreseeable(account(shop), shop.granted, None)
     shop.open().close()
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -333,3 +337,19 @@ def test_a_signal_handler_that_raises_as_a_lock_is_had_leaves_it_to_others():
     thread.start()
     thread.join()
     assert others == [True]
+
+
+def test_a_join_that_fails_leaves_no_descriptor(shop, monkeypatch):
+    first = shop.open()
+
+    def no_pair(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(socket, "socketpair", no_pair)
+    own = Path("/proc/self/fd")
+    before = len(list(own.iterdir()))
+    for _ in range(3):
+        with pytest.raises(StorageError):
+            shop.open()
+    assert len(list(own.iterdir())) == before
+    first.close()
