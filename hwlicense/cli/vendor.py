@@ -14,6 +14,7 @@ from hwlicense.cli.vendor_hardware import dongle, token
 from hwlicense.cli.vendor_input import (
     FILE,
     agreed_terms,
+    enclose_option,
     examined,
     force_option,
     new_pin,
@@ -31,7 +32,8 @@ from hwlicense.cli.vendor_input import (
 from hwlicense.cli.vendor_revising import reset_clock, revise
 from hwlicense.core.errors import Reason, UsageError
 from hwlicense.core.keys import wrap_for_vendor
-from hwlicense.vendor import approving, dongles, issuing, packing, signing
+from hwlicense.core.secret import Secret
+from hwlicense.vendor import approving, dongles, enclosing, issuing, packing, signing
 from hwlicense.vendor.basis import packaged, recorded
 from hwlicense.vendor.folder import Folder
 
@@ -39,7 +41,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hwlicense.core.package import Algorithm
-    from hwlicense.core.secret import Secret
 
 
 @click.group()
@@ -152,6 +153,7 @@ def pack(
     help="A package that the license opens; may be given several times.",
 )
 @terms_option
+@enclose_option
 @trust_options
 @click.option("-o", "--output", "target", type=FILE, required=True, metavar="OUT.hwlic")
 @pin_options
@@ -162,6 +164,7 @@ def issue(
     requests: tuple[Path, ...],
     packages: tuple[Path, ...],
     terms: Path,
+    enclosed: Path | None,
     roots: tuple[str, ...],
     recorded_keys: tuple[str, ...],
     token_roots: tuple[Path, ...],
@@ -183,6 +186,7 @@ def issue(
     parts = [part for request in requests for part in examined(request, believed).parts]
     manifests = [read_manifest(path, place) for path in packages]
     refuse_existing(target, force=force)
+    enclosure = enclosing.read(enclosed) if enclosed else Secret(bytearray())
     pin = new_pin(pin_file, with_pin=with_pin)
     keys = secrets.unlock(place, passphrase_file)
     # One at a time, so that a product has one first approval. The file is begun first: the folder records nothing that
@@ -198,13 +202,16 @@ def issue(
             today=today(),
             pin=pin,
             bind_dongle=partial(dongles.bind, place, keys),
+            enclosure=enclosure,
         )
         file.write(issued.raw)
         file.flush()
         if issued.approval:
             place.keep_approval(*issued.approval)
             output.note(f"The device's PCRs are the first approved state of {agreed.product!r}.")
-        place.keep_license(issued.license, issued.raw, recorded(issued.license, parts, map(packaged, manifests)))
+        sealed = enclosing.recorded(enclosure, issued.license.grant.license, keys)
+        basis = recorded(issued.license, parts, map(packaged, manifests), enclosure=sealed)
+        place.keep_license(issued.license, issued.raw, basis)
     trust = "; ".join(why_believed(binding) for binding in issued.license.bindings)
     output.note(f"Issued license {issued.license.grant.license} for {agreed.licensee!r} in {target}; {trust}.")
 

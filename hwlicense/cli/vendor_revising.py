@@ -13,6 +13,7 @@ from hwlicense.cli import output, secrets
 from hwlicense.cli.vendor_input import (
     FILE,
     agreed_terms,
+    enclose_option,
     examined,
     force_option,
     new_pin,
@@ -30,7 +31,8 @@ from hwlicense.core.documents import License
 from hwlicense.core.envelope import verified
 from hwlicense.core.errors import Reason, UsageError
 from hwlicense.core.schema import FILE_LIMIT
-from hwlicense.vendor import dongles, issuing, resetting, revising
+from hwlicense.core.secret import Secret
+from hwlicense.vendor import dongles, enclosing, issuing, resetting, revising
 from hwlicense.vendor.basis import packaged, recorded
 from hwlicense.vendor.folder import Folder
 
@@ -65,6 +67,8 @@ if TYPE_CHECKING:
     metavar="PKG.hwpkg",
     help="A package that the revision opens; may be given several times.  [default: those of the license]",
 )
+@enclose_option
+@click.option("--no-enclosure", is_flag=True, help="Enclose nothing.  [default: what the license encloses]")
 @trust_options
 @click.option("-o", "--output", "target", type=FILE, required=True, metavar="OUT.hwlic")
 @pin_options
@@ -77,6 +81,8 @@ def revise(
     terms: Path,
     requests: tuple[Path, ...],
     packages: tuple[Path, ...],
+    enclosed: Path | None,
+    no_enclosure: bool,
     roots: tuple[str, ...],
     recorded_keys: tuple[str, ...],
     token_roots: tuple[Path, ...],
@@ -102,16 +108,22 @@ def revise(
     believed = trusted(place, roots, recorded_keys, token_roots, tokens)
     parts = [part for request in requests for part in examined(request, believed).parts]
     given = [packaged(read_manifest(path, place)) for path in packages]
-    source = revising.sources(old, place.basis(old), parts, given)
+    basis = place.basis(old)
+    source = revising.sources(old, basis, parts, given)
     agreed = revising.kept_revocable(old, agreed)
     refuse_existing(target, force=force)
     if no_pin and (with_pin or pin_file):
         raise UsageError(Reason.USAGE, "--no-pin excludes --pin and --pin-file.", "Give one of them.")
+    if enclosed and no_enclosure:
+        raise UsageError(Reason.USAGE, "--enclose and --no-enclosure exclude each other.", "Give one of them.")
+    enclosure = enclosing.read(enclosed) if enclosed else Secret(bytearray())
     if revising.had_pin(old) and not (no_pin or with_pin or pin_file):
         what = f"Revision {old.grant.revision} has a PIN, which is not known here: the next one takes its own."
         raise UsageError(Reason.USAGE, what, "Give --pin or --pin-file; or --no-pin, to go on without.")
     pin = new_pin(pin_file, with_pin=with_pin)
     keys = secrets.unlock(place, passphrase_file)
+    if not enclosed and not no_enclosure:
+        enclosure = enclosing.kept(basis, keys)
     with storage.exclusive(place.path), storage.new_file(target, force=force) as file:
         with output.naming(licensed):
             place.issued(raw)  # again: another may have revised it meanwhile
@@ -128,13 +140,16 @@ def revise(
             since=source.since,
             pin=pin,
             bind_dongle=partial(dongles.bind, place, keys),
+            enclosure=enclosure,
         )
         file.write(made.raw)
         file.flush()
         if made.approval:
             place.keep_approval(*made.approval)
             output.note(f"The PCRs of the device's request are the first approved state of {agreed.product!r}.")
-        place.keep_license(made.license, made.raw, recorded(made.license, source.parts, source.packages, source.since))
+        sealed = enclosing.recorded(enclosure, old.grant.license, keys)
+        basis = recorded(made.license, source.parts, source.packages, source.since, sealed)
+        place.keep_license(made.license, made.raw, basis)
     grant = made.license.grant
     trust = "; ".join(why_believed(binding) for binding in made.license.bindings)
     output.note(

@@ -8,7 +8,7 @@ from hwlicense.core.errors import ExceededError, Reason, UsageError
 from hwlicense.device.model import Model
 from hwlicense.device.reading import PackageFile
 from tests.metered import Machine, grant, limited, spend
-from tests.packages import pack
+from tests.packages import nothing_enclosed, pack
 
 INFERENCES = 100
 
@@ -24,7 +24,7 @@ def model(machine, vendor, tmp_path):
     package, key, _ = pack(vendor, tmp_path / "package", {"small": b"small"})
     granted = grant(limited(inferences=INFERENCES), continuity=600)
     metering = machine.open(tmp_path / "state", granted)
-    with Model(PackageFile(package, vendor.public), key, granted, None, metering) as model:
+    with Model(PackageFile(package, vendor.public), nothing_enclosed(key), granted, None, metering) as model:
         yield model
 
 
@@ -50,7 +50,11 @@ def test_what_is_no_number_of_inferences(model, count):
 
 def test_what_is_no_number_of_inferences_where_nothing_is_counted(vendor, tmp_path):
     package, key, _ = pack(vendor, tmp_path, {"small": b"small"})
-    with Model(PackageFile(package, vendor.public), key) as model, pytest.raises(UsageError), model.session(-1):
+    with (
+        Model(PackageFile(package, vendor.public), nothing_enclosed(key)) as model,
+        pytest.raises(UsageError),
+        model.session(-1),
+    ):
         pytest.fail("it began")
 
 
