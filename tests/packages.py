@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from blake3 import blake3
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from hwlicense.core.keys import unwrap_for_vendor
+from hwlicense.core.keys import Content, unwrap_for_vendor
+from hwlicense.core.secret import Secret
 from hwlicense.device import memory
 from hwlicense.device.model import Model
 from hwlicense.device.reading import PackageFile
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hwlicense.core.documents import Manifest
-    from hwlicense.core.secret import Secret
     from tests.world import Vendor
 
 
@@ -33,10 +33,15 @@ def content_key(vendor: Vendor, manifest: Manifest) -> Secret:
     return unwrap_for_vendor(manifest.wrapped_content_key, manifest.content_key, vendor.keys.content)
 
 
+def nothing_enclosed(key: Secret) -> Content:
+    """What a license opens that encloses nothing."""
+    return Content(key, Secret(bytearray()))
+
+
 @contextmanager
 def opened(vendor: Vendor, package: Path, key: Secret) -> Iterator[Model]:
     """A model, without license and hardware."""
-    with PackageFile(package, vendor.public) as file, Model(file, key) as model:
+    with PackageFile(package, vendor.public) as file, Model(file, nothing_enclosed(key)) as model:
         yield model
 
 

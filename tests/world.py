@@ -91,6 +91,7 @@ class Vendor:
         pin: Secret | None = None,
         recorded: tuple[bytes, ...] = (),
         roots: list[evidence.Root] | None = None,
+        enclosure: Secret | None = None,
     ) -> issuing.Issued:
         chosen = evidence.read_roots(tpm.ek_root.read_bytes(), "virtual") if roots is None else roots
         trusted = evidence.Trusted(chosen, recorded)
@@ -105,6 +106,7 @@ class Vendor:
             self.place.approvals(agreed.product),
             today=NOW.date(),
             pin=pin,
+            enclosure=enclosure,
         )
         if issued.approval and self.remember:
             self.place.keep_approval(*issued.approval)

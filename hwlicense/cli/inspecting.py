@@ -34,6 +34,7 @@ from hwlicense.core.documents import (
 from hwlicense.core.durations import of_rate, spelled
 from hwlicense.core.envelope import disassemble, unverified, verified
 from hwlicense.core.errors import DamagedError, Reason, UsageError
+from hwlicense.core.keys import TAG_SIZE
 from hwlicense.core.schema import FILE_LIMIT, Document, decode
 from hwlicense.core.tpm.structures import Public
 from hwlicense.device.reading import read_envelope
@@ -178,6 +179,8 @@ def _license(document: License) -> Iterator[tuple[str, str]]:
         yield from [("", line) for line in _binding(binding)]
     yield from _presence(grant)
     yield from _use(grant)
+    if document.enclosure:
+        yield "encloses", f"{len(document.enclosure) - TAG_SIZE:,} bytes for the application"
     yield "approved states", str(len(document.approvals))
 
 

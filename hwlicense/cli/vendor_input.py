@@ -31,6 +31,13 @@ vendor_option = click.option(
     "--vendor", "folder", type=FILE, required=True, metavar="VENDOR_DIR", help="The vendor folder."
 )
 force_option = click.option("--force", is_flag=True, help="Replace the output file if it exists.")
+enclose_option = click.option(
+    "--enclose",
+    "enclosed",
+    type=FILE,
+    metavar="FILE",
+    help="Up to 64 KiB for the application of this license alone, such as a watermark's seed; sealed as the keys are.",
+)
 terms_option = click.option("--terms", type=FILE, required=True, metavar="TERMS.toml", help="What the license allows.")
 
 

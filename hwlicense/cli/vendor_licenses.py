@@ -13,6 +13,7 @@ from hwlicense.cli import output, secrets
 from hwlicense.cli.vendor_input import (
     FILE,
     agreed_terms,
+    enclose_option,
     examined,
     force_option,
     new_pin,
@@ -30,7 +31,8 @@ from hwlicense.core.documents import License
 from hwlicense.core.envelope import verified
 from hwlicense.core.errors import Reason, UsageError
 from hwlicense.core.schema import FILE_LIMIT
-from hwlicense.vendor import dongles, issuing, resetting, revising
+from hwlicense.core.secret import Secret
+from hwlicense.vendor import dongles, enclosing, issuing, resetting, revising
 from hwlicense.vendor.basis import packaged, recorded
 from hwlicense.vendor.folder import Folder
 
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
     help="A package that the license opens; may be given several times.",
 )
 @terms_option
+@enclose_option
 @trust_options
 @click.option("-o", "--output", "target", type=FILE, required=True, metavar="OUT.hwlic")
 @pin_options
@@ -69,6 +72,7 @@ def issue(
     requests: tuple[Path, ...],
     packages: tuple[Path, ...],
     terms: Path,
+    enclosed: Path | None,
     roots: tuple[str, ...],
     recorded_keys: tuple[str, ...],
     token_roots: tuple[Path, ...],
@@ -90,6 +94,7 @@ def issue(
     parts = [part for request in requests for part in examined(request, believed).parts]
     manifests = [read_manifest(path, place) for path in packages]
     refuse_existing(target, force=force)
+    enclosure = enclosing.read(enclosed) if enclosed else Secret(bytearray())
     pin = new_pin(pin_file, with_pin=with_pin)
     keys = secrets.unlock(place, passphrase_file)
     # One at a time, so that a product has one first approval. The file is begun first: the folder records nothing that
@@ -105,9 +110,10 @@ def issue(
             today=today(),
             pin=pin,
             bind_dongle=partial(dongles.bind, place, keys),
+            enclosure=enclosure,
         )
         source = revising.Sources(parts, list(map(packaged, manifests)), 1)
-        trust = _keep(place, file, issued, source)
+        trust = _keep(place, file, issued, source, enclosing.recorded(enclosure, issued.license.grant.license, keys))
     output.note(f"Issued license {issued.license.grant.license} for {agreed.licensee!r} in {target}; {trust}.")
 
 
@@ -138,6 +144,8 @@ def issue(
     metavar="PKG.hwpkg",
     help="A package that the revision opens; may be given several times.  [default: those of the license]",
 )
+@enclose_option
+@click.option("--no-enclosure", is_flag=True, help="Enclose nothing.  [default: what the license encloses]")
 @trust_options
 @click.option("-o", "--output", "target", type=FILE, required=True, metavar="OUT.hwlic")
 @pin_options
@@ -150,6 +158,8 @@ def revise(
     terms: Path,
     requests: tuple[Path, ...],
     packages: tuple[Path, ...],
+    enclosed: Path | None,
+    no_enclosure: bool,
     roots: tuple[str, ...],
     recorded_keys: tuple[str, ...],
     token_roots: tuple[Path, ...],
@@ -175,16 +185,22 @@ def revise(
     believed = trusted(place, roots, recorded_keys, token_roots, tokens)
     parts = [part for request in requests for part in examined(request, believed).parts]
     given = [packaged(read_manifest(path, place)) for path in packages]
-    source = revising.sources(old, place.basis(old), parts, given)
+    basis = place.basis(old)
+    source = revising.sources(old, basis, parts, given)
     agreed = revising.kept_revocable(old, agreed)
     refuse_existing(target, force=force)
     if no_pin and (with_pin or pin_file):
         raise UsageError(Reason.USAGE, "--no-pin excludes --pin and --pin-file.", "Give one of them.")
+    if enclosed and no_enclosure:
+        raise UsageError(Reason.USAGE, "--enclose and --no-enclosure exclude each other.", "Give one of them.")
+    enclosure = enclosing.read(enclosed) if enclosed else Secret(bytearray())
     if revising.had_pin(old) and not (no_pin or with_pin or pin_file):
         what = f"Revision {old.grant.revision} has a PIN, which is not known here: the next one takes its own."
         raise UsageError(Reason.USAGE, what, "Give --pin or --pin-file; or --no-pin, to go on without.")
     pin = new_pin(pin_file, with_pin=with_pin)
     keys = secrets.unlock(place, passphrase_file)
+    if not enclosed and not no_enclosure:
+        enclosure = enclosing.kept(basis, keys)
     with storage.exclusive(place.path), storage.new_file(target, force=force) as file:
         with output.naming(licensed):
             place.issued(raw)  # again: another may have revised it meanwhile
@@ -201,8 +217,9 @@ def revise(
             since=source.since,
             pin=pin,
             bind_dongle=partial(dongles.bind, place, keys),
+            enclosure=enclosure,
         )
-        trust = _keep(place, file, made, source)
+        trust = _keep(place, file, made, source, enclosing.recorded(enclosure, old.grant.license, keys))
     grant = made.license.grant
     output.note(
         f"Made revision {grant.revision} of license {grant.license} for {agreed.licensee!r} in {target}; {trust}."
@@ -236,7 +253,7 @@ def reset_clock(folder: Path, licensed: Path, target: Path, force: bool, passphr
     output.note(f"Reset the clock of license {document.grant.license} to {now:%Y-%m-%d %H:%M:%S} UTC in {target}.")
 
 
-def _keep(place: Folder, file: BinaryIO, made: issuing.Issued, source: revising.Sources) -> str:
+def _keep(place: Folder, file: BinaryIO, made: issuing.Issued, source: revising.Sources, enclosure: bytes) -> str:
     """Write a license down, for the device and here. Returns why its hardware is believed."""
     file.write(made.raw)
     file.flush()
@@ -244,5 +261,6 @@ def _keep(place: Folder, file: BinaryIO, made: issuing.Issued, source: revising.
         place.keep_approval(*made.approval)
         product = made.license.grant.product
         output.note(f"The PCRs of the device's request are the first approved state of {product!r}.")
-    place.keep_license(made.license, made.raw, recorded(made.license, source.parts, source.packages, source.since))
+    basis = recorded(made.license, source.parts, source.packages, source.since, enclosure)
+    place.keep_license(made.license, made.raw, basis)
     return "; ".join(why_believed(binding) for binding in made.license.bindings)

@@ -318,8 +318,14 @@ class ClockReset(Document, frozen=True):
     time: Positive
 
 
-class License(Document, frozen=True):
-    """A grant for one device, the hardware that holds its secret, and what that secret opens."""
+ENCLOSURE_LIMIT: Final = 64 << 10
+
+
+class License(Document, frozen=True, omit_defaults=True):
+    """A grant for one device, the hardware that holds its secret, and what that secret opens.
+
+    `enclosure` is ciphertext: up to 64 KiB for the application, of this license alone, and a tag of 16 bytes.
+    """
 
     schema: int
     grant: Grant
@@ -328,6 +334,7 @@ class License(Document, frozen=True):
     wraps: Annotated[list[SecretWrap], msgspec.Meta(min_length=1, max_length=100)]
     keys: Annotated[list[ContentKeyWrap], msgspec.Meta(min_length=1, max_length=100)]
     approvals: Annotated[list[Approval], msgspec.Meta(max_length=100)]
+    enclosure: Annotated[bytes, msgspec.Meta(max_length=ENCLOSURE_LIMIT + 16)] = b""
 
 
 class Member(Document, frozen=True):

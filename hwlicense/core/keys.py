@@ -9,7 +9,7 @@ one message, so AES-256-GCM runs with a nonce of zeros: a nonce needs to differ 
 from __future__ import annotations
 
 from itertools import combinations
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -85,6 +85,39 @@ def unwrap_content_key(secret: Secret, licensed: License, identifier: str) -> Se
     raise _damaged("The license names the package but holds no key for it")
 
 
+class Content(NamedTuple):
+    """What a license opens: the content key, and what it encloses. A context manager that wipes both."""
+
+    key: Secret
+    enclosure: Secret
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.key.wipe()
+        self.enclosure.wipe()
+
+
+def seal_enclosure(secret: Secret, grant: Grant, enclosure: Secret) -> bytes:
+    """What a license encloses for the application, under secret and grant; 16 bytes longer, nothing for none."""
+    if not len(enclosure):
+        return b""
+    with _enclosure_key(secret, grant) as key:
+        return wrap_once(key, enclosure)
+
+
+def open_enclosure(secret: Secret, licensed: License) -> Secret:
+    """Empty where the license encloses nothing. Raises DamagedError LICENSE_DAMAGED."""
+    if not licensed.enclosure:
+        return Secret(bytearray())
+    try:
+        with _enclosure_key(secret, licensed.grant) as key:
+            return unwrap_once(key, licensed.enclosure)
+    except (InvalidTag, ValueError):
+        raise _damaged("What the license encloses and its grant do not belong together") from None
+
+
 def wrap_for_vendor(content_key: Secret, identifier: str, public: MLKEM768X25519PublicKey) -> bytes:
     """A content key for its own vendor's later use."""
     return seal_for_vendor(content_key, b"content key", identifier, public)
@@ -121,6 +154,10 @@ def _member_key(members: Sequence[Secret], places: Sequence[int]) -> Secret:
 
 def _grant_key(secret: Secret, grant: Grant, identifier: str) -> Secret:
     return derive([secret], b"content key", grant_digest(grant), bytes.fromhex(identifier))
+
+
+def _enclosure_key(secret: Secret, grant: Grant) -> Secret:
+    return derive([secret], b"enclosure", grant_digest(grant))
 
 
 def _damaged(what: str) -> DamagedError:

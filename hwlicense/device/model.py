@@ -9,9 +9,8 @@ from collections import Counter
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, NoReturn, Self
 
-from hwlicense.core import package
 from hwlicense.core.errors import ClosedError, DamagedError, HwlicenseError, Reason, RefusedError, UsageError
-from hwlicense.core.secret import SIZE
+from hwlicense.device.keyring import Keyring
 from hwlicense.device.memory import Memory, Protection, SealedFile, lend, protection
 from hwlicense.device.starting import Session, Standing, check_count, foremost, too_long
 from hwlicense.device.streaming import MemberReader
@@ -21,9 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
 
+    from hwlicense.core import package
     from hwlicense.core.documents import Grant, Member
+    from hwlicense.core.keys import Content
     from hwlicense.core.monitoring import Verdict
-    from hwlicense.core.secret import Secret
     from hwlicense.device.bound import Bound
     from hwlicense.device.instances import Instance
     from hwlicense.device.metering import Metering
@@ -46,24 +46,24 @@ class Model:
     def __init__(
         self,
         file: PackageFile,
-        content_key: Secret,
+        content: Content,
         grant: Grant | None = None,
-        presence: tuple[Presence, Callable[[Bound, bool], Secret]] | None = None,
+        presence: tuple[Presence, Callable[[Bound, bool], Content]] | None = None,
         metering: Metering | None = None,
         instance: Instance | None = None,
     ) -> None:
-        """Takes all but the content key over if this succeeds. `instance` is for a license that meters nothing.
+        """Takes all but the content over if this succeeds. `instance` is for a license that meters nothing.
 
-        With the presence comes what gives the content key once more. Raises DamagedError, StorageError.
+        With the presence comes what gives the content once more. Raises DamagedError, StorageError.
         """
         self.name, self.version = file.manifest.name, file.manifest.version
         self.grant = grant
         self._file = file
         self._layout = file.layout
-        self._keys = self._table(content_key)
+        self._keys = self._keyring(content)
         self._metering, self._instance = metering, instance
         self._presence = presence[0] if presence else None
-        self._content_key = presence[1] if presence else None
+        self._content = presence[1] if presence else None
         self._refusal: HwlicenseError | None = None
         self._closed = False
         self._users: Counter[int] = Counter()  # calls under way, by thread
@@ -130,6 +130,16 @@ class Model:
             if name not in self._sealed:
                 self._sealed[name] = SealedFile(member.size, lambda view: self._decrypt(member, view))
             return self._sealed[name].path
+
+    @property
+    def enclosure(self) -> memoryview:
+        """What the license encloses for the application, read-only: up to 64 KiB, empty where it encloses nothing.
+
+        Zeroed when nobody holds it. Raises as `read`.
+        """
+        self._check_present()
+        with self._using():
+            return self._keys.enclosure()
 
     @property
     def protection(self) -> Protection:
@@ -243,13 +253,13 @@ class Model:
         self._refusal = refusal.again()
         self._forget_keys()
 
-    def reopen(self, bound: Bound, *, ask: bool) -> Memory:
+    def reopen(self, bound: Bound, *, ask: bool) -> Keyring:
         """The keys anew; `ask` for a PIN where the hardware takes one. Raises HwlicenseError."""
-        assert self._content_key is not None  # noqa: S101  # it comes with the presence, which alone asks
-        with self._content_key(bound, ask) as key:
-            return self._table(key)
+        assert self._content is not None  # noqa: S101  # it comes with the presence, which alone asks
+        with self._content(bound, ask) as content:
+            return self._keyring(content)
 
-    def regain_keys(self, keys: Memory) -> None:
+    def regain_keys(self, keys: Keyring) -> None:
         """Take them into use, unless the model was closed meanwhile."""
         with self._lock:
             if self._closed:
@@ -278,15 +288,18 @@ class Model:
         return f"<Model {self.name!r} {self.version!r}{', closed' if self._closed else ''}>"
 
     def _forget_keys(self) -> None:
-        self._keys.view[:] = bytes(len(self._keys.view))
+        self._keys.zero()
         for reader in list(self._readers):
             reader.forget_soon()
 
-    def _member(self, name: str) -> Member:
+    def _check_present(self) -> None:
         self._check_open()
         if self._presence and (refusal := self._presence.refusal(wait=True)):  # before any lock of this object is taken
             raise refusal
         self._check()
+
+    def _member(self, name: str) -> Member:
+        self._check_present()
         member = self._layout.members.get(name)
         if member is None:
             what = f"The package {self.name!r} has no member {name!r}."
@@ -302,15 +315,8 @@ class Model:
         if self._closed:
             raise ClosedError(Reason.MODEL_CLOSED, f"The model {self.name!r} was closed.", "Open it again.")
 
-    def _table(self, content_key: Secret) -> Memory:
-        """The keys of all chunks. Raises DamagedError, StorageError."""
-        keys = Memory(max(1, self._layout.chunk_count) * SIZE)
-        try:
-            package.open_table_into(content_key, self._file.table(), keys.view[: self._layout.chunk_count * SIZE])
-        except BaseException:
-            keys.wipe()
-            raise
-        return keys
+    def _keyring(self, content: Content) -> Keyring:
+        return Keyring(content, self._file.table(), self._layout.chunk_count)
 
     @contextmanager
     def _using(self) -> Iterator[None]:
@@ -364,7 +370,7 @@ class Model:
         self._check()
         keys = self._keys
         try:
-            package.open_chunk_into(keys.view[chunk.key * SIZE : (chunk.key + 1) * SIZE], sealed, chunk, out)
+            keys.open_chunk(chunk, sealed, out)
         except DamagedError:
             self._check()  # keys that were wiped meanwhile open nothing
             if keys is self._keys:

@@ -16,7 +16,7 @@ from hwlicense.core.errors import (
     StorageError,
     UsageError,
 )
-from hwlicense.core.keys import unwrap_content_key, unwrap_license_secret
+from hwlicense.core.keys import Content, open_enclosure, unwrap_content_key, unwrap_license_secret
 from hwlicense.core.secret import Secret, derive
 from hwlicense.core.terms import check_validity
 from hwlicense.device import resetting
@@ -40,16 +40,16 @@ if TYPE_CHECKING:
 
 
 class Unlocked(NamedTuple):
-    """What an opening came to, for whoever asked to wipe and close: the content key, and the key of the account."""
+    """What an opening came to, for whoever asked to wipe and close: what is for the model, and the account's key."""
 
-    content_key: Secret
+    content: Content
     account_key: Secret
     installed: Installed
     bound: Bound
     instance: Instance | None
 
     def close(self) -> None:
-        """Let go of all but the content key."""
+        """Let go of all but the content."""
         self.account_key.wipe()
         self.bound.close()
         if self.instance:
@@ -69,9 +69,9 @@ def open_package(
     package = PackageFile(path, vendor)
     try:
         unlocked = unlock(package.manifest, vendor, home, connect, pin, today)
-        with unlocked.content_key as key:
+        with unlocked.content as content:
             try:
-                return _model(package, key, unlocked, home, pin)
+                return _model(package, content, unlocked, home, pin)
             except BaseException:
                 unlocked.close()
                 raise
@@ -174,24 +174,24 @@ def _first(licenses: Sequence[Installed], attempt: Callable[[Installed], R]) -> 
     raise refusals[0]
 
 
-def _unwrapped(bound: Bound, licensed: License, identifier: str, pin: PinSource | None) -> tuple[Secret, Secret]:
-    """The content key, and the key of the license's account."""
+def _unwrapped(bound: Bound, licensed: License, identifier: str, pin: PinSource | None) -> tuple[Content, Secret]:
+    """What is for the model, and the key of the license's account."""
     members = bound.members(pin)
     try:
         with unwrap_license_secret(licensed.wraps, members) as secret:
-            content_key = unwrap_content_key(secret, licensed, identifier)
-            return content_key, derive([secret], b"presence account", bytes.fromhex(licensed.grant.license))
+            content = Content(unwrap_content_key(secret, licensed, identifier), open_enclosure(secret, licensed))
+            return content, derive([secret], b"presence account", bytes.fromhex(licensed.grant.license))
     finally:
         for member in members.values():
             member.wipe()
 
 
-def _model(package: PackageFile, key: Secret, unlocked: Unlocked, home: Home, pin: PinSource | None) -> Model:
+def _model(package: PackageFile, content: Content, unlocked: Unlocked, home: Home, pin: PinSource | None) -> Model:
     """The open model, held to its license's limits, and watching its hardware where the license asks for that."""
     use = _use(unlocked, home)
     grant, instance = unlocked.installed.license.grant, None if use else unlocked.instance
     try:
-        return Model(package, key, grant, _presence(package, unlocked, home, pin), use, instance)
+        return Model(package, content, grant, _presence(package, unlocked, home, pin), use, instance)
     except BaseException:
         if use:
             use.close()
@@ -227,7 +227,7 @@ def _use(unlocked: Unlocked, home: Home) -> Metering | None:
 
 def _presence(
     package: PackageFile, unlocked: Unlocked, home: Home, pin: PinSource | None
-) -> tuple[Presence, Callable[[Bound, bool], Secret]] | None:
+) -> tuple[Presence, Callable[[Bound, bool], Content]] | None:
     _, account_key, (licensed, _), bound, _ = unlocked
     terms, identifier = licensed.grant.presence, package.manifest.content_key
     if terms is None:
@@ -246,7 +246,7 @@ def _presence(
             if account.proofs >= answers and len(licensed.bindings) == licensed.need:
                 raise exhausted()
 
-    def again(bound: Bound, ask: bool) -> Secret:  # noqa: FBT001  # called by the open model alone
+    def again(bound: Bound, ask: bool) -> Content:  # noqa: FBT001  # called by the open model alone
         once_more, spare = _unwrapped(bound, licensed, identifier, pin if ask else None)
         spare.wipe()
         return once_more

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from hwlicense.device.bound import Bound
     from hwlicense.device.grace import Account
-    from hwlicense.device.memory import Memory
+    from hwlicense.device.keyring import Keyring
 
 QUANTUM: Final = 10.0
 """Seconds of grace that are paid for at a time, or a twentieth where that is less: what a short absence costs."""
@@ -58,10 +58,10 @@ class Guarded(Protocol):
     def lose_keys(self, refusal: HwlicenseError) -> None:
         """Wipe the keys at once: nothing may start any more. Must not wait for anything."""
 
-    def reopen(self, bound: Bound, *, ask: bool) -> Memory:
+    def reopen(self, bound: Bound, *, ask: bool) -> Keyring:
         """The keys anew, from the hardware; `ask` for a PIN where it takes one. Raises HwlicenseError."""
 
-    def regain_keys(self, keys: Memory) -> None:
+    def regain_keys(self, keys: Keyring) -> None:
         """Take them into use. Must not wait for anything."""
 
 
@@ -258,7 +258,7 @@ class Presence:
         with self._changed:
             self._recorded.failed(error, time.monotonic())
 
-    def _reopened(self, guarded: Guarded) -> Memory:
+    def _reopened(self, guarded: Guarded) -> Keyring:
         """The keys anew. After a PIN was refused, or none given, nobody is asked again before the model is opened.
 
         Nor by any other process that was forked since: what a stale PIN spends is the token's, not a process's.

@@ -12,6 +12,7 @@ import msgspec
 
 from hwlicense.core.documents import (
     BINDING_LIMIT,
+    ENCLOSURE_LIMIT,
     Endorsement,
     PackageReference,
     TokenBinding,
@@ -62,8 +63,11 @@ class PackageBasis(Document, frozen=True):
     wrapped_content_key: Blob
 
 
-class Basis(Document, frozen=True):
-    """`issued/LICENSE-rR.json`. `since` is the revision that the parts first came into, from a request."""
+class Basis(Document, frozen=True, omit_defaults=True):
+    """`issued/LICENSE-rR.json`. `since` is the revision that the parts first came into, from a request.
+
+    `enclosure` is what the license encloses, sealed for the vendor.
+    """
 
     schema: int
     license: Identifier
@@ -71,12 +75,15 @@ class Basis(Document, frozen=True):
     since: Positive
     parts: Annotated[list[TpmBasis | TokenBasis | DongleBasis], msgspec.Meta(min_length=1, max_length=BINDING_LIMIT)]
     packages: Annotated[list[PackageBasis], msgspec.Meta(min_length=1, max_length=100)]
+    enclosure: Annotated[bytes, msgspec.Meta(max_length=ENCLOSURE_LIMIT + 4096)] = b""
 
 
 prepare(Basis)
 
 
-def recorded(licensed: License, parts: Iterable[Part], packages: Iterable[PackageBasis], since: int = 1) -> Basis:
+def recorded(
+    licensed: License, parts: Iterable[Part], packages: Iterable[PackageBasis], since: int = 1, enclosure: bytes = b""
+) -> Basis:
     """The basis of a license that was made from `parts`, which came in with the revision `since`."""
     return Basis(
         schema=SCHEMA,
@@ -85,6 +92,7 @@ def recorded(licensed: License, parts: Iterable[Part], packages: Iterable[Packag
         since=since,
         parts=[_recorded(part) for part in parts],
         packages=list(packages),
+        enclosure=enclosure,
     )
 
 

@@ -18,7 +18,7 @@ from hwlicense.core.documents import (
 )
 from hwlicense.core.envelope import seal
 from hwlicense.core.errors import Reason, RefusedError, UsageError
-from hwlicense.core.keys import unwrap_for_vendor, wrap_content_keys, wrap_license_secret
+from hwlicense.core.keys import seal_enclosure, unwrap_for_vendor, wrap_content_keys, wrap_license_secret
 from hwlicense.core.limits import Use
 from hwlicense.core.schema import SCHEMA, check
 from hwlicense.core.secret import Secret
@@ -70,10 +70,13 @@ def issue(  # noqa: PLR0913  # who, for what, under what: all of it
     today: datetime.date,
     pin: Secret | None = None,
     bind_dongle: BindDongle | None = None,
+    enclosure: Secret | None = None,
 ) -> Issued:
     """A license for hardware of one or several requests. `approvals` are those of the product that `terms` name.
 
-    `pin` is for the TPM; a token has its own. Raises RefusedError (WRONG_VENDOR, PLATFORM_UNAPPROVED, PCR_UNUSABLE,
+    `pin` is for the TPM; a token has its own. `enclosure`, up to 64 KiB, is for the application.
+
+    Raises RefusedError (WRONG_VENDOR, PLATFORM_UNAPPROVED, PCR_UNUSABLE,
     DONGLE_UNKNOWN, ANSWERS_EXHAUSTED), UsageError, DamagedError.
     """
     for manifest in manifests:
@@ -90,6 +93,7 @@ def issue(  # noqa: PLR0913  # who, for what, under what: all of it
         today=today,
         pin=pin,
         bind_dongle=bind_dongle,
+        enclosure=enclosure,
     )
 
 
@@ -107,6 +111,7 @@ def make(  # noqa: PLR0913  # as above
     since: int = 1,
     pin: Secret | None = None,
     bind_dongle: BindDongle | None = None,
+    enclosure: Secret | None = None,
 ) -> Issued:
     """A license, or a revision of one: all its bindings are made anew. `license_id` None is a new license.
 
@@ -160,6 +165,7 @@ def make(  # noqa: PLR0913  # as above
                 wraps=wrap_license_secret(secret, members, need),
                 keys=wrap_content_keys(secret, grant, content_keys),
                 approvals=usable,
+                enclosure=seal_enclosure(secret, grant, enclosure) if enclosure else b"",
             )
     finally:
         for spent in (*members, *content_keys):

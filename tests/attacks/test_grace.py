@@ -84,7 +84,7 @@ def test_plugging_in_again_and_opening_again_refill_nothing(bench, vendor, tmp_p
         with model.session():  # bridged: sessions start as before
             assert everything(model) == MEMBERS
         assert until(lambda: not model.standing(), 4) > 1
-        until(lambda: not any(model._keys.view), 1)
+        until(lambda: not any(model._keys.memory.view), 1)
         dongle.plug()
         until(lambda: model.standing().may_start, 5)
         assert model.standing().grace_left == 0

@@ -29,7 +29,7 @@ def held_of(home):
 
 def key(vendor, device):
     """The content key, without the package's content: what opening comes to."""
-    return unlock(vendor.manifest, vendor.public, device.home, device.connect, None, utc_today()).content_key
+    return unlock(vendor.manifest, vendor.public, device.home, device.connect, None, utc_today()).content.key
 
 
 def content_key_of(vendor):

@@ -31,6 +31,7 @@ PROTECTED = """
 import sys; sys.path.insert(0, {root!r})
 from pathlib import Path
 from hwlicense.core.documents import VendorPublic
+from hwlicense.core.keys import Content
 from hwlicense.core.schema import decode
 from hwlicense.core.secret import Secret
 from hwlicense.device.model import Model
@@ -38,7 +39,7 @@ from hwlicense.device.reading import PackageFile
 vendor = decode(Path("vendor.json").read_bytes(), VendorPublic)
 key = Secret(bytearray(32))
 with open(0, "rb", buffering=0) as stdin: stdin.readinto(key.buffer)
-model = Model(PackageFile(Path("model.hwpkg"), vendor), key)
+model = Model(PackageFile(Path("model.hwpkg"), vendor), Content(key, Secret(bytearray())))
 key.wipe()
 held = model.read("weights"), model.path("weights"), model.open("weights")
 held[2].readinto(memoryview(bytearray(1)))
@@ -135,6 +136,7 @@ PACKER = """
 import sys; sys.path.insert(0, {root!r})
 from pathlib import Path
 from hwlicense.core.documents import VendorPublic
+from hwlicense.core.keys import Content
 from hwlicense.vendor import packing, signing
 from hwlicense.core.keys import wrap_for_vendor
 made = signing.generate("ed25519")

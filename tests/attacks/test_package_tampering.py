@@ -22,7 +22,7 @@ from hwlicense.core.secret import Secret
 from hwlicense.device.memory import protection
 from hwlicense.device.model import Model
 from hwlicense.device.reading import PackageFile
-from tests.packages import decrypt, opened, pack
+from tests.packages import decrypt, nothing_enclosed, opened, pack
 from tests.world import Vendor
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Target:
         return refused.value
 
     def read_everything(self, file: PackageFile) -> None:
-        with Model(file, self.key) as model:
+        with Model(file, nothing_enclosed(self.key)) as model:
             for name in model.names:
                 for content in (model.read(name), model.open(name).read()):
                     assert bytes(content) == CONTENT[name]
@@ -92,7 +92,7 @@ def test_every_byte_of_header_envelope_and_table(one_target):
                 pytest.raises((DamagedError, RefusedError)) as refused,
                 PackageFile(target.path, target.vendor.public) as tampered,
             ):
-                Model(tampered, target.key)
+                Model(tampered, nothing_enclosed(target.key))
             reasons[refused.value.reason] += 1
             file.seek(place)
             file.write(bytes([good]))
@@ -196,7 +196,7 @@ def test_a_manifest_of_another_package_of_the_vendor(one_target, vendor, tmp_pat
 def test_the_wrong_content_key(one_target):
     for key in (Secret.random(), Secret(bytearray(32)), Secret(bytearray(reversed(one_target.key.buffer)))):
         with pytest.raises(DamagedError) as refused, PackageFile(one_target.path, one_target.vendor.public) as file:
-            Model(file, key)
+            Model(file, nothing_enclosed(key))
         assert refused.value.reason == Reason.PACKAGE_DAMAGED
         assert refused.value.hint
     assert protection().held == 0

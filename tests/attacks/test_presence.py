@@ -59,7 +59,7 @@ def token(bench, vendor, tmp_path):
 def lost(model):
     """Until nothing may start, and keys and readers are empty."""
     took = until(lambda: not model.standing(), INTERVAL + 1.5)
-    until(lambda: not any(model._keys.view), 1)
+    until(lambda: not any(model._keys.memory.view), 1)
     return took
 
 
@@ -241,7 +241,7 @@ def test_a_wrong_pin_or_none_at_the_return_is_not_tried_again(vendor, token, tex
         assert token.pieces[0].token.tries_left == left
         with refusal(RefusedError, reason), model.session():
             pass
-        assert not any(model._keys.view)
+        assert not any(model._keys.memory.view)
     token.open(vendor).close()  # opening it anew asks again
 
 
@@ -383,7 +383,7 @@ def test_answers_that_may_not_repeat_end_the_license(vendor, numbered):
         until(lambda: model.standing().reason == "ANSWERS_EXHAUSTED", 5)
         with refusal(RefusedError, "ANSWERS_EXHAUSTED"), model.session():
             pass
-        until(lambda: not any(model._keys.view), 1)
+        until(lambda: not any(model._keys.memory.view), 1)
         asked = len(dongle.transfers)
         time.sleep(0.3)
         assert len(dongle.transfers) == asked  # nor is it asked any more

@@ -169,7 +169,7 @@ def test_pulled_hardware_refuses_the_next_session_and_coming_back_unlocks(bench,
         assert caught.value.reason in {piece.absent for piece in gone} | {Reason.TPM_GONE}
         with pytest.raises(HwlicenseError):
             model.read("weights.bin")
-        until(lambda: not any(model._keys.view))
+        until(lambda: not any(model._keys.memory.view))
         assert bytes(held) == MEMBERS["labels/names.txt"]
         for piece in gone:
             piece.plug()
@@ -195,7 +195,7 @@ def test_a_forked_process_that_does_nothing_keeps_no_keys_longer_than_its_parent
                     if isinstance(piece, DonglePiece):  # the bus of this process is a copy
                         piece.pull()
                 time.sleep(2.5)
-                assert not any(model._keys.view)
+                assert not any(model._keys.memory.view)
                 with pytest.raises(HwlicenseError):
                     model.read("weights.bin")
                 status = 0

@@ -2,13 +2,16 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from hwlicense_simulators import Tpm
+from tests.world import MEMBERS, TERMS, licensed
 
 ROOT = Path(__file__).parents[2]
+WITH_DATES = TERMS + "[validity]\nnot_after = 2090-12-31\n"
 
 
 def run(*command, **options):
@@ -42,3 +45,54 @@ def test_a_product_tests_itself_with_the_plugin():
     folder = ROOT / "examples" / "ci"
     command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull)
     assert "3 passed" in run(*command, "--rootdir", folder, folder)
+
+
+def test_the_service_needs_nothing_that_its_unit_forbids():
+    """By systemd's own reading: every line is known to it, and nothing is left open that was closed."""
+    unit = ROOT / "examples" / "service" / "reader.service"
+    done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, timeout=60, check=False)
+    said = [line for line in done.stderr.splitlines() if "is not executable" not in line and unit.name in line]
+    assert said == []
+    run("systemd-analyze", "security", "--offline=true", "--threshold=13", unit)
+
+
+def test_the_program_of_the_service_runs_without_writable_code(vendor, device):
+    """MemoryDenyWriteExecute= as the kernel itself has it (PR_SET_MDWE, Linux 6.3)."""
+    licensed(vendor, device)
+    program = (
+        "import ctypes, sys, pathlib, hwlicense\n"
+        "assert ctypes.CDLL(None).prctl(65, 1, 0, 0, 0) == 0\n"
+        "package, vendor, home, tpm = sys.argv[1:]\n"
+        "with hwlicense.open(package, vendor=pathlib.Path(vendor).read_text(), home=home, tpm=tpm) as model:\n"
+        "    print(sum(len(model.read(name)) for name in model.names))\n"
+    )
+    public = vendor.folder / "vendor" / "vendor.pub.json"
+    told = run(sys.executable, "-I", "-c", program, vendor.package, public, device.home.path, device.tpm.tcti)
+    assert int(told) == sum(map(len, MEMBERS.values()))
+
+
+def test_the_program_of_the_container(vendor, device, tmp_path):
+    licensed(vendor, device, WITH_DATES)
+    for source, name in (
+        (ROOT / "examples/container/application.py", "application.py"),
+        (vendor.package, "reader.hwpkg"),
+        (vendor.folder / "vendor" / "vendor.pub.json", "vendor.pub.json"),
+    ):
+        shutil.copy(source, tmp_path / name)
+    where = {"HWLICENSE_HOME": str(device.home.path), "READER_STATE": str(tmp_path / "state")}
+    program = (sys.executable, "-I", tmp_path / "application.py")
+    told = run(*program, env=os.environ | where | device.tpm.environment)
+    assert f"weights.bin {len(MEMBERS['weights.bin'])}" in told
+    assert list((tmp_path / "state").rglob("ledger"))
+
+
+def test_the_containers_system_has_the_libraries_that_the_tpms_binding_needs():
+    recipe = (ROOT / "examples/container/Dockerfile").read_text()
+    import tpm2_pytss._libtpm2_pytss as binding  # noqa: PLC0415  # the compiled half of tpm2-pytss
+
+    linked = re.findall(r"=> (\S+/libtss2-\S+)", run("ldd", binding.__file__))
+    assert linked
+    for library in linked:
+        found = re.search(r"^(\S+):\S+: ", run("dpkg", "-S", Path(library).resolve()), re.MULTILINE)
+        assert found
+        assert found[1] in recipe.split()

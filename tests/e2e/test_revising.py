@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+import hwlicense
 from tests.forging import as_root, listing
 from tests.world import PROGRAM, TERMS, WITH_PCRS, run, write
 
@@ -269,3 +270,33 @@ def test_a_clock_reset_goes_to_the_device(desk):
     desk.device("check", "--open", "reader.hwpkg")
     shown = run("inspect", "--vendor", "vendor/vendor.pub.json", "second.hwclk", cwd=desk.folder).stdout
     assert "ClockReset (signed by" in shown
+
+
+def test_what_a_license_encloses_goes_on_in_the_next_revision(desk):
+    write(desk.folder / "seed", b"seed of one customer")
+    desk.issue("own.hwlic", "--enclose", "seed")
+    assert "20 bytes for the application" in run("inspect", "own.hwlic", cwd=desk.folder).stdout
+    desk.revise("1.hwlic", "first.hwlic", LATER, "--enclose", "seed")
+    desk.revise("first.hwlic", "kept.hwlic")
+    enclosed = dict.fromkeys(("first.hwlic", "kept.hwlic"), b"seed of one customer")
+    write(desk.folder / "seed", b"another")
+    desk.revise("kept.hwlic", "changed.hwlic", LATER, "--enclose", "seed")
+    enclosed["changed.hwlic"] = b"another"
+    desk.revise("changed.hwlic", "without.hwlic", LATER, "--no-enclosure")
+    enclosed["without.hwlic"] = b""
+    vendor = (desk.folder / "vendor/vendor.pub.json").read_text()
+    for name, content in enclosed.items():
+        desk.device("install", name)
+        opened = hwlicense.open(desk.folder / "reader.hwpkg", vendor=vendor, home=desk.home, tpm=desk.tpm.tcti)
+        with opened as model:
+            assert bytes(model.enclosure) == content, name
+
+
+def test_wrong_enclosures(desk):
+    write(desk.folder / "seed", b"x" * (64 * 1024 + 1))
+    said = desk.issue("own.hwlic", "--enclose", "seed", status=2).stderr
+    assert "65,537 bytes; a license encloses 1 to 65,536" in said
+    assert "FILE_ABSENT" in desk.issue("own.hwlic", "--enclose", "none", status=2).stderr
+    both = desk.revise("1.hwlic", "2.hwlic", LATER, "--enclose", "seed", "--no-enclosure", status=2)
+    assert "exclude each other" in both.stderr
+    assert not (desk.folder / "own.hwlic").exists()

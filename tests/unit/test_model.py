@@ -20,7 +20,7 @@ from hwlicense.core.errors import ClosedError, DamagedError, HwlicenseError, Rea
 from hwlicense.device.memory import protection
 from hwlicense.device.model import Model
 from hwlicense.device.reading import PackageFile
-from tests.packages import in_child, opened, ordinary_user, pack, reachable
+from tests.packages import in_child, nothing_enclosed, opened, ordinary_user, pack, reachable
 
 CHUNK = 4096
 LINES = b"".join(b"line %d of many\n" % i * (i % 7) for i in range(1000))
@@ -81,7 +81,7 @@ def test_memory_is_given_back_with_the_last_buffer_open_or_closed(model):
 
 
 def test_closing_wipes_the_keys_and_everything_raises(model):
-    keys = model._keys.view
+    keys = model._keys.memory.view
     path, reader = model.path("big"), model.open("big")
     reader.read(10)
     cached = reader._memory.view
@@ -115,7 +115,7 @@ def test_closing_wipes_the_keys_and_everything_raises(model):
 
 
 def test_a_model_that_nobody_closes_is_closed_when_collected(vendor, made):
-    model = Model(PackageFile(made[0], vendor.public), made[1])
+    model = Model(PackageFile(made[0], vendor.public), nothing_enclosed(made[1]))
     assert bytes(model.read("folder/small")) == b"small"
     assert protection().held
     del model
@@ -272,8 +272,8 @@ def test_reading_where_the_system_allows_one_more_thread(model, monkeypatch):
 
 def test_threads_that_read_while_another_closes(vendor, made):
     for round_ in range(15):
-        model = Model(PackageFile(made[0], vendor.public), made[1])
-        keys = model._keys.view
+        model = Model(PackageFile(made[0], vendor.public), nothing_enclosed(made[1]))
+        keys = model._keys.memory.view
         wrong: list[str] = []
 
         def read(model=model, wrong=wrong) -> None:
@@ -324,7 +324,7 @@ def test_a_fork_within_a_call_still_wipes(model):
     """As a signal handler forks: the child comes out of a call that the parent began."""
 
     def child() -> None:
-        keys = model._keys.view
+        keys = model._keys.memory.view
         with model._using():  # a call of its own, within the handler
             model.close()
         assert any(bytes(keys))  # the interrupted call still works with them
@@ -341,7 +341,7 @@ def test_a_fork_within_a_call_still_wipes(model):
     in_child(child)
     leaving.close()
     assert bytes(model.read("big")) == MEMBERS["big"]
-    keys = model._keys.view
+    keys = model._keys.memory.view
     model.close()
     assert not any(bytes(keys))
 
@@ -364,7 +364,7 @@ def test_a_fork_while_other_threads_read(model):
     def child() -> None:
         assert bytes(model.read("big")) == MEMBERS["big"]
         assert len(file.read(5)) <= 5
-        keys = model._keys.view
+        keys = model._keys.memory.view
         model.close()
         assert not any(bytes(keys))
 

@@ -16,7 +16,7 @@ from hwlicense.core.schema import SCHEMA, decode
 from hwlicense.core.secret import Secret
 from hwlicense.device.model import Model
 from hwlicense.device.reading import PackageFile
-from tests.packages import decrypt, opened, pack
+from tests.packages import decrypt, nothing_enclosed, opened, pack
 
 VECTORS = Path(__file__).parents[1] / "vectors"
 CHUNK = 4096
@@ -67,7 +67,7 @@ def test_frozen_packages_open_for_ever(version):
     vendor = decode(json.dumps(said["vendor"], separators=(",", ":")).encode(), VendorPublic)
     with PackageFile(path, vendor) as file:
         file.verify()
-        with Model(file, Secret(bytearray.fromhex(said["content_key"]))) as model:
+        with Model(file, nothing_enclosed(Secret(bytearray.fromhex(said["content_key"])))) as model:
             assert {name: bytes(model.read(name)) for name in model.names} == expected
     assert decrypt(path.read_bytes(), bytes.fromhex(said["content_key"])) == expected
 

@@ -11,7 +11,7 @@ from hwlicense.core.errors import AbsentError, ExceededError, Reason, UsageError
 from hwlicense.device.model import Model
 from hwlicense.device.reading import PackageFile
 from tests.metered import Machine, grant, limited, spend
-from tests.packages import pack
+from tests.packages import nothing_enclosed, pack
 
 INFERENCES = 100
 
@@ -31,7 +31,7 @@ def opened(machine, vendor, tmp_path):
             granted = grant(limited(*rates, **limits), continuity=600)
             metering = machine.open(tmp_path / "state", granted)
             file = PackageFile(package, vendor.public)
-            return stack.enter_context(Model(file, key, granted, presence, metering))
+            return stack.enter_context(Model(file, nothing_enclosed(key), granted, presence, metering))
 
         yield open_it
 
@@ -80,7 +80,11 @@ def test_what_is_no_number_of_inferences(model, count):
 
 def test_what_is_no_number_of_inferences_where_nothing_is_counted(vendor, tmp_path):
     package, key, _ = pack(vendor, tmp_path, {"small": b"small"})
-    with Model(PackageFile(package, vendor.public), key) as model, pytest.raises(UsageError), model.session(-1):
+    with (
+        Model(PackageFile(package, vendor.public), nothing_enclosed(key)) as model,
+        pytest.raises(UsageError),
+        model.session(-1),
+    ):
         pytest.fail("it began")
 
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from hwlicense.cli import _run
@@ -12,7 +13,7 @@ from hwlicense.cli.commands import root
 from hwlicense.core.documents import ClockReset, License, TpmBinding, grant_digest
 from hwlicense.core.envelope import unverified, verified
 from hwlicense.core.errors import DamagedError
-from hwlicense.core.keys import unwrap_content_key, unwrap_license_secret
+from hwlicense.core.keys import open_enclosure, seal_enclosure, unwrap_content_key, unwrap_license_secret
 from hwlicense.core.limits import Distances, Limits, Monitor, Rate, Regularity, Use
 from hwlicense.core.schema import decode, encode
 from hwlicense.core.secret import Secret
@@ -53,6 +54,14 @@ def test_the_member_secret_opens_it():
     with unwrap_license_secret(LICENSE.wraps, {0: secret("member_secret")}) as found:
         assert found == secret("license_secret")
         assert unwrap_content_key(found, LICENSE, LICENSE.grant.packages[0].content_key) == secret("content_key")
+
+
+def test_what_it_would_enclose():
+    enclosed = secret("enclosure")
+    with secret("license_secret") as key:
+        assert seal_enclosure(key, LICENSE.grant, enclosed).hex() == VECTOR["sealed_enclosure"]
+        sealed = bytes.fromhex(VECTOR["sealed_enclosure"])
+        assert open_enclosure(key, msgspec.structs.replace(LICENSE, enclosure=sealed)) == enclosed
 
 
 def test_the_tpm_part_is_what_its_conditions_compose():
