@@ -17,7 +17,7 @@ from hwlicense.core.errors import ExceededError, Reason, UsageError
 from hwlicense.device.keeping import FORWARDED, Mount
 from hwlicense.device.memory import MountedFile, SealedFile
 from hwlicense.device.serving import Server, pair
-from hwlicense.device.tree import absent, unusable
+from hwlicense.device.tree import absent, setting_up, unusable
 from hwlicense.storage import reporting
 
 if TYPE_CHECKING:
@@ -76,10 +76,9 @@ class Program:
         """
         server = Server(self._model)
         try:
-            with _woken() as woken:
-                connection = server.connect()
+            with setting_up(), _woken() as woken:
                 descriptors = [file.fd for file in self._files if isinstance(file, SealedFile)]
-                with connection:
+                with server.connect() as connection:
                     self._tree.run(connection, descriptors)
                 return self._watched(server, woken)
         finally:

@@ -163,14 +163,19 @@ class MountedFile:
         self._map: mmap.mmap | None = None
         self.locked_by = os.getpid()
         forbid_dumps()
+        reading = -1
         try:
             _fill(fd, size, fill)
             if swappable:
-                self._map, self.locked_by = _locked_file(fd, size)
+                # A mapping keeps the descriptor that it is made with: one that writes would forbid a read-only mount.
+                reading = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+                self._map, self.locked_by = _locked_file(reading, size)
         except OSError as error:
             raise _failed(size, error) from error
         finally:
             os.close(fd)
+            if reading >= 0:
+                os.close(reading)
         _remember(self)
 
 

@@ -14,7 +14,7 @@ import errno
 import os
 import signal
 import socket
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Self
 
 from hwlicense.core.errors import Reason, StorageError, UsageError
@@ -23,7 +23,7 @@ from hwlicense.device.serving import pair
 from hwlicense.storage import HINTS, above_standard
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from hwlicense.core.errors import HwlicenseError
     from hwlicense.device.keeping import Mount
@@ -41,25 +41,30 @@ class Tree:
         self.command, self._mount = command, mount
         self.folder, self.swappable = -1, True
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # who ignores it is told of no child's end
-        namespaces.adopt_orphans()
-        self._control, theirs = pair(socket.SOCK_SEQPACKET)
-        self.keeper = first = os.fork()
-        if not first:
-            keeping.child(theirs, self._control, command, mount, names)
-        theirs.close()
-        try:
+        with setting_up():
+            namespaces.adopt_orphans()
+            self._control, theirs = pair(socket.SOCK_SEQPACKET)
+            self.keeper = 0
+            try:
+                self._start(theirs, names)
+            except BaseException:
+                self.close()
+                raise
+
+    def _start(self, theirs: socket.socket, names: Sequence[str]) -> None:
+        with theirs:
+            self.keeper = first = os.fork()
+            if not first:
+                keeping.child(theirs, self._control, self.command, self._mount, names)
+        answer, numbers = self._receive()
+        if answer[0] == "kept":
+            self.keeper = int(answer[1])
+            if self.keeper != first:
+                os.waitpid(first, 0)  # now the keeper is a child of this process
+            self._tell("begin")
             answer, numbers = self._receive()
-            if answer[0] == "kept":
-                self.keeper = int(answer[1])
-                if self.keeper != first:
-                    os.waitpid(first, 0)  # now the keeper is a child of this process
-                self._tell("begin")
-                answer, numbers = self._receive()
-            self._expect("ready", answer)
-        except BaseException:
-            self.close()
-            raise
-        if mount:
+        self._expect("ready", answer)
+        if self._mount:
             self.folder, self.swappable = above_standard(numbers[0]), answer[1] != "noswap"
 
     @property
@@ -155,6 +160,17 @@ class Tree:
                 return StorageError(Reason.NAMESPACES_REFUSED, what, hint)
         what = f"The processes around COMMAND could not be set up ({step}: {why})."
         return StorageError(Reason.STORAGE, what, HINTS.get(number, "Check the limits of the process (`ulimit -a`)."))
+
+
+@contextmanager
+def setting_up() -> Iterator[None]:
+    """Turn what the system refuses meanwhile into a StorageError."""
+    try:
+        yield
+    except OSError as error:
+        what = f"The processes around COMMAND could not be set up ({error.strerror or error})."
+        hint = HINTS.get(error.errno or 0, "Check the limits of the process (`ulimit -a`).")
+        raise StorageError(Reason.STORAGE, what, hint) from error
 
 
 def absent(command: str) -> UsageError:
