@@ -8,7 +8,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hwlicense.device.home import Home
 from hwlicense_simulators import Tpm
@@ -39,8 +39,12 @@ class Shop:
         """Run a command under `hwlicense exec`, with --at unless something else is `given`."""
         how = ["--at", self.at] if given is None else given
         words = ["exec", package or self.vendor.package, *how, "--", *command]
-        options = {"env": self.environment, "cwd": self.folder, "stdin": subprocess.DEVNULL} | options
-        return run(*words, status=status, **options)
+        given_options: dict[str, Any] = {
+            "env": self.environment,
+            "cwd": self.folder,
+            "stdin": subprocess.DEVNULL,
+        } | options
+        return run(*words, status=status, **given_options)
 
     @contextmanager
     def running(self, script: str, how: str = "--at", mark: str = "") -> Iterator[subprocess.Popen[str]]:
