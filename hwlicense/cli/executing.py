@@ -79,7 +79,7 @@ def execute(
         with file:
             members = file.manifest.members
     try:
-        executing.check_command(command[0], at)
+        executing.check_command(command[0], at, executable=executable)
         mount = executing.mount(at, members, executable=executable) if at else None
         with Tree(command, mount, [member.name for member in members] if as_fds else []) as tree:
             connect = selecting.hardware(place, tpm, tokens, output.note)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final
 
-from hwlicense.core.errors import ExceededError, Reason, UsageError
+from hwlicense.core.errors import ExceededError, HwlicenseError, Reason, UsageError
 from hwlicense.device.keeping import FORWARDED, Mount
 from hwlicense.device.memory import MountedFile, SealedFile
 from hwlicense.device.serving import Server, pair
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from hwlicense.core.documents import Member
-    from hwlicense.core.errors import HwlicenseError
     from hwlicense.device.model import Model
     from hwlicense.device.tree import Tree
 
@@ -50,12 +49,14 @@ def mount(path: Path, members: Sequence[Member], *, executable: bool) -> Mount:
     return Mount(path.absolute(), size, len(members) + len(folders) + _SPARE, executable)
 
 
-def check_command(name: str, at: Path | None) -> None:
+def check_command(name: str, at: Path | None, *, executable: bool) -> None:
     """Raises UsageError COMMAND_ABSENT or COMMAND_UNUSABLE for what would not run, before the license is asked.
 
-    What lies in the folder `at`, or is to, cannot be looked at yet.
+    What is to lie in the folder `at` cannot be looked at yet, but for whether it may be `executable`.
     """
-    if at and Path(os.path.abspath(name)).is_relative_to(at.absolute()):  # noqa: PTH100  # ".." goes, links stay
+    if at and "/" in name and Path(os.path.abspath(name)).is_relative_to(os.path.abspath(at)):  # noqa: PTH100  # ".." goes
+        if not executable:
+            raise unusable(name, "what lies in DIR is not to be run")
         return
     if shutil.which(name) is None:
         raise unusable(name, "no program, or no permission") if "/" in name and Path(name).exists() else absent(name)
@@ -110,7 +111,11 @@ class Program:
 
     def _refusal(self, server: Server) -> HwlicenseError | None:
         """Why the program must end; None if it need not. What is used up for now, or for good, `spend` refuses."""
-        refusal = self._model.standing().refusal
+        refusal: HwlicenseError | None
+        try:
+            refusal = self._model.standing().refusal
+        except HwlicenseError as error:  # of the account's files, say: the program ends in good order, too
+            refusal = error
         return None if isinstance(refusal, ExceededError) or server.session_under_way() else refusal
 
     def _placed(self, name: str) -> MountedFile | SealedFile:

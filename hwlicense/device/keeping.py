@@ -22,7 +22,7 @@ from hwlicense.device.serving import pair
 from hwlicense.storage import above_standard
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
 FORWARDED: Final = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """Signals that COMMAND gets when hwlicense does."""
@@ -89,13 +89,14 @@ class _Keeper:
                     return 0
                 if not self._begun():
                     return 1
-                namespaces.die_with_parent(signal.SIGKILL)
+                namespaces.signal_from_parents_end(signal.SIGKILL)
                 namespaces.separate()
             else:
                 namespaces.adopt_orphans()
                 self._say(f"kept {os.getpid()}")
                 if not self._begun():
                     return 1
+                namespaces.signal_from_parents_end(signal.SIGCONT)  # one that a terminal has stopped must notice
             said = "ready swap"
             if self._mount:
                 step = "folder"
@@ -171,15 +172,17 @@ class _Keeper:
         if self._mount:
             namespaces.make_read_only(self._folder, executable=self._mount.executable)
         environment = {**os.environ, "HWLICENSE_SOCKET": str(connection)}
+        environment.pop("HWLICENSE_FDS", None)  # of an `exec` around this one
         arguments = list(self._arguments)
         if self._names:
             numbers = dict(zip(self._names, self._members, strict=True))
             environment["HWLICENSE_FDS"] = json.dumps(numbers)
             arguments = [_filled(argument, numbers) for argument in arguments]
         reading, writing = os.pipe2(os.O_CLOEXEC)
+        keeper = os.getpid()
         self._command = os.fork()
         if not self._command:
-            self._become(arguments, environment, [connection, *self._members], writing)
+            self._become(keeper, arguments, environment, [connection, *self._members], writing)
         os.close(writing)
         failed = os.read(reading, 16)
         for number in (reading, connection, *self._members):
@@ -189,11 +192,14 @@ class _Keeper:
         self._say(f"command {failed.decode()}" if failed else "started")
 
     def _become(
-        self, arguments: list[str], environment: dict[str, str], passed: Sequence[int], writing: int
-    ) -> NoReturn:
+        self, keeper: int, arguments: list[str], environment: dict[str, str], passed: Sequence[int], writing: int
+    ) -> None:
+        """Become COMMAND; never returns."""
         number = errno.EIO
         try:
-            namespaces.die_with_parent(signal.SIGKILL)
+            namespaces.signal_from_parents_end(signal.SIGKILL)
+            if os.getppid() != keeper:
+                return  # it ended just before
             hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
             most = _NO_CORE if hard == resource.RLIM_INFINITY else min(_NO_CORE, hard)
             resource.setrlimit(resource.RLIMIT_CORE, (most, most))
@@ -221,7 +227,7 @@ class _Keeper:
             with suppress(ProcessLookupError):
                 os.kill(-1, signal.SIGTERM)  # all of the namespace but this process
         else:
-            _signal_all(_descendants(os.getpid()), signal.SIGTERM)
+            _signal_all(descendants(os.getpid()), signal.SIGTERM)
 
 
 def _filled(argument: str, numbers: dict[str, int]) -> str:
@@ -229,10 +235,10 @@ def _filled(argument: str, numbers: dict[str, int]) -> str:
     return re.sub(r"\{([^{}]*)\}", lambda m: f"/proc/self/fd/{numbers[m[1]]}" if m[1] in numbers else m[0], argument)
 
 
-def end_descendants() -> None:
-    """SIGKILL all processes below this one, and wait until they are gone: 10 s at the most."""
+def end_descendants(spared: Collection[int] = ()) -> None:
+    """SIGKILL all processes below this one but those `spared`, and wait until they are gone: 10 s at the most."""
     give_up = time.monotonic() + _NO_LONGER
-    while (found := _descendants(os.getpid())) and time.monotonic() < give_up:
+    while (found := descendants(os.getpid(), spared)) and time.monotonic() < give_up:
         _signal_all(found, signal.SIGKILL)
         with suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
@@ -240,7 +246,8 @@ def end_descendants() -> None:
         time.sleep(0.002)
 
 
-def _descendants(ancestor: int) -> set[int]:
+def descendants(ancestor: int, spared: Collection[int] = ()) -> set[int]:
+    """Processes below this one, but those `spared` and what is below them."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -248,7 +255,7 @@ def _descendants(ancestor: int) -> set[int]:
                 parents[int(entry.name)] = int((entry / "stat").read_bytes().rpartition(b")")[2].split()[1])
     found, more = set[int](), {ancestor}
     while more:
-        more = {pid for pid, parent in parents.items() if parent in more} - found
+        more = {pid for pid, parent in parents.items() if parent in more} - found - set(spared)
         found |= more
     return found
 

@@ -75,13 +75,13 @@ def make_read_only(folder: int, *, executable: bool) -> None:
     _mount(None, f"/proc/self/fd/{folder}", None, _REMOUNT | _READ_ONLY | flags)
 
 
-def die_with_parent(number: int) -> None:
-    """Have the kernel send this process a signal when its parent ends."""
+def signal_from_parents_end(number: int) -> None:
+    """Have the kernel send this process a signal when its parent ends. Raises OSError."""
     _checked(_libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0))
 
 
 def adopt_orphans() -> None:
-    """Become the parent of those descendants whose own parents end."""
+    """Become the parent of those descendants whose own parents end. Raises OSError."""
     _checked(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
 
 

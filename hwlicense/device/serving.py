@@ -94,11 +94,11 @@ class Server:
 
     def _adopt_number(self, number: int) -> None:
         """Serve what a client handed in, where it is a connection."""
+        number = above_standard(number)
         try:
-            end = socket.socket(fileno=above_standard(number))
+            end = socket.socket(fileno=number)
         except OSError:  # no socket
-            with suppress(OSError):
-                socket.close(number)
+            socket.close(number)
             return
         if end.family == socket.AF_UNIX and end.type == socket.SOCK_STREAM:
             end.settimeout(None)
@@ -109,6 +109,8 @@ class Server:
     def _serve(self, connection: _Connection) -> None:
         try:
             connection.serve()
+        except Exception:  # noqa: BLE001, S110  # whatever it is: the client sees its connection end, and others go on
+            pass
         finally:
             with self._guard:
                 del self._connections[connection]

@@ -42,6 +42,7 @@ class Tree:
         self.folder, self.swappable = -1, True
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # who ignores it is told of no child's end
         with setting_up():
+            self._others = keeping.descendants(os.getpid())  # a shell that has become this process may have left some
             namespaces.adopt_orphans()
             self._control, theirs = pair(socket.SOCK_SEQPACKET)
             self.keeper = 0
@@ -103,7 +104,9 @@ class Tree:
             os.kill(self.keeper, signal.SIGKILL)
 
     def wait(self) -> int:
-        """The exit status of COMMAND, 128+n where signal n ended it; waits for the keeper."""
+        """The exit status of COMMAND, 128+n where signal n ended it; waits for the keeper. Raises StorageError."""
+        if self._control.fileno() >= 0 and (last := self._receive()[0])[0]:
+            raise self._failure(last)
         status = os.waitstatus_to_exitcode(os.waitpid(self.keeper, 0)[1])
         self.keeper = 0
         return 128 - status if status < 0 else status
@@ -124,7 +127,7 @@ class Tree:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-        keeping.end_descendants()  # orphans of a tree whose keeper was killed
+        keeping.end_descendants(self._others)  # orphans of a tree whose keeper was killed
 
     def _send(self, word: str, *numbers: int) -> None:
         with suppress(BrokenPipeError):  # the keeper has ended: whoever reads its answer hears of it

@@ -237,7 +237,7 @@ def test_where_namespaces_are_forbidden(here):
     assert (done.returncode, done.stdout) == (0, "bolt\nnut\n"), done.stderr
 
 
-@pytest.mark.parametrize("limit", [40, 60, 90, 120, 160])
+@pytest.mark.parametrize("limit", [80, 100, 120, 160])
 def test_little_memory(here, how, limit):
     """Whatever fails, it says so, and nothing runs by halves."""
     most = limit << 20
