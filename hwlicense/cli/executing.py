@@ -61,14 +61,14 @@ def execute(
     package: Path,
     command: tuple[str, ...],
 ) -> None:
-    """Open a package, and run COMMAND over its files in memory, for as long as the license allows it.
+    """Open a package, and run COMMAND over its files in memory.
 
     With --at they are read-only files in DIR, which COMMAND and what it starts see, and no other process. With --fd a
     {NAME} in COMMAND is replaced by a path to that file's memory, and HWLICENSE_FDS has all descriptors, as JSON.
     HWLICENSE_SOCKET is the descriptor by which COMMAND spends inferences.
 
     The exit status is COMMAND's, 128+N where signal N ended it, 127 where it is not found, 126 where it cannot be run.
-    Where the license ends, so does COMMAND, by SIGTERM and ten seconds later SIGKILL.
+    Where the license asks for presence and the hardware is gone, COMMAND gets SIGTERM, and ten seconds later SIGKILL.
     """
     if (at is None) != as_fds or (executable and as_fds):
         what = "COMMAND gets the files in one way, and --executable is about a folder."

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final
 
-from hwlicense.core.errors import ExceededError, HwlicenseError, Reason, UsageError
+from hwlicense.core.errors import Reason, UsageError
 from hwlicense.device.keeping import FORWARDED, Mount
 from hwlicense.device.memory import MountedFile, SealedFile
 from hwlicense.device.serving import Server, pair
@@ -24,11 +24,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from hwlicense.core.documents import Member
+    from hwlicense.core.errors import HwlicenseError
     from hwlicense.device.model import Model
     from hwlicense.device.tree import Tree
 
 PERIOD: Final = 0.25
-"""Seconds between looks at whether the license still stands."""
+"""Seconds between looks at whether the hardware is still there."""
 
 TERMINATING: Final = 10.0
 """Seconds from SIGTERM to SIGKILL, where it does not."""
@@ -110,13 +111,11 @@ class Program:
                 self._tree.kill()
 
     def _refusal(self, server: Server) -> HwlicenseError | None:
-        """Why the program must end; None if it need not. What is used up for now, or for good, `spend` refuses."""
-        refusal: HwlicenseError | None
-        try:
-            refusal = self._model.standing().refusal
-        except HwlicenseError as error:  # of the account's files, say: the program ends in good order, too
-            refusal = error
-        return None if isinstance(refusal, ExceededError) or server.session_under_way() else refusal
+        """Why the program must end: its hardware is gone, and nothing under way is kept from interruption.
+
+        Whatever else comes to an end, limits and dates, ends no program: it is told when it asks.
+        """
+        return self._model.standing().refusal if self._model.locked and not server.session_under_way() else None
 
     def _placed(self, name: str) -> MountedFile | SealedFile:
         size = self._model.size(name)

@@ -36,7 +36,8 @@ def test_whichever_is_killed_nothing_stays(here, how, victim):
         keeper = children(process.pid)[0]
         command = children(keeper)[0]
         until(lambda: len(marked(mark)) >= 6)  # with the subshell, the one in a session of its own, and sleeps
-        assert not mounts(here.at) - marked(mark)
+        assert (keeper in mounts(here.at)) == (how == "--at")
+        assert not {os.getpid(), process.pid} & mounts(here.at)
         os.kill({"hwlicense": process.pid, "keeper": keeper, "command": command}[victim], signal.SIGKILL)
         began = time.monotonic()
         killed = {"hwlicense": {-signal.SIGKILL}, "command": {128 + signal.SIGKILL}}
