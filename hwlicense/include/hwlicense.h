@@ -110,6 +110,10 @@ static inline int hwlicense_ask(int connection, const char *line, struct hwlicen
         if (answer[size] == '\n')
             break;
     }
+    if (size == HWLICENSE_LINE) {
+        errno = EPROTO;
+        return -1;
+    }
     answer[size] = 0;
     if (!strcmp(answer, "ok"))
         return 0;

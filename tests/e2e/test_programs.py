@@ -336,6 +336,40 @@ def test_the_header(vendor, tmp_path, flags):
     assert done.stdout.splitlines() == ["0", "0", "0", "RATE_EXCEEDED 1", "0", "0", "USAGE 0", "1"]
 
 
+ASKED_IN_C = """
+    #include <hwlicense.h>
+
+    int main(int count, char **answer)
+    {
+        struct hwlicense_refusal refusal = {"", 0};
+        int ends[2], result;
+        if (count != 2 || socketpair(AF_UNIX, SOCK_STREAM, 0, ends))
+            return 1;
+        if (write(ends[1], answer[1], strlen(answer[1])) < 0 || shutdown(ends[1], SHUT_WR))
+            return 1;
+        result = hwlicense_ask(ends[0], "spend 1\\n", &refusal);
+        printf("%d %s %.3f\\n", result, refusal.reason, refusal.wait);
+        return 0;
+    }
+"""
+
+
+def test_what_the_header_makes_of_answers(tmp_path):
+    program = compiled(tmp_path, ASKED_IN_C, "-std=c99", "-fsanitize=address,undefined")
+    reason = "R" * 63
+    for answer, result in (
+        ("ok\n", "0  0.000"),
+        ("no RATE_EXCEEDED 59.124\n", "1 RATE_EXCEEDED 59.124"),
+        ("no RATE_EXCEEDED 0.5\nno more", "1 RATE_EXCEEDED 0.500"),
+        ("no LICENSE_EXPIRED -\n", "1 LICENSE_EXPIRED -1.000"),
+        (f"no {reason} 1\n", f"1 {reason} 1.000"),
+        *((wrong, "-1  0.000") for wrong in ("", "ok", "\n", "no\n", "no \n", "no X\n", "no  1", "yes\n", "OK\n")),
+        *((wrong, "-1  0.000") for wrong in (f"no {reason}R 1\n", "x" * 300, "no " + "X" * 125 + " 1\n")),
+    ):
+        done = subprocess.run([program, answer], capture_output=True, text=True, check=False)
+        assert (done.stdout, done.stderr) == (f"{result}\n", ""), answer
+
+
 def test_the_header_is_where_it_is_said_to_be():
     folder = Path(run("exec", "--include-dir").stdout.strip())
     assert folder == Path(hwlicense.__file__).parent / "include"
