@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final
+from threading import Event
+from typing import TYPE_CHECKING, Final
 
 import click
 
 import hwlicense
 from hwlicense.cli import output, secrets
 from hwlicense.cli.options import FILE, place_options, token_option, tpm_option
-from hwlicense.core.errors import HwlicenseError, Reason, UsageError
+from hwlicense.core.errors import HwlicenseError, Reason, RefusedError, UsageError
 from hwlicense.device import executing, opening, selecting
 from hwlicense.device.home import by_any
 from hwlicense.device.memory import protection
 from hwlicense.device.reading import PackageFile
 from hwlicense.device.tree import Tree
+
+if TYPE_CHECKING:
+    from hwlicense.core.hardware import PinSource
+    from hwlicense.core.secret import Secret
 
 _STATUSES: Final = {Reason.COMMAND_ABSENT: 127, Reason.COMMAND_UNUSABLE: 126}
 
@@ -84,9 +89,13 @@ def execute(
         with Tree(command, mount, [member.name for member in members] if as_fds else []) as tree:
             connect = selecting.hardware(place, tpm, tokens, output.note)
             pin = secrets.pin_source(pin_file, token_pin_file, last_try=last_try)
+            started = Event()
+            if pin and not (pin_file or token_pin_file):
+                pin = _until(started, pin)
             with opening.open_package(package, vendor, place, connect, pin) as model:
                 program = executing.Program(model, tree)
                 _warn_of_swap()
+                started.set()
                 status = program.run()
     except HwlicenseError as error:
         if error.reason not in _STATUSES:
@@ -94,6 +103,18 @@ def execute(
         output.failure(error.reason, error.what, error.hint)
         status = _STATUSES[error.reason]
     context.exit(status)
+
+
+def _until(started: Event, source: PinSource) -> PinSource:
+    """A source that asks no more once the terminal is COMMAND's: what is typed there then is not meant for it."""
+
+    def ask(prompt: str, /, *, last_try: bool = False) -> Secret:
+        if started.is_set():
+            what = "A PIN is needed again, and the terminal is COMMAND's by now."
+            raise RefusedError(Reason.PIN_NEEDED, what, "Give --pin-file, which is read again.")
+        return source(prompt, last_try=last_try)
+
+    return ask
 
 
 def _warn_of_swap() -> None:
