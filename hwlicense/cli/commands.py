@@ -12,6 +12,7 @@ from hwlicense.core.errors import Reason, UsageError
 
 _LAZY: Final = {
     "device": ("hwlicense.cli.device", "device", "The machine that runs the model: enroll, install, check, diagnose."),
+    "exec": ("hwlicense.cli.executing", "execute", "Run a program that is not Python over an open package."),
     "inspect": ("hwlicense.cli.inspecting", "inspect", "Show what a file of the project says."),
     "simulate": (
         "hwlicense_simulators.cli",

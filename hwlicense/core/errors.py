@@ -60,6 +60,8 @@ class Reason(StrEnum):
     FILE_ABSENT = "FILE_ABSENT"
     FILE_EXISTS = "FILE_EXISTS"
     SLOT_IN_USE = "SLOT_IN_USE"
+    COMMAND_ABSENT = "COMMAND_ABSENT"
+    COMMAND_UNUSABLE = "COMMAND_UNUSABLE"
     EXTRA_MISSING = "EXTRA_MISSING"
     TOKEN_UNCONFIGURED = "TOKEN_UNCONFIGURED"  # noqa: S105  # a code, no secret
     # hardware missing or failing (3)
@@ -103,6 +105,7 @@ class Reason(StrEnum):
     HOME_DAMAGED = "HOME_DAMAGED"
     # anything else (5)
     STORAGE = "STORAGE"
+    NAMESPACES_REFUSED = "NAMESPACES_REFUSED"
     MODEL_CLOSED = "MODEL_CLOSED"
     INTERNAL = "INTERNAL"
 

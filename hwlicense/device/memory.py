@@ -125,14 +125,9 @@ class SealedFile:
         forbid_dumps()
         try:
             self.fd = memory_file()
-            if size:
-                os.ftruncate(self.fd, size)
-                writable = _mapped(self.fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-                os.posix_fallocate(self.fd, 0, size)  # where memory is short, an error here and no SIGBUS in `fill`
-                fill(memoryview(writable))
-                writable.close()  # the seal against writing waits for it
+            _fill(self.fd, size, fill)
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
-            self._lock()
+            self._map, self.locked_by = _locked_file(self.fd, size)
         except OSError as error:
             self.close()
             raise _failed(size, error) from error
@@ -154,15 +149,34 @@ class SealedFile:
             self._map = None
             _forget(self)
 
-    def _lock(self) -> None:
-        if self.size:
-            locked = _mapped(self.fd, self.size, mmap.MAP_SHARED, mmap.PROT_READ)
-            self.locked_by = _lock(_address_of(locked), self.size)
-            self._map = locked if self.locked_by else None
-
     def __del__(self) -> None:
         if hasattr(self, "fd"):
             self.close()
+
+
+class MountedFile:
+    """A file on a file system that is memory, kept out of swap while this lives: by a lock, or by its mount."""
+
+    def __init__(self, fd: int, size: int, fill: Callable[[memoryview], object], *, swappable: bool) -> None:
+        """`fd`, open for reading and writing, is taken over. Raises StorageError where memory is short."""
+        self.size = size
+        self._map: mmap.mmap | None = None
+        self.locked_by = os.getpid()
+        forbid_dumps()
+        reading = -1
+        try:
+            _fill(fd, size, fill)
+            if swappable:
+                # A mapping keeps the descriptor that it is made with: one that writes would forbid a read-only mount.
+                reading = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+                self._map, self.locked_by = _locked_file(reading, size)
+        except OSError as error:
+            raise _failed(size, error) from error
+        finally:
+            os.close(fd)
+            if reading >= 0:
+                os.close(reading)
+        _remember(self)
 
 
 def protection() -> Protection:
@@ -179,10 +193,10 @@ def protection() -> Protection:
 
 
 _guard = threading.RLock()  # reentrant: the collector may run a finalizer inside
-_alive: weakref.WeakSet[Memory | SealedFile] = weakref.WeakSet()
+_alive: weakref.WeakSet[Memory | SealedFile | MountedFile] = weakref.WeakSet()
 
 
-def _remember(one: Memory | SealedFile) -> None:
+def _remember(one: Memory | SealedFile | MountedFile) -> None:
     with _guard:
         _alive.add(one)
 
@@ -213,6 +227,24 @@ def memory_file() -> int:
         if error.errno != errno.EINVAL:  # so says a kernel before 6.3
             raise
         return above_standard(os.memfd_create("hwlicense", flags))
+
+
+def _fill(fd: int, size: int, fill: Callable[[memoryview], object]) -> None:
+    if size:
+        os.ftruncate(fd, size)
+        writable = _mapped(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        os.posix_fallocate(fd, 0, size)  # where memory is short, an error here and no SIGBUS in `fill`
+        fill(memoryview(writable))
+        writable.close()  # what then forbids writing waits for it
+
+
+def _locked_file(fd: int, size: int) -> tuple[mmap.mmap | None, int]:
+    """A mapping that keeps a file's pages locked while it lives, and by which process; None and 0 where none may."""
+    if not size:
+        return None, 0
+    locked = _mapped(fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
+    locked_by = _lock(_address_of(locked), size)
+    return (locked if locked_by else None), locked_by
 
 
 def _lock(address: int, size: int, flags: int = 0) -> int:

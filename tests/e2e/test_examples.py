@@ -41,6 +41,13 @@ def test_a_model_of_ones_own(tmp_path):
         run(ROOT / "examples" / "own_model" / "story.sh", cwd=tmp_path, env=os.environ | tpm.environment)
 
 
+def test_weights_under_a_c_program(tmp_path):
+    with Tpm() as tpm:
+        story = ROOT / "examples" / "native" / "story.sh"
+        told = run(story, cwd=tmp_path, env=os.environ | tpm.environment)
+    assert told.splitlines()[-4:] == ["6 22 38", "3 7 11", "0 4 8", "refused: RATE_EXCEEDED"]
+
+
 def test_a_product_tests_itself_with_the_plugin():
     folder = ROOT / "examples" / "ci"
     command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull)

@@ -114,6 +114,38 @@ def test_the_whole_way_writes_nothing_elsewhere(shop, run, tcti):
     run("device", "check", "--open", *at, "model.hwpkg")
 
 
+def test_a_program_in_namespaces_of_its_own(shop, run, tcti):
+    """Where no right to mount is there, a user namespace gives it: to hwlicense, and not to the program."""
+    run("vendor", "init", "vendor", "--no-passphrase")
+    run("vendor", "pack", "--vendor", "vendor", "--name", "reader", "--version", "1.0", "-o", "model.hwpkg", "files")
+    run("device", "trust", "--home", "home", "vendor/vendor.pub.json")
+    given = ("--request", "a.hwreq", "--package", "model.hwpkg", "--terms", "terms.toml", "--ek-root", "root.pem")
+    run("device", "enroll", "--home", "home", "--tpm", tcti, "--pcrs", "sha256:0,7", "-o", "a.hwreq")
+    run("vendor", "issue", "--vendor", "vendor", *given, "-o", "a.hwlic")
+    run("device", "install", "--home", "home", "a.hwlic")
+    run("exec", "model.hwpkg", "--home", "home", "--at", "files", "--", "true", status=2)
+    place = shop / "at"
+    place.mkdir()
+    if as_root():
+        os.chown(place, shop.stat().st_uid, shop.stat().st_gid)
+    script = """
+        exec 2>&1
+        cat at/labels/names.txt; wc -c <at/weights.bin; touch at/new; umount at
+        grep CapEff /proc/self/status; id -u; unshare --user --map-root-user umount at; cat at/labels/names.txt
+    """
+    done = run("exec", "model.hwpkg", "--home", "home", "--at", "at", "--", "sh", "-c", script)
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert lines[:3] == ["bolt", "nut", str(len(MEMBERS["weights.bin"]))]
+    assert "Read-only file system" in lines[3]
+    assert "umount" in lines[4]
+    assert lines[5:7] == ["CapEff:\t0000000000000000", str(shop.stat().st_uid)]
+    assert lines[-2:] == ["bolt", "nut"]
+    assert not list(place.iterdir())
+    done = run("exec", "model.hwpkg", "--home", "home", "--fd", "--", "cat", "{labels/names.txt}")
+    assert done.stdout == "bolt\nnut\n"
+
+
 def test_every_file_that_is_written_lies_in_home_state_or_output(shop, run, tcti):
     """As the kernel sees it, over enrolling, installing and opening."""
     run("vendor", "init", "vendor", "--no-passphrase")

@@ -1,0 +1,254 @@
+"""Programs that are not Python: what is left of them, who sees their files, and what ends them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from tests.forging import as_root
+from tests.programs import children, marked, mounts, shop, until
+from tests.world import PROGRAM, run
+
+STAY = "(while :; do sleep 0.1; done) & setsid sleep 60 & while :; do sleep 0.1; done"
+
+
+@pytest.fixture(scope="module")
+def here(vendor, tmp_path_factory):
+    with shop(vendor, tmp_path_factory.mktemp("shop")) as found:
+        yield found
+
+
+# ---- nothing stays
+
+
+@pytest.mark.parametrize("how", ["--at", "--fd"])
+@pytest.mark.parametrize("victim", ["hwlicense", "keeper", "command"])
+def test_whichever_is_killed_nothing_stays(here, how, victim):
+    mark = uuid.uuid4().hex
+    with here.running(STAY, how, mark) as process:
+        keeper = children(process.pid)[0]
+        command = children(keeper)[0]
+        until(lambda: len(marked(mark)) >= 6)  # with the subshell, the one in a session of its own, and sleeps
+        assert (keeper in mounts(here.at)) == (how == "--at")
+        assert not {os.getpid(), process.pid} & mounts(here.at)
+        os.kill({"hwlicense": process.pid, "keeper": keeper, "command": command}[victim], signal.SIGKILL)
+        began = time.monotonic()
+        killed = {"hwlicense": {-signal.SIGKILL}, "command": {128 + signal.SIGKILL}}
+        assert process.wait(10) in killed.get(victim, {128 + signal.SIGKILL, 5})  # the latter before it could say more
+        until(lambda: not marked(mark) and not any(Path(f"/proc/{pid}").exists() for pid in (keeper, command)))
+        assert time.monotonic() - began < 5
+        assert not mounts(here.at)
+        assert not list(here.at.iterdir())
+
+
+@pytest.mark.parametrize("how", ["--at", "--fd"])
+def test_what_a_command_leaves_behind_ends_with_it(here, how):
+    mark = uuid.uuid4().hex
+    given = ["--at", here.at] if how == "--at" else ["--fd"]
+    environment = here.environment | {"MARK": mark}
+    daemon = "setsid sh -c 'trap \"\" TERM HUP; sleep 60' </dev/null >/dev/null 2>&1 & exit 5"
+    here.exec("sh", "-c", daemon, given=given, status=5, env=environment)
+    assert not marked(mark)
+
+
+@pytest.mark.parametrize("how", ["--at", "--fd"])
+def test_a_stopped_tree_ends_as_well(here, how):
+    """A terminal has stopped all of it; then hwlicense is killed."""
+    mark = uuid.uuid4().hex
+    with here.running(STAY, how, mark) as process:
+        keeper = children(process.pid)[0]
+        command = children(keeper)[0]
+        for pid in (keeper, command):
+            os.kill(pid, signal.SIGSTOP)
+        process.kill()
+        until(lambda: not marked(mark) and not any(Path(f"/proc/{pid}").exists() for pid in (keeper, command)))
+    assert not mounts(here.at)
+
+
+def test_processes_that_were_there_before_are_left_alone(here):
+    """Those that a shell has started and left when it became hwlicense."""
+    script = 'sleep 60 >/dev/null 2>&1 & echo $!; exec "$@"'
+    words = ["sh", "-c", script, "sh", PROGRAM, "exec", here.vendor.package, "--fd", "--", "true"]
+    done = subprocess.run(words, env=here.environment, capture_output=True, text=True, timeout=60, check=True)
+    os.kill(int(done.stdout), signal.SIGKILL)
+
+
+# ---- who sees it
+
+
+def test_nobody_else_sees_the_files(here):
+    with here.running(STAY) as process:
+        keeper = children(process.pid)[0]
+        assert not list(here.at.iterdir())
+        assert Path(f"/proc/{process.pid}/ns/mnt").readlink() != Path(f"/proc/{keeper}/ns/mnt").readlink()
+        if as_root():
+            command = children(keeper)[0]
+            for path in (f"/proc/{command}/root{here.at}", f"/proc/{command}/fd", f"/proc/{command}/mem"):
+                code = f"import os; os.listdir({path!r}) if 'mem' not in {path!r} else open({path!r})"
+                words = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-c", code]
+                done = subprocess.run(words, capture_output=True, text=True, check=False)
+                assert "Permission denied" in done.stderr
+
+
+def test_the_keeper_is_no_way_in_for_the_same_user(here):
+    """It could be stopped and led to show what it likes; as it is not dumpable, its /proc entries are root's."""
+    with here.running(STAY) as process:
+        for pid in (process.pid, children(process.pid)[0]):
+            code = f"open('/proc/{pid}/mem', 'rb')"
+            words = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", sys.executable, "-c", code]
+            if as_root():
+                words[1:1] = ["--securebits=+noroot,+noroot_locked"]
+            done = subprocess.run(words, capture_output=True, text=True, check=False)
+            assert "Permission denied" in done.stderr
+
+
+@pytest.mark.parametrize("how", ["--at", "--fd"])
+def test_no_core_dump(here, how):
+    given = ["--at", here.at] if how == "--at" else ["--fd"]
+    done = here.exec("sh", "-c", "ulimit -c; ulimit -Hc; kill -SEGV $$", status=128 + signal.SIGSEGV, given=given)
+    assert set(done.stdout.split()) <= {"0", "1"}
+    assert not list(here.folder.glob("core*"))
+    assert all(line.split()[4] in {"0", "1"} for line in _limits(here, given) if "core" in line)
+
+
+def _limits(here, given):
+    return here.exec("cat", "/proc/self/limits", given=given).stdout.splitlines()
+
+
+def test_the_members_cannot_be_changed(here):
+    script = """
+        exec 2>&1
+        touch at/new; rm -f at/empty; mkdir at/labels/x; chmod 600 at/empty; mv at/empty at/full
+        test -s at/labels/names.txt && ! test -e at/new && test -e at/empty && echo as before
+    """
+    done = here.exec("sh", "-c", textwrap.dedent(script))
+    assert done.stdout.count("Read-only file system") == 5
+    assert done.stdout.endswith("as before\n")
+    code = """
+        import os, sys
+        try:
+            os.pwrite(int(sys.argv[1].rpartition("/")[2]), b"x", 0)
+        except PermissionError as error:
+            print(error.strerror)
+    """
+    done = here.exec(sys.executable, "-c", textwrap.dedent(code), "{weights.bin}", given=["--fd"])
+    assert done.stdout == "Operation not permitted\n"
+
+
+def test_nothing_but_what_is_meant_is_passed_on(here):
+    """Neither the keeper's socket nor a descriptor of the folder, by which a program could write to the mount."""
+    code = """
+        import json, os
+        links = []
+        for number in range(3, 64):
+            try:
+                links.append(os.readlink(f"/proc/self/fd/{number}"))
+            except OSError:
+                continue
+        print(json.dumps(links))
+    """
+    code = textwrap.dedent(code)
+    links = json.loads(here.exec(sys.executable, "-c", code).stdout)
+    assert len(links) == 1
+    assert links[0].startswith("socket:")
+    links = json.loads(here.exec(sys.executable, "-c", code, given=["--fd"]).stdout)
+    assert sorted(link.partition(":")[0] for link in links) == ["/memfd", "/memfd", "/memfd", "socket"]
+
+
+# ---- limits
+
+
+def test_instances(vendor, tmp_path):
+    terms = 'licensee = "A"\nproduct = "p"\n[limits]\ninstances = 1\n'
+    with shop(vendor, tmp_path, terms) as limited, limited.running(STAY) as process:
+        refused = limited.exec("true", given=["--fd"], status=1)
+        assert "reason: INSTANCES_EXCEEDED" in refused.stderr
+        keeper = children(process.pid)[0]
+        process.kill()
+        until(lambda: not Path(f"/proc/{keeper}").exists())
+        limited.exec("true", given=["--fd"])
+
+
+def test_opens_are_not_spent_on_what_could_not_run(vendor, tmp_path):
+    terms = 'licensee = "A"\nproduct = "p"\n[limits]\nopens = 1\n'
+    with shop(vendor, tmp_path, terms, counted=True) as limited:
+        limited.exec("no-such-program", status=127)
+        limited.exec("/etc/passwd", status=126)
+        limited.exec("at/weights.bin", status=126)
+        limited.exec("true", given=["--at", tmp_path], status=2)
+        limited.exec("sh", "-c", "exit 3", status=3)
+        assert "reason: OPENS_EXHAUSTED" in limited.exec("true", status=1).stderr
+
+
+@pytest.fixture(scope="module")
+def dongle(vendor, tmp_path_factory):
+    """A folder with a dongle's license: presence each second, sessions of at most 8 s."""
+    folder = tmp_path_factory.mktemp("dongle")
+    (folder / "terms.toml").write_text(
+        'licensee = "A"\nproduct = "p"\n[presence]\ninterval = "1s"\n[continuity]\nsession = "8s"\n'
+    )
+    keys = ["--vendor", vendor.folder / "vendor"]
+    plugged = ["simulate", "--dongle", "--state", "desk"]
+    run(*plugged, "--dongle-blank", "--", PROGRAM, "vendor", "dongle", "program", *keys, "-o", "d.hwreq", cwd=folder)
+    given = ["--request", "d.hwreq", "--package", vendor.package, "--terms", "terms.toml", "-o", "d.hwlic"]
+    run("vendor", "issue", *keys, *given, cwd=folder)
+    run("device", "trust", "--home", "home", vendor.folder / "vendor" / "vendor.pub.json", cwd=folder)
+    run(*plugged, "--", PROGRAM, "device", "install", "--home", "home", "d.hwlic", cwd=folder)
+    (folder / "at").mkdir()
+
+    def play(script, how=("--at", "at"), status=3):
+        words = [*plugged, "--", PROGRAM, "exec", vendor.package, "--home", "home", *how, "--", "bash", "-c", script]
+        began = time.monotonic()
+        done = run(*words, status=status, cwd=folder)
+        return done, time.monotonic() - began
+
+    return play
+
+
+ASK = 'ask() { echo "$1" >&$HWLICENSE_SOCKET; read -r -u $HWLICENSE_SOCKET answer; echo "$answer"; }\n'
+PULL = 'touch "$HWLICENSE_SIMULATOR_CONTROL/pull-dongle"\n'
+LINGER = "for ((i = 0; i < 300; i++)); do sleep 0.1; done; echo too late"
+
+
+@pytest.mark.parametrize("how", [("--at", "at"), ("--fd",)])
+def test_a_pulled_dongle_ends_the_tree(dongle, how):
+    background = "(trap 'echo below; exit' TERM; while :; do sleep 0.1; done) &\n"
+    script = f"trap 'echo asked to end; sleep 0.5; exit 0' TERM\n{background}{PULL}{LINGER}"
+    done, took = dongle(script, how)
+    assert set(done.stdout.splitlines()) == {"asked to end", "below"}
+    assert "reason: DONGLE_ABSENT" in done.stderr
+    assert took < 9
+
+
+def test_who_ignores_it_is_killed(dongle):
+    done, took = dongle(f"trap '' TERM\n{PULL}{LINGER}")
+    assert done.stdout == ""
+    assert "reason: DONGLE_ABSENT" in done.stderr
+    assert 10 < took < 20
+
+
+def test_a_session_is_not_interrupted(dongle):
+    script = f"""{ASK}trap 'echo asked to end; exit 0' TERM
+        ask 'session 0'
+        {PULL} sleep 3
+        ask 'session 0'; ask 'spend 1'; ask 'standing 0 0'; ask 'end'
+        {LINGER}"""
+    done, took = dongle(script)
+    # No limit of use: spending is not refused. A session within a session is.
+    expected = ["ok", "no USAGE -", "ok", "no DONGLE_ABSENT -", "ok", "asked to end"]
+    assert done.stdout.splitlines() == expected
+    assert took < 12
+
+
+def test_but_no_longer_than_its_continuity(dongle):
+    script = f"{ASK}trap 'echo asked to end; exit 0' TERM\nask 'session 0'\n{PULL}{LINGER}"
+    done, took = dongle(script)
+    assert done.stdout.splitlines() == ["ok", "asked to end"]
+    assert 8 < took < 14

@@ -1,0 +1,382 @@
+"""`hwlicense exec`: programs that are not Python, as the command line runs them."""
+
+import os
+import pty
+import resource
+import select
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import hwlicense
+from tests.programs import READY, children, shop, until
+from tests.world import MEMBERS, PROGRAM, run
+
+FD = ["--fd"]
+
+
+@pytest.fixture(scope="module")
+def here(vendor, tmp_path_factory):
+    with shop(vendor, tmp_path_factory.mktemp("shop")) as found:
+        yield found
+
+
+@pytest.fixture(params=["--at", "--fd"])
+def how(request, here):
+    return ["--at", here.at] if request.param == "--at" else FD
+
+
+# ---- the files
+
+
+def test_at_a_folder(here):
+    (here.folder / "input").write_text("from the terminal\n")
+    script = "cat at/labels/names.txt; find at -type f -printf '%m %s %P\\n' | sort; cat"
+    with (here.folder / "input").open() as standard_input:
+        done = here.exec("sh", "-c", script, stdin=standard_input)
+    files = sorted(f"400 {len(content)} {name}" for name, content in MEMBERS.items())
+    assert done.stdout.splitlines() == ["bolt", "nut", *files, "from the terminal"]
+    assert done.stderr == ""
+    digest = here.exec("sha256sum", here.at / "weights.bin").stdout
+    assert digest == run_with(["sha256sum"], MEMBERS["weights.bin"]).replace("-", str(here.at / "weights.bin"))
+
+
+def run_with(words, data):
+    return subprocess.run(words, input=data, capture_output=True, check=True).stdout.decode()
+
+
+def test_by_descriptors(here):
+    script = 'cat "$1"; echo "$2"; cat "/proc/self/fd/$(printf %s "$HWLICENSE_FDS" | tr -dc "0-9" | head -c 1)"'
+    done = here.exec("sh", "-c", script, "x", "{labels/names.txt}", '{"a": {}}{weights}', given=FD)
+    assert done.stdout == 'bolt\nnut\n{"a": {}}{weights}\n'
+    code = (
+        "import json, os; print({n: os.fstat(f).st_size for n, f in json.loads(os.environ['HWLICENSE_FDS']).items()})"
+    )
+    done = here.exec(sys.executable, "-c", code, given=FD)
+    assert done.stdout.strip() == str({name: len(content) for name, content in sorted(MEMBERS.items())})
+    mapped = "import mmap, sys; f = open(sys.argv[1], 'rb'); print(mmap.mmap(f.fileno(), 0, prot=1)[:8])"
+    assert here.exec(sys.executable, "-c", mapped, "{weights.bin}", given=FD).stdout == "b'a marker'\n"
+
+
+def test_a_package_with_a_program_in_it(vendor, tmp_path):
+    """It is started from the folder, or loaded as a library; only where that is asked for."""
+    (tmp_path / "files" / "bin").mkdir(parents=True)
+    program = tmp_path / "files" / "bin" / "tool"
+    program.write_text('#!/bin/sh\necho "from $0"\n')
+    package = tmp_path / "model.hwpkg"
+    manifest = vendor.pack(package, tmp_path / "files", name="tools")
+    with shop_of(vendor, tmp_path, manifest) as found:
+        refused = found.exec(found.at / "bin" / "tool", status=126, package=package)
+        assert "reason: COMMAND_UNUSABLE" in refused.stderr
+        assert "hint: Make it executable; a program in DIR also takes --executable." in refused.stderr
+        given = ["--at", found.at, "--executable"]
+        done = found.exec("at/bin/tool", given=given, package=package)
+        assert done.stdout == "from at/bin/tool\n"
+        done = found.exec(found.at / "bin" / "none", given=given, package=package, status=127)
+
+
+def shop_of(vendor, folder, manifest):
+    own, own.manifest = type("Other", (), vars(vendor))(), manifest
+    own.issue = type(vendor).issue.__get__(own)
+    return shop(own, folder)
+
+
+def test_started_in_the_folder_itself(here):
+    done = here.exec("sh", "-c", "ls; cat labels/names.txt", given=["--at", "."], cwd=here.at)
+    assert done.stdout.split() == ["empty", "labels", "weights.bin", "bolt", "nut"]
+
+
+# ---- how it ends
+
+
+@pytest.mark.parametrize("status", [0, 1, 42, 255])
+def test_the_exit_status(here, how, status):
+    here.exec("sh", "-c", f"exit {status}", given=how, status=status)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGPIPE, signal.SIGINT])
+def test_the_status_of_a_signal(here, how, number):
+    here.exec("sh", "-c", f"kill -{number.value} $$", given=how, status=128 + number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize("way", ["--at", "--fd"])
+def test_signals_are_passed_on_once(here, number, way):
+    name = number.name.removeprefix("SIG")
+    script = f"trap 'echo {name}' {name}; echo set; for i in 1 2 3 4 5 6 7 8 9 10; do sleep 0.1; done; exit 9"
+    with here.running(script, way) as process:
+        assert process.stdout.readline() == "set\n"
+        process.send_signal(number)
+        assert process.wait(10) == 9
+        assert process.stdout.read() == f"{name}\n"
+
+
+def test_a_signal_that_was_ignored_stays_so(here):
+    words = ["nohup", PROGRAM, "exec", here.vendor.package, "--fd", "--", "sh", "-c", READY + "sleep 1; echo alive"]
+    with subprocess.Popen(
+        words, env=here.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGHUP)
+        assert process.stdout.read() == "alive\n"
+    assert process.returncode == 0
+
+
+def test_at_a_terminal(here, how):
+    """Ctrl-C reaches the program once, and it reads what is typed."""
+    script = "trap 'echo got it' INT; echo ready; read line; read line; echo \"$line, status $?\"; exit 4"
+    words = [PROGRAM, "exec", here.vendor.package, *map(str, how), "--", "bash", "-c", script]
+    pid, terminal = pty.fork()
+    if not pid:
+        os.execve(words[0], words, here.environment)  # noqa: S606
+    said = b""
+
+    def hears(text):
+        nonlocal said
+        while text not in said:
+            assert select.select([terminal], [], [], 10)[0], said
+            said += os.read(terminal, 1024)
+
+    hears(b"ready")
+    os.write(terminal, b"\x03")
+    hears(b"got it")
+    os.write(terminal, b"one\ntwo\n")
+    hears(b"two, status 0")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 4
+    os.close(terminal)
+    assert said.count(b"got it") == 1
+
+
+def test_an_opening_that_is_interrupted_starts_nothing(here):
+    """SIGTERM while the TPM does not answer; the keeper is there by then."""
+    address = f"swtpm:path={here.folder}/silent"
+    words = [PROGRAM, "exec", here.vendor.package, "--fd", "--tpm", address, "--", "touch", "started"]
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(here.folder / "silent"))
+        listener.listen()
+        with subprocess.Popen(words, env=here.environment, cwd=here.folder, stderr=subprocess.DEVNULL) as process:
+            silent, _ = listener.accept()
+            keeper = children(process.pid)[0]
+            process.terminate()
+            assert process.wait(10) == 143
+        silent.close()
+    until(lambda: not Path(f"/proc/{keeper}").exists())
+    assert not (here.folder / "started").exists()
+
+
+# ---- what is wrong
+
+
+def refused(done, reason, hint=""):
+    assert f"reason: {reason}" in done.stderr, done.stderr
+    assert f"hint: {hint}" in done.stderr, done.stderr
+    assert done.stdout == ""
+
+
+def test_a_command_that_is_not_there(here, how):
+    for command in ("no-such-program", "./no-such-program", here.folder / "nowhere" / "program"):
+        refused(here.exec(command, given=how, status=127), "COMMAND_ABSENT")
+    script = here.folder / "script"
+    script.write_text("#!/no/such/interpreter\n")
+    script.chmod(0o755)
+    refused(here.exec(script, given=how, status=127), "COMMAND_ABSENT")
+
+
+def test_a_command_that_cannot_be_run(here, how):
+    text = here.folder / "text"
+    text.write_text("echo no program\n")
+    for command in (text, here.folder):
+        refused(here.exec(command, given=how, status=126), "COMMAND_UNUSABLE", "Make it executable")
+    text.chmod(0o755)  # no first line that says what runs it
+    refused(here.exec(text, given=how, status=126), "COMMAND_UNUSABLE", "Make it executable")
+
+
+def test_a_folder_that_will_not_do(here, tmp_path):
+    link, file, full = tmp_path / "link", tmp_path / "file", tmp_path / "full"
+    link.symlink_to(here.at)
+    file.touch()
+    (full / "something").mkdir(parents=True)
+    for path, reason in ((link, "USAGE"), (file, "USAGE"), (full, "USAGE"), (tmp_path / "none", "FILE_ABSENT")):
+        refused(here.exec("true", given=["--at", path], status=2), reason)
+    refused(here.exec("true", given=["--at", file / "below"], status=2), "USAGE")
+    refused(here.exec("true", given=["--at", f"{link}/"], status=2), "USAGE")
+
+
+@pytest.mark.parametrize("given", [[], ["--fd", "--at", "at"], ["--fd", "--executable"], ["--executable"]])
+def test_options_that_do_not_go_together(here, given):
+    refused(here.exec("true", given=given, status=2), "USAGE", "Give --at DIR or --fd")
+
+
+def test_no_command(here):
+    done = run("exec", here.vendor.package, "--fd", status=2, env=here.environment)
+    assert "reason: USAGE" in done.stderr
+
+
+FORBIDDEN = (
+    'echo 0 >/proc/sys/user/max_user_namespaces; exec setpriv --bounding-set=-sys_admin --inh-caps=-sys_admin -- "$@"'
+)
+
+
+def test_where_namespaces_are_forbidden(here):
+    """As in containers: neither the right to make them, nor a user namespace that gives it."""
+
+    def forbidden(*how):
+        words = [PROGRAM, "exec", here.vendor.package, *how, "--", "sh", "-c", "cat $0", "{labels/names.txt}"]
+        words = ["unshare", "--user", "--map-root-user", "sh", "-c", FORBIDDEN, "sh", *words]
+        return subprocess.run(words, env=here.environment, capture_output=True, text=True, check=False)
+
+    done = forbidden("--at", here.at)
+    assert done.returncode == 5, done.stderr
+    refused(done, "NAMESPACES_REFUSED", "Use --fd, which needs none")
+    done = forbidden("--fd")
+    assert (done.returncode, done.stdout) == (0, "bolt\nnut\n"), done.stderr
+
+
+@pytest.mark.parametrize("limit", [80, 100, 120, 160])
+def test_little_memory(here, how, limit):
+    """Whatever fails, it says so, and nothing runs by halves."""
+    most = limit << 20
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+    done = here.exec("sh", "-c", "echo ran", given=how, status=None, preexec_fn=limited)
+    if done.returncode == 0:
+        assert done.stdout == "ran\n"
+    else:
+        assert done.stdout == ""
+        assert done.returncode in {5, 126, 3} or "error:" not in done.stderr  # Python itself may not start
+
+
+@pytest.mark.parametrize("most", [7, 9, 12, 15, 20])
+def test_few_descriptors(here, how, most):
+    def limited():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+    done = here.exec("sh", "-c", "echo ran", given=how, status=None, preexec_fn=limited)
+    assert done.stdout == ("ran\n" if done.returncode == 0 else "")
+    assert done.returncode == 0 or "error:" in done.stderr, done.stderr
+
+
+def test_files_may_not_grow(here, how):
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+    refused(here.exec("true", given=how, status=5, preexec_fn=limited), "STORAGE")
+
+
+def test_standard_streams_that_are_closed(here, how):
+    script = f"ls /proc/self/fd >{here.folder}/fds"
+    words = [PROGRAM, "exec", here.vendor.package, *map(str, how), "--", "sh", "-c", script]
+    shell = ["sh", "-c", '"$@" <&- >&- 2>&-', "sh", *words]
+    done = subprocess.run(shell, env=here.environment, timeout=60, check=False)
+    assert done.returncode == 0
+    assert (here.folder / "fds").stat().st_size > 0
+
+
+# ---- C
+
+
+def compiled(folder, text, *flags):
+    source = folder / ("program.cc" if "c++" in str(flags) else "program.c")
+    source.write_text(textwrap.dedent(text))
+    include = run("exec", "--include-dir").stdout.strip()
+    compiler = "c++" if source.suffix == ".cc" else "cc"
+    warnings = ["-Wall", "-Wextra", "-Wpedantic", "-Werror"]
+    subprocess.run([compiler, *flags, *warnings, f"-I{include}", source, "-o", folder / "program"], check=True)
+    return folder / "program"
+
+
+PROGRAM_IN_C = """
+    #include <hwlicense.h>
+
+    static void tell(int result, const struct hwlicense_refusal *refusal)
+    {
+        if (result == 1)
+            printf("%s %d\\n", refusal->reason, refusal->wait > 3500 && refusal->wait < 4000);
+        else
+            printf("%d\\n", result);
+    }
+
+    int main(void)
+    {
+        struct hwlicense_refusal refusal;
+        int license = hwlicense_connect(), other = hwlicense_connect();
+        if (license < 0) {
+            printf("errno %d\\n", errno == ENOTCONN);
+            return 1;
+        }
+        tell(hwlicense_session(license, 2, &refusal), &refusal);
+        tell(hwlicense_standing(other, 60, 1, &refusal), &refusal);
+        tell(hwlicense_spend(other, 1, &refusal), &refusal);
+        tell(hwlicense_spend(other, 1, &refusal), &refusal);
+        tell(hwlicense_spend(license, 2, &refusal), &refusal);
+        tell(hwlicense_end(license, &refusal), &refusal);
+        tell(hwlicense_spend(license, 0, &refusal), &refusal);
+        printf("%d\\n", hwlicense_spend(license, 1, 0));
+        close(license);
+        return 0;
+    }
+"""
+
+
+@pytest.mark.parametrize("flags", [["-std=c99"], ["-std=c17"], ["-std=c++11"]])
+def test_the_header(vendor, tmp_path, flags):
+    terms = 'licensee = "A"\nproduct = "p"\n[limits]\nrates = ["3/hour"]\n'
+    program = compiled(tmp_path, PROGRAM_IN_C, *flags)
+    outside = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert (outside.stdout, outside.returncode) == ("errno 1\n", 1)
+    with shop(vendor, tmp_path, terms) as limited:
+        done = limited.exec(program)
+    assert done.stdout.splitlines() == ["0", "0", "0", "RATE_EXCEEDED 1", "0", "0", "USAGE 0", "1"]
+
+
+ASKED_IN_C = """
+    #include <hwlicense.h>
+
+    int main(int count, char **answer)
+    {
+        struct hwlicense_refusal refusal = {"", 0};
+        int ends[2], result;
+        if (count != 2 || socketpair(AF_UNIX, SOCK_STREAM, 0, ends))
+            return 1;
+        if (write(ends[1], answer[1], strlen(answer[1])) < 0 || shutdown(ends[1], SHUT_WR))
+            return 1;
+        result = hwlicense_ask(ends[0], "spend 1\\n", &refusal);
+        printf("%d %s %.3f\\n", result, refusal.reason, refusal.wait);
+        return 0;
+    }
+"""
+
+
+def test_what_the_header_makes_of_answers(tmp_path):
+    program = compiled(tmp_path, ASKED_IN_C, "-std=c99", "-fsanitize=address,undefined")
+    reason = "R" * 63
+    for answer, result in (
+        ("ok\n", "0  0.000"),
+        ("no RATE_EXCEEDED 59.124\n", "1 RATE_EXCEEDED 59.124"),
+        ("no RATE_EXCEEDED 0.5\nno more", "1 RATE_EXCEEDED 0.500"),
+        ("no LICENSE_EXPIRED -\n", "1 LICENSE_EXPIRED -1.000"),
+        (f"no {reason} 1\n", f"1 {reason} 1.000"),
+        *((wrong, "-1  0.000") for wrong in ("", "ok", "\n", "no\n", "no \n", "no X\n", "no  1", "yes\n", "OK\n")),
+        *((wrong, "-1  0.000") for wrong in (f"no {reason}R 1\n", "x" * 300, "no " + "X" * 125 + " 1\n")),
+    ):
+        done = subprocess.run([program, answer], capture_output=True, text=True, check=False)
+        assert (done.stdout, done.stderr) == (f"{result}\n", ""), answer
+
+
+def test_the_header_is_where_it_is_said_to_be():
+    folder = Path(run("exec", "--include-dir").stdout.strip())
+    assert folder == Path(hwlicense.__file__).parent / "include"
+    assert (folder / "hwlicense.h").is_file()
+
+
+def test_help_names_what_a_program_finds(here):
+    text = run("exec", "--help", env=here.environment).stdout
+    for name in ("HWLICENSE_SOCKET", "HWLICENSE_FDS", "SIGTERM"):
+        assert name in text
