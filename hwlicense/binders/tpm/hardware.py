@@ -14,6 +14,7 @@ from hwlicense.binders.tpm.connection import DEFAULT_TCTI, Connection, Work
 from hwlicense.binders.tpm.failures import NOT_ITS_OWN, WRONG_AUTHORIZATION, code
 from hwlicense.binders.tpm.held import Held, Ticket
 from hwlicense.binders.tpm.sealed import Sealed
+from hwlicense.core.chain import TpmCertificate
 from hwlicense.core.documents import TpmEvidence
 from hwlicense.core.errors import AbsentError, DamagedError, Reason, RefusedError, UsageError
 from hwlicense.core.hardware import Counted, Unwrapped
@@ -179,6 +180,35 @@ class TpmHardware:
                     state = "lost"
             return Counted(state, opens, index.limit if index else None, now.clock, binding.deadline)
 
+    # ---- certifying
+
+    def certify(
+        self,
+        binding: TpmBinding,
+        selection: Selection,
+        statement: bytes,
+        pin: PinSource | None,  # noqa: ARG002  # the attestation key takes none
+    ) -> TpmCertificate:
+        """A quote of the selected PCRs over SHA-256 of `statement`, by the attestation key that the binding names.
+
+        Raises RefusedError WRONG_DEVICE, PCR_UNUSABLE, HardwareError, DamagedError QUOTE_INVALID.
+        """
+        with self._connection.work() as work:
+            handle, key = keys.attestation_key(work)
+            if key.name != binding.attestation_key:
+                raise keys.wrong_device("its attestation key is not this one's")
+            for tries_left in reversed(range(_QUOTES)):
+                pcrs = keys.read_pcrs(work, selection)
+                made = work.call("quote", handle, keys.tpm_selection(selection), quote_data(statement))
+                quote = bytes(made[0].marshal() + made[1].marshal())
+                try:
+                    check_quote(key, quote, statement, pcrs)
+                    break
+                except DamagedError:
+                    if not tries_left:  # no PCR is extended that often in between
+                        raise
+            return TpmCertificate(key.raw, pcrs, quote)
+
     def _anchor(self, sealed: Sealed, held: Held) -> TpmAnchor | None:
         index = next((index for index in sealed.binding.indexes if index.purpose == "anchor"), None)
         if index is None:
@@ -216,6 +246,9 @@ def _nowhere() -> UsageError:
     what = "This license is counted by a TPM, and there is no home that keeps what that takes."
     return UsageError(Reason.USAGE, what, "Give the device's home.")
 
+
+_QUOTES: Final = 5
+"""Quotes that are made where the PCRs change between reading and quoting."""
 
 _NOT_HERE: Final = (*NOT_ITS_OWN, *WRONG_AUTHORIZATION, TPM2_RC.HANDLE)
 
