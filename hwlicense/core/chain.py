@@ -9,7 +9,8 @@ on, and cannot change what a checkpoint closed before. Times are in microseconds
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Final
+from collections import deque
+from typing import Annotated, Final, NamedTuple
 
 import msgspec
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -20,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import load_der_public_key
 
 from hwlicense.core.documents import Pcrs  # noqa: TC001  # msgspec reads the annotations at run time
 from hwlicense.core.envelope import pre_authentication_encoding
-from hwlicense.core.errors import DamagedError, Reason, UsageError
+from hwlicense.core.errors import ClosedError, DamagedError, Reason, UsageError
 from hwlicense.core.schema import (
     SCHEMA,
     Blob,
@@ -247,27 +248,49 @@ def check_signature(key: bytes, record: Start | Checkpoint | Heartbeat | End) ->
 # ---- making a recording ----------------------------------------------------------------------------------
 
 
-class Chain:
-    """One recording as it is made. Every method that adds gives the line, without newline. Not safe for threads."""
+class Link(NamedTuple):
+    """A record that was made, and all that the next one takes: so a chain grows in one step, or not at all.
 
-    def __init__(self) -> None:
-        self._key = ed25519.Ed25519PrivateKey.generate()
-        self._next = ed25519.Ed25519PrivateKey.generate()
-        self.number = 0
-        self.head = NOTHING
-        self.open = 0
-        """Records that no signature closes yet."""
+    `number` and `head` are of the next record; `total` counts bytes of all lines, `closed` records under signatures.
+    """
+
+    line: bytes
+    part: int
+    number: int
+    head: bytes
+    total: int
+    closed: int
+    key: ed25519.Ed25519PrivateKey | None
+
+
+class Chain:
+    """One recording as it is made. Not safe for threads; a signal that interrupts it leaves it whole."""
+
+    def __init__(self, previous: bytes) -> None:
+        self._links = deque([Link(b"", 0, 0, previous, 0, 0, ed25519.Ed25519PrivateKey.generate())])
+        self.start = NOTHING
+
+    @property
+    def last(self) -> Link:
+        """Where the chain is."""
+        return self._links[-1]
 
     @property
     def key(self) -> bytes:
-        """The public half of the key that signs next."""
-        return self._key.public_key().public_bytes_raw()
+        """The public half of the key that signs next. Raises ClosedError after the end."""
+        return self._key(self.last).public_key().public_bytes_raw()
 
-    def begin(self, statement: Statement, certificate: Certificate, wall: int, boot: int) -> bytes:
+    def take(self, number: int) -> list[Link]:
+        """The links from record `number` on, which the chain forgets but for its last."""
+        taken = [link for link in self._links if link.number > number]
+        while len(self._links) > 1:
+            self._links.popleft()
+        return taken
+
+    def begin(self, statement: Statement, certificate: Certificate, wall: int, boot: int) -> None:
         """The start, which the statement about `key` begins."""
-        start = Start(0, statement.previous, wall, boot, statement, certificate, b"")
-        self.start = digest(line := self._signed(start))
-        return line
+        self._sign(Start(0, statement.previous, wall, boot, statement, certificate, b""), self._key(self.last), 1)
+        self.start = self.last.head
 
     def add(
         self,
@@ -279,52 +302,53 @@ class Chain:
         data: bytes | None = None,
         input: bytes | None = None,  # noqa: A002  # as the record's field
         sensor: SensorSignature | None = None,
-    ) -> bytes:
+    ) -> None:
         """What the application gave. Its sizes and sensor were checked."""
-        raw = msgspec.UNSET if json is None else msgspec.Raw(json)
-        return self._added(encode(kind(self.number, self.head, wall, boot, raw, data, input, sensor)))
+        last, raw = self._links[-1], msgspec.UNSET if json is None else msgspec.Raw(json)
+        self._add(encode(kind(last.number, last.head, wall, boot, raw, data, input, sensor)))
 
-    def gap(self, dropped: int, wall: int, boot: int) -> bytes:
+    def gap(self, dropped: int, wall: int, boot: int) -> None:
         """So many were dropped."""
-        return self._added(encode(Gap(self.number, self.head, wall, boot, dropped)))
+        self._add(encode(Gap(self.last.number, self.last.head, wall, boot, dropped)))
 
-    def part(self, part: int, wall: int, boot: int) -> bytes:
-        """The first line of another file."""
-        return self._added(encode(Part(self.number, self.head, wall, boot, part, self.start)))
+    def begin_part(self, part: int, wall: int, boot: int) -> None:
+        """Go on in another file."""
+        self._add(encode(Part(self.last.number, self.last.head, wall, boot, part, self.start)), part)
 
-    def close_until_now(self, kind: type[Checkpoint | Heartbeat], wall: int, boot: int) -> bytes:
-        """Sign all that is there; from here on another key signs, and this one is gone."""
-        following = self._next.public_key().public_bytes_raw()
-        line = self._signed(kind(self.number, self.head, wall, boot, following, b""))
-        self._key, self._next = self._next, ed25519.Ed25519PrivateKey.generate()
-        return line
+    def close_until_now(self, kind: type[Checkpoint | Heartbeat], wall: int, boot: int) -> None:
+        """Sign all that is there. From here on another key signs, and this one goes with the links that are taken."""
+        last, following = self.last, ed25519.Ed25519PrivateKey.generate()
+        public = following.public_key().public_bytes_raw()
+        self._sign(kind(last.number, last.head, wall, boot, public, b""), following)
 
     def closing(self) -> Closing:
         """What the hardware certifies at the end."""
-        return Closing(SCHEMA, self.start, self.head, self.number)
+        return Closing(SCHEMA, self.start, self.last.head, self.last.number)
 
-    def end(self, certificate: Certificate | None, refusal: str | None, wall: int, boot: int) -> bytes:
-        """The last record."""
-        line = self._signed(End(self.number, self.head, wall, boot, certificate, refusal, b""))
-        self.forget()
-        return line
+    def end(self, certificate: Certificate | None, refusal: str | None, wall: int, boot: int) -> None:
+        """The last record. No key is left."""
+        self._sign(End(self.last.number, self.last.head, wall, boot, certificate, refusal, b""), None)
 
-    def forget(self) -> None:
-        """Let go of the keys."""
-        self.__dict__.pop("_key", None)
-        self.__dict__.pop("_next", None)
+    def _sign(
+        self,
+        record: Start | Checkpoint | Heartbeat | End,
+        following: ed25519.Ed25519PrivateKey | None,
+        part: int = 0,
+    ) -> None:
+        last, signature = self.last, self._key(self.last).sign(signed_bytes(record))
+        line = encode(msgspec.structs.replace(record, signature=signature))
+        number = last.number + 1
+        self._links.append(Link(line, part, number, digest(line), last.total + len(line) + 1, number, following))
 
-    def _signed(self, record: Start | Checkpoint | Heartbeat | End) -> bytes:
-        signature = self._key.sign(signed_bytes(record))
-        line = self._added(encode(msgspec.structs.replace(record, signature=signature)))
-        self.open = 0
-        return line
+    def _add(self, line: bytes, part: int = 0) -> None:
+        _, _, number, _, total, closed, key = self._links[-1]
+        self._links.append(Link(line, part, number + 1, digest(line), total + len(line) + 1, closed, key))
 
-    def _added(self, line: bytes) -> bytes:
-        self.head = digest(line)
-        self.number += 1
-        self.open += 1
-        return line
+    @staticmethod
+    def _key(last: Link) -> ed25519.Ed25519PrivateKey:
+        if last.key is None:
+            raise ClosedError(Reason.MODEL_CLOSED, "The recording has ended.", "Begin another one: model.outputs().")
+        return last.key
 
 
 # ---- sensors ---------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final, Self
 
@@ -14,7 +15,6 @@ from hwlicense.binders.tpm.connection import DEFAULT_TCTI, Connection, Work
 from hwlicense.binders.tpm.failures import NOT_ITS_OWN, WRONG_AUTHORIZATION, code
 from hwlicense.binders.tpm.held import Held, Ticket
 from hwlicense.binders.tpm.sealed import Sealed
-from hwlicense.core.chain import TpmCertificate
 from hwlicense.core.documents import TpmEvidence
 from hwlicense.core.errors import AbsentError, DamagedError, Reason, RefusedError, UsageError
 from hwlicense.core.hardware import Counted, Unwrapped
@@ -28,8 +28,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
 
+    from tpm2_pytss import ESYS_TR
+
+    from hwlicense.core.chain import TpmCertificate
     from hwlicense.core.documents import Approval, TpmBinding, TpmCounter
     from hwlicense.core.hardware import CounterStore, PinSource
+    from hwlicense.core.tpm.structures import Public
 
 
 class TpmHardware:
@@ -197,17 +201,10 @@ class TpmHardware:
             handle, key = keys.attestation_key(work)
             if key.name != binding.attestation_key:
                 raise keys.wrong_device("its attestation key is not this one's")
-            for tries_left in reversed(range(_QUOTES)):
-                pcrs = keys.read_pcrs(work, selection)
-                made = work.call("quote", handle, keys.tpm_selection(selection), quote_data(statement))
-                quote = bytes(made[0].marshal() + made[1].marshal())
-                try:
-                    check_quote(key, quote, statement, pcrs)
-                    break
-                except DamagedError:
-                    if not tries_left:  # no PCR is extended that often in between
-                        raise
-            return TpmCertificate(key.raw, pcrs, quote)
+            for _ in range(_QUOTES - 1):
+                with suppress(DamagedError):  # a PCR was extended after it was read
+                    return _certificate(work, handle, key, selection, statement)
+            return _certificate(work, handle, key, selection, statement)
 
     def _anchor(self, sealed: Sealed, held: Held) -> TpmAnchor | None:
         index = next((index for index in sealed.binding.indexes if index.purpose == "anchor"), None)
@@ -248,7 +245,17 @@ def _nowhere() -> UsageError:
 
 
 _QUOTES: Final = 5
-"""Quotes that are made where the PCRs change between reading and quoting."""
+
+
+def _certificate(work: Work, handle: ESYS_TR, key: Public, selection: Selection, statement: bytes) -> TpmCertificate:
+    from hwlicense.core.chain import TpmCertificate  # noqa: PLC0415  # most applications have nothing certified
+
+    pcrs = keys.read_pcrs(work, selection)
+    attest, signature = work.call("quote", handle, keys.tpm_selection(selection), quote_data(statement))
+    quote = bytes(attest.marshal() + signature.marshal())
+    check_quote(key, quote, statement, pcrs)
+    return TpmCertificate(key.raw, pcrs, quote)
+
 
 _NOT_HERE: Final = (*NOT_ITS_OWN, *WRONG_AUTHORIZATION, TPM2_RC.HANDLE)
 
