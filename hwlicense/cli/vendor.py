@@ -28,6 +28,7 @@ from hwlicense.cli.vendor_input import (
     vendor_option,
     why_believed,
 )
+from hwlicense.cli.vendor_outputs import verify_outputs
 from hwlicense.cli.vendor_revising import reset_clock, revise
 from hwlicense.core.errors import Reason, UsageError
 from hwlicense.core.keys import wrap_for_vendor
@@ -52,6 +53,7 @@ vendor.add_command(dongle)
 vendor.add_command(token)
 vendor.add_command(reset_clock)
 vendor.add_command(revise)
+vendor.add_command(verify_outputs)
 
 
 @vendor.command()

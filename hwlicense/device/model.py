@@ -63,7 +63,8 @@ class Model:
         self._file, self._layout = file, file.layout
         self._keys = self._table(content_key)
         self._metering, self._instance = metering, instance
-        self._presence, self._content_key = presence or (None, None)
+        self._presence = presence[0] if presence else None
+        self._content_key = presence[1] if presence else None
         self._refusal: HwlicenseError | None = None
         self._closed = False
         self._users: Counter[int] = Counter()  # calls under way, by thread
