@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, BinaryIO, Final
 
 from hwlicense import storage
 from hwlicense.core.chain import NOTHING, Chain, Sensor, Statement, certified_bytes
-from hwlicense.core.errors import DamagedError, Reason, UsageError
+from hwlicense.core.errors import DamagedError, Reason, StorageError, UsageError
 from hwlicense.core.schema import FILE_LIMIT, SCHEMA, Digest, Document, Identifier, Positive, check, decode, encode
 from hwlicense.core.tpm.pcrs import Selection
 from hwlicense.device import clock
@@ -93,7 +94,8 @@ class Recorder:
             state = self._state(log)
             storage.make_folders(place)
             storage.make_folders(state)
-            stack.enter_context(storage.exclusive(state, 0))
+            turn = _turn(state, log)
+            stack.callback(turn.close)
             recording, previous = _following(state, place)
             bound = stack.enter_context(Bound(self._connect, self._licensed, self._home, ()))
             chain = Chain(previous)
@@ -122,7 +124,7 @@ class Recorder:
             _remember(state, recording, chain.start)
             held = stack.pop_all()
         try:
-            return Outputs(chain, files, policy, known, certify, partial(_ended, held, state, recording))
+            return Outputs(chain, files, policy, known, certify, partial(_ended, held, state, recording), turn.close)
         except BaseException:
             held.close()
             raise
@@ -137,6 +139,24 @@ class Recorder:
         except UnicodeEncodeError:
             raise UsageError(Reason.USAGE, "The log's name is not in UTF-8.", "Give another: name=.") from None
         return self._home.state / "licenses" / self._licensed.grant.license / "outputs" / slug
+
+
+def _turn(state: Path, log: str) -> BinaryIO:
+    """Held for as long as it is open, in this process and none that it forks. Raises StorageError."""
+    with storage.reporting(state / "turn"):
+        held = (state / "turn").open("ab")
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        held.close()
+        if not isinstance(error, BlockingIOError):
+            hint = "Keep the state folder on a local disk: some network file systems do not lock files."
+            raise StorageError(Reason.STORAGE, f"{state} cannot be locked: {error.strerror}.", hint) from error
+        what = f"The log {log!r} is being recorded already."
+        raise StorageError(
+            Reason.STORAGE, what, "Close that recording, or give this one a name of its own (name=)."
+        ) from None
+    return held
 
 
 def _following(state: Path, folder: Path) -> tuple[int, bytes]:

@@ -75,10 +75,14 @@ class Outputs:
         sensors: dict[str, Sensor],
         certify: Callable[[Closing], Certificate],
         ended: Callable[[bytes | None], None],
+        left: Callable[[], None],
     ) -> None:
-        """The chain has its start, which the files hold. `ended` is called once, with the last digest."""
+        """The chain has its start, which the files hold. `ended` is called once, with the last digest.
+
+        `left` is called in forked children.
+        """
         self._chain, self._files, self._policy, self._sensors = chain, files, policy, sensors
-        self._certify, self._ended = certify, ended
+        self._certify, self._ended, self._left = certify, ended, left
         self._dropped, self._part, self._part_total = 0, 1, 0
         self._written = chain.last.total
         self._closing = self._stopping = self._finished = self._foreign = False
@@ -152,6 +156,9 @@ class Outputs:
             certificate = self._certify(closing)
         except HwlicenseError as error:
             refusal = error
+        except BaseException:  # of a signal: it may be closed again
+            self._closing = False
+            raise
         with self._turn():
             self._chain.end(certificate, str(refusal.reason) if refusal else None, *now())
             target = self._chain.last.number
@@ -326,6 +333,7 @@ class Outputs:
         self._renew()
         self._chain = Chain(b"")
         self._files.close()
+        self._left()
 
 
 _open: weakref.WeakSet[Outputs] = weakref.WeakSet()

@@ -31,7 +31,7 @@ from hwlicense.core.tpm.pcrs import Selection
 from hwlicense.device.home import Home
 from hwlicense.device.recording import now
 from hwlicense.vendor import logs
-from tests.world import Device, licensed, write
+from tests.world import WITH_PCRS, Device, licensed, write
 
 
 class Scene:
@@ -375,6 +375,54 @@ def test_a_forked_child_has_no_part_in_it(scene):
     assert scene.check().recordings[0].outputs == 2
 
 
+def test_a_child_that_lives_on_does_not_keep_the_log(scene):
+    pid = os.fork()
+    if not pid:  # a process that dies in the middle of a recording, and leaves a child
+        model = scene.open()
+        model.outputs(scene.folder)
+        if not os.fork():
+            time.sleep(5)
+            os._exit(0)
+        os._exit(9)
+    os.waitpid(pid, 0)
+    scene.record("next")
+    assert {line.partition(":")[0] for line in scene.said()} == {"cut"}
+
+
+def test_a_close_that_a_signal_interrupts_is_done_again(scene, monkeypatch):
+    with scene.open() as model:
+        outputs = model.outputs(scene.folder)
+        outputs.append(1)
+
+        def interrupted(_closing):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(outputs, "_certify", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                outputs.close()
+        outputs.append(2)
+        outputs.close()
+    assert scene.said() == []
+    assert scene.check().recordings[0].outputs == 2
+
+
+def test_an_anchored_license_gives_its_count(vendor, device, tmp_path):
+    terms = WITH_PCRS + "anchor = true\n[limits]\ninferences = 100000\n"
+    raw = licensed(vendor, device, terms, counted=True)
+    license_ = write(tmp_path / "license.hwlic", raw)
+    for _ in range(2):
+        with device.open(vendor) as model, model.outputs(tmp_path / "log") as outputs:
+            model.spend()
+            outputs.append(1)
+    checked = logs.check(sorted((tmp_path / "log").glob("*")), logs.licenses([license_], vendor.public))
+    assert checked.faults == []
+    first, second = (each.statement.steps for each in checked.recordings)
+    assert first is not None
+    assert second is not None
+    assert first < second
+
+
 def test_threads_share_it(scene):
     with scene.open() as model, model.outputs(scene.folder) as outputs:
 
@@ -393,7 +441,7 @@ def test_threads_share_it(scene):
 
 def test_one_process_at_a_time_records_in_a_log(scene):
     with scene.open() as model, model.outputs(scene.folder):
-        with pytest.raises(StorageError, match="locked by another process"):
+        with pytest.raises(StorageError, match="is being recorded already"):
             model.outputs(scene.folder)
         with model.outputs(scene.folder.with_name("other")) as other:
             other.append(1)
