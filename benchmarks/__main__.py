@@ -10,14 +10,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cold_start, dongles, monitor, throughput, use
+from benchmarks import cold_start, dongles, monitor, outputs, throughput, use
 from benchmarks.measure import Failed, machine
 from benchmarks.scene import Scene
 from hwlicense_simulators import SimulatorError, Tpm
 
 RESULTS = Path(__file__).parent / "results"
 MEMORY = Path("/dev/shm")  # noqa: S108  # so that no disk is measured; a folder of this program's own within
-PARTS = ("cold", "throughput", "dongles", "monitor", "use")
+PARTS = ("cold", "throughput", "dongles", "monitor", "use", "outputs")
 
 
 def main() -> int:
@@ -46,6 +46,9 @@ def main() -> int:
             if options.part in {"all", "use"}:
                 found["use"] = use.measure(scene, options)
                 _show(use.table(found["use"]))
+            if options.part in {"all", "outputs"}:
+                found["outputs"] = outputs.measure(scene, options.recording, options.cut_recordings)
+                _show(outputs.table(found["outputs"]))
     except (Failed, SimulatorError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -76,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kills", type=int, default=10_000, help="processes that are killed while they spend")
     parser.add_argument("--inferences", type=int, default=10_000_000, help="inferences of the soak")
     parser.add_argument("--cuts", type=int, default=365, help="days that end with a power cut")
+    parser.add_argument("--recording", type=float, default=20, help="seconds of each recording of signed outputs")
+    parser.add_argument("--cut-recordings", type=int, default=30, help="recordings that end with a SIGKILL")
     parser.add_argument("--folder", type=Path, help="where to work; needs four times the size (default: /dev/shm)")
     parser.add_argument("--json", action="store_true", help="print JSON, the tables on stderr")
     return parser

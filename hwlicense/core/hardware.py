@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from types import TracebackType
 
+    from hwlicense.core.chain import Certificate
     from hwlicense.core.documents import Approval, TpmBinding, TpmCounter
     from hwlicense.core.secret import Secret
     from hwlicense.core.tpm.pcrs import Selection
@@ -181,6 +182,17 @@ class Counting(Protocol):
 
     def use(self, binding: TpmBinding, held: bytes) -> Counted:
         """What is spent of a counted license, and whether it is in force. Spends nothing."""
+
+
+@runtime_checkable
+class Certifying(Protocol[B_contra]):
+    """What hardware does, besides, that signs for the outside what happens on its device: a TPM, and most tokens."""
+
+    def certify(self, binding: B_contra, selection: Selection, statement: bytes, pin: PinSource | None) -> Certificate:
+        """Its word for `statement`, by a key that the binding names, with the present values of the selected PCRs.
+
+        Raises RefusedError WRONG_DEVICE, PIN_NEEDED, HardwareError (CERTIFYING_UNSUPPORTED where its key cannot sign).
+        """
 
 
 AnyHardware: TypeAlias = Hardware[Any, Any]

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hmac
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+from cryptography.hazmat.primitives.asymmetric.utils import Prehashed, encode_dss_signature
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
 
 from hwlicense.core.errors import DamagedError, HardwareError, Reason
@@ -93,8 +94,25 @@ def unwrap(shared: Secret, der: bytes, encapsulated: bytes, check: bytes, purpos
         if len(shared) == SIZE and hmac.compare_digest(found, check):
             return secret
     secret.wipe()
-    what = "The token, or its module, answered with a wrong secret."
-    raise HardwareError(Reason.TOKEN_FORGED, what, "Use the token maker's own module; try the token elsewhere.")
+    raise _forged()
+
+
+def checked_signature(content: Secret, der: bytes, digest: bytes) -> Secret:
+    """The token's signature (r and s) over a SHA-256, as DER, if it is one. Wipes `content`.
+
+    Raises HardwareError TOKEN_FORGED.
+    """
+    with content:
+        key, raw = public_key(der), bytes(content.buffer)
+    half = len(raw) // 2
+    made = encode_dss_signature(int.from_bytes(raw[:half], "big"), int.from_bytes(raw[half:], "big"))
+    try:
+        if isinstance(key, ec.EllipticCurvePublicKey):
+            key.verify(made, digest, ec.ECDSA(Prehashed(hashes.SHA256())))
+            return Secret(bytearray(made))
+    except InvalidSignature:
+        pass
+    raise _forged()
 
 
 def check_binding(binding: TokenBinding) -> None:
@@ -104,6 +122,11 @@ def check_binding(binding: TokenBinding) -> None:
     if isinstance(key, ec.EllipticCurvePublicKey) != (binding.mechanism == "ecdh") or len(binding.encapsulated) != size:
         what = "The license's token part contradicts itself."
         raise DamagedError(Reason.LICENSE_DAMAGED, what, "Ask the vendor for the license again.")
+
+
+def _forged() -> HardwareError:
+    what = "The token, or its module, answered with a wrong secret."
+    return HardwareError(Reason.TOKEN_FORGED, what, "Use the token maker's own module; try the token elsewhere.")
 
 
 _HASHES: Final[dict[Mechanism, hashes.HashAlgorithm]] = {

@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Final, Self
 
 from hwlicense.core.documents import TpmBinding, UsbBinding
 from hwlicense.core.errors import AbsentError, HardwareError, HwlicenseError, Reason, RefusedError, UsageError
-from hwlicense.core.hardware import Counting, PinPrompt
+from hwlicense.core.hardware import Certifying, Counting, PinPrompt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
 
+    from hwlicense.core.chain import Certificate
     from hwlicense.core.documents import Approval, Binding, License
     from hwlicense.core.hardware import Anchor, AnyHardware, PinSource
     from hwlicense.core.secret import Secret
+    from hwlicense.core.tpm.pcrs import Selection
     from hwlicense.device.home import Home
 
     Connect = Callable[[str], AnyHardware]
@@ -108,6 +110,34 @@ class Bound:
             hardware.present(binding, self._home.held(self._licensed, binding), number or 0)
 
         self._enough(present)
+
+    def certify(self, selection: Selection, statement: bytes, pin: PinSource | None) -> Certificate:
+        """The word of the license's TPM for `statement`; where there is none, of a token. Raises as `Certifying` does.
+
+        A PIN is asked for where a token is not logged in to. HardwareError CERTIFYING_UNSUPPORTED for dongles alone.
+        """
+        made: list[Certificate] = []
+
+        def certify(binding: Binding, hardware: AnyHardware) -> None:
+            if isinstance(hardware, Certifying):
+                asked = self._asking(pin, binding) if pin else None
+                made.append(hardware.certify(binding, selection, statement, asked))
+
+        problems = list[HwlicenseError]()
+        for binding in sorted(self._licensed.bindings, key=lambda binding: not isinstance(binding, TpmBinding)):
+            try:
+                self._with(kind_of(binding), partial(certify, binding))
+            except HwlicenseError as error:
+                problems.append(error)
+                if error.reason in FINAL:
+                    break
+            if made:
+                return made[0]
+        if problems:
+            raise problems[0]
+        what = "The license is bound to USB dongles, which cannot sign: their answers prove nothing to others."
+        hint = "Bind the license to a TPM, or to a token with a P-256 key, besides."
+        raise HardwareError(Reason.CERTIFYING_UNSUPPORTED, what, hint)
 
     @property
     def spends_proofs(self) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, NoReturn, Self
 from hwlicense.core.errors import ClosedError, DamagedError, HwlicenseError, Reason, RefusedError, UsageError
 from hwlicense.device.keyring import Keyring
 from hwlicense.device.memory import Memory, Protection, SealedFile, lend, protection
+from hwlicense.device.reading import THREADS
 from hwlicense.device.starting import Session, Standing, check_count, foremost, too_long
 from hwlicense.device.streaming import MemberReader
 
@@ -29,9 +30,9 @@ if TYPE_CHECKING:
     from hwlicense.device.metering import Metering
     from hwlicense.device.presence import Presence
     from hwlicense.device.reading import PackageFile
+    from hwlicense.device.recorder import Recorder
 
-THREADED: Final = 8
-"""Chunks from which on several threads are worth their start."""
+THREADED: Final = 8  # chunks from which on several threads are worth their start
 
 
 class Model:
@@ -42,6 +43,8 @@ class Model:
     nobody does. Threads inside a call finish with ClosedError, or with what became of the hardware. `grant` says under
     which license it was opened: licensee, product, dates.
     """
+
+    recorder: Callable[[], Recorder]
 
     def __init__(
         self,
@@ -56,10 +59,8 @@ class Model:
 
         With the presence comes what gives the content once more. Raises DamagedError, StorageError.
         """
-        self.name, self.version = file.manifest.name, file.manifest.version
-        self.grant = grant
-        self._file = file
-        self._layout = file.layout
+        self.name, self.version, self.grant = file.manifest.name, file.manifest.version, grant
+        self._file, self._layout = file, file.layout
         self._keys = self._keyring(content)
         self._metering, self._instance = metering, instance
         self._presence = presence[0] if presence else None
@@ -148,6 +149,11 @@ class Model:
         An application that must not be swapped out checks `locked == held` when it has read what it needs.
         """
         return protection()
+
+    @property
+    def outputs(self) -> Recorder:
+        """Begins recordings of inputs and outputs, signed under the word of the license's hardware."""
+        return self.recorder()
 
     @property
     def closed(self) -> bool:
@@ -361,10 +367,7 @@ class Model:
             self._open(chunk, sealed, out[start : start + chunk.size])
 
         chunks = (self._layout.chunk(member, index) for index in range(count))
-        if count < THREADED:
-            self._file.scan(chunks, handle, threads=1)
-        else:
-            self._file.scan(chunks, handle)
+        self._file.scan(chunks, handle, THREADS if count >= THREADED else 1)
 
     def _open(self, chunk: package.Chunk, sealed: memoryview, out: memoryview) -> None:
         self._check()

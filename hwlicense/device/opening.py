@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from hwlicense.device.bound import Connect
     from hwlicense.device.metering import Metering
     from hwlicense.device.presence import Presence
+    from hwlicense.device.recorder import Recorder
 
 
 class Unlocked(NamedTuple):
@@ -71,7 +72,7 @@ def open_package(
         unlocked = unlock(package.manifest, vendor, home, connect, pin, today)
         with unlocked.content as content:
             try:
-                return _model(package, content, unlocked, home, pin)
+                return _model(package, content, unlocked, home, connect, pin)
             except BaseException:
                 unlocked.close()
                 raise
@@ -186,16 +187,27 @@ def _unwrapped(bound: Bound, licensed: License, identifier: str, pin: PinSource 
             member.wipe()
 
 
-def _model(package: PackageFile, content: Content, unlocked: Unlocked, home: Home, pin: PinSource | None) -> Model:
+def _model(
+    package: PackageFile, content: Content, unlocked: Unlocked, home: Home, connect: Connect, pin: PinSource | None
+) -> Model:
     """The open model, held to its license's limits, and watching its hardware where the license asks for that."""
     use = _use(unlocked, home)
     grant, instance = unlocked.installed.license.grant, None if use else unlocked.instance
     try:
-        return Model(package, content, grant, _presence(package, unlocked, home, pin), use, instance)
+        model = Model(package, content, grant, _presence(package, unlocked, home, pin), use, instance)
     except BaseException:
         if use:
             use.close()
         raise
+    licensed, identifier, anchor = unlocked.installed.license, package.manifest.content_key, unlocked.bound.anchor
+
+    def recorder() -> Recorder:
+        from hwlicense.device.recorder import Recorder  # noqa: PLC0415  # most applications record nothing
+
+        return Recorder(connect, licensed, home, identifier, pin, anchor)
+
+    model.recorder = recorder
+    return model
 
 
 def _use(unlocked: Unlocked, home: Home) -> Metering | None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from hwlicense.binders.pkcs11.process import ModuleProcess
-    from hwlicense.binders.pkcs11.protocol import AnyAnswer, NewKey, Request
+    from hwlicense.binders.pkcs11.protocol import AnyAnswer, NewKey, Operation, Request
     from hwlicense.core.documents import Mechanism
     from hwlicense.core.hardware import PinSource, TouchRequest
     from hwlicense.core.secret import Secret
@@ -59,11 +59,17 @@ class Challenge(NamedTuple):
 
     hint: TokenUri
     key: bytes
-    mechanism: Mechanism
+    mechanism: Operation
     login: bool
     encapsulated: bytes
     check: bytes
     purpose: bytes = b"token member"
+
+    def outcome(self, content: Secret) -> Secret:
+        """What the answer comes to, which is wiped. Raises HardwareError TOKEN_FORGED."""
+        if self.mechanism == "ecdsa":
+            return wrapping.checked_signature(content, self.key, self.encapsulated)
+        return wrapping.unwrap(content, self.key, self.encapsulated, self.check, self.purpose)
 
     @classmethod
     def fresh(cls, hint: TokenUri, key: bytes, mechanism: Mechanism, *, login: bool, purpose: bytes) -> Challenge:
@@ -147,7 +153,7 @@ class Modules:
         self._first(look_in, hint)
 
     def answer(self, challenge: Challenge, pins: Pins, patience: float = 0) -> Secret:
-        """What `core.token.unwrap` makes of the token's answer, for whoever asked to wipe.
+        """What the token's answer comes to, for whoever asked to wipe.
 
         A module process older than `patience` seconds that does not find the token is started anew once, if no login is
         lost by it: some modules look for tokens only when they are loaded.
@@ -293,9 +299,8 @@ class _Asking:
         return asked.restart(self._before)
 
     def _checked(self, content: Secret, place: Place) -> Secret | None:
-        asked = self._challenge
         try:
-            return wrapping.unwrap(content, asked.key, asked.encapsulated, asked.check, asked.purpose)
+            return self._challenge.outcome(content)
         except HardwareError as error:
             if error.reason != Reason.TOKEN_FORGED:
                 raise

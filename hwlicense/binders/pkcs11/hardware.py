@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 from hwlicense.binders.pkcs11 import enrolling, failures, protocol
 from hwlicense.binders.pkcs11.answering import Challenge, Modules, Pins
 from hwlicense.core import token as wrapping
-from hwlicense.core.errors import DamagedError, Reason, UsageError
+from hwlicense.core.errors import DamagedError, HardwareError, Reason, UsageError
 from hwlicense.core.hardware import Unwrapped
 from hwlicense.core.uri import TokenUri
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from hwlicense.binders.pkcs11.protocol import NewKey
+    from hwlicense.core.chain import TokenCertificate
     from hwlicense.core.documents import Approval, TokenBinding, TokenEvidence
     from hwlicense.core.hardware import PinSource, TouchRequest
     from hwlicense.core.tpm.pcrs import Selection
@@ -170,6 +172,36 @@ class TokenHardware:
         )
         with Pins(None, failures.logged_out) as pins:
             self._modules.answer(asked, pins, _RESTING).wipe()
+
+    def certify(
+        self,
+        binding: TokenBinding,
+        selection: Selection,  # noqa: ARG002  # tokens measure no platform
+        statement: bytes,
+        pin: PinSource | None,
+    ) -> TokenCertificate:
+        """A signature over `statement` by the token's key, if that is a P-256 key that may sign.
+
+        Raises as `unwrap` does; HardwareError CERTIFYING_UNSUPPORTED.
+        """
+        from hwlicense.core.chain import TokenCertificate  # noqa: PLC0415  # most applications have nothing certified
+
+        if binding.mechanism != "ecdh":
+            raise _cannot_sign("The license is bound to an RSA key, which is for decrypting alone")
+        digest = hashlib.sha256(statement).digest()
+        asked = Challenge(_hint(binding), binding.key, "ecdsa", binding.pin, digest, b"")
+        try:
+            with Pins(pin, failures.pin_needed) as pins, self._modules.answer(asked, pins) as signature:
+                return TokenCertificate(binding.key, bytes(signature.buffer))
+        except HardwareError as error:
+            if error.reason == Reason.TOKEN_UNSUPPORTED:
+                raise _cannot_sign("The token's key may derive and not sign (CKA_SIGN)") from error
+            raise
+
+
+def _cannot_sign(why: str) -> HardwareError:
+    hint = "Make a P-256 key that may derive and sign (device enroll --new-key p256), and enroll with it."
+    return HardwareError(Reason.CERTIFYING_UNSUPPORTED, f"{why}, so it cannot certify a recording.", hint)
 
 
 def _check_modules(paths: Sequence[str]) -> None:

@@ -181,7 +181,7 @@ class Module:
         return Inspected(self._state(one), found, self._with_session(one, objects.certificates))
 
     def generate(self, request: Generate) -> Generated:
-        """A key pair whose private half never leaves the token, for one purpose only."""
+        """A key pair whose private half never leaves the token."""
         one = self._at(request.place)
         session = one.token.open(rw=True)
         try:
@@ -328,8 +328,10 @@ class Module:
         try:
             if request.mechanism == "ecdh":
                 return _derive(private, request.encapsulated, {Attribute.PRIVATE: self._logged_in(place)})
-            algorithm, mask = _HASHES[request.mechanism]
             asked = Pin(pin) if request.pin_for == place else None
+            if request.mechanism == "ecdsa":
+                return _sign(private, request.encapsulated, asked)
+            algorithm, mask = _HASHES[request.mechanism]
             return bytearray(
                 private.decrypt(
                     request.encapsulated,
@@ -367,6 +369,12 @@ def _derive(private: Any, point: bytes, access: dict[Attribute, bool]) -> bytear
     finally:
         with suppress(PKCS11Error):
             derived.destroy()
+
+
+def _sign(private: Any, digest: bytes, pin: Pin | None) -> bytearray:  # noqa: ANN401
+    if not hasattr(private, "sign"):
+        raise PKCS11Error("0x68")
+    return bytearray(private.sign(digest, mechanism=Mechanism.ECDSA, pin=pin))
 
 
 def _token(slot: Slot) -> Token:

@@ -189,7 +189,11 @@ def _label(thing: Object) -> str:
 
 
 def generate(session: Session, kind: NewKey, identifier: bytes, label: str) -> bytes:
-    """Make a key pair on the token; its SubjectPublicKeyInfo. The private half can do one thing, and stays there."""
+    """Make a key pair on the token; its SubjectPublicKeyInfo. The private half stays there.
+
+    A P-256 key derives, and signs what a recording begins with: the two are safe together (Degabriele et al., CT-RSA
+    2012). An RSA key decrypts, and nothing else.
+    """
     asked: dict[str, Any] = {
         "id": identifier,
         "label": label,
@@ -199,7 +203,7 @@ def generate(session: Session, kind: NewKey, identifier: bytes, label: str) -> b
     }
     if kind == "p256":
         curve = session.create_domain_parameters(KeyType.EC, {Attribute.EC_PARAMS: _P256}, local=True)
-        public, _ = curve.generate_keypair(capabilities=MechanismFlag.DERIVE, **asked)
+        public, _ = curve.generate_keypair(capabilities=MechanismFlag.DERIVE | MechanismFlag.SIGN, **asked)
     else:
         bits = int(kind.removeprefix("rsa"))
         public, _ = session.generate_keypair(

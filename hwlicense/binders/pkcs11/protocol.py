@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeVar
 
 import msgspec
 
-from hwlicense.core.documents import Mechanism  # noqa: TC001  # as the next
+from hwlicense.core.documents import Mechanism  # as the next
 from hwlicense.core.schema import Blob  # noqa: TC001  # msgspec reads the annotations at run time
 from hwlicense.core.uri import TokenUri
 
@@ -49,6 +49,9 @@ _SIZES: Final = struct.Struct(">II")
 
 Text = Annotated[str, msgspec.Meta(max_length=LABEL_LIMIT)]
 Code = Annotated[str, msgspec.Meta(pattern="^[A-Z][A-Z0-9_]{0,63}$")]
+Operation = Mechanism | Literal["ecdsa"]
+"""What a key is asked to do."""
+
 Natural = Annotated[int, msgspec.Meta(ge=0)]
 Identifier = Annotated[bytes, msgspec.Meta(max_length=IDENTIFIER_LIMIT)]
 NewKey = Literal["p256", "rsa2048", "rsa3072"]
@@ -130,6 +133,8 @@ class Look(Request, frozen=True):
 class Compute(Request, frozen=True):
     """What the private half of `key` makes of `encapsulated`, on any token but those to `skip`.
 
+    With "ecdsa" that is a signature (r and s, 64 bytes) over a SHA-256.
+
     `login`: not to be tried before a login, though the key may show itself: what modules answer then has many names.
     The secret part, where it is not empty, is the PIN for a key that takes it at each use, on the token `pin_for`.
     `last_try`: whoever gave it knows that it is the last try.
@@ -137,7 +142,7 @@ class Compute(Request, frozen=True):
 
     hint: TokenUri
     key: Blob
-    mechanism: Mechanism
+    mechanism: Operation
     encapsulated: Blob
     login: bool
     skip: list[Place]

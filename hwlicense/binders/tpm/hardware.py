@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final, Self
 
@@ -27,8 +28,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
 
+    from tpm2_pytss import ESYS_TR
+
+    from hwlicense.core.chain import TpmCertificate
     from hwlicense.core.documents import Approval, TpmBinding, TpmCounter
     from hwlicense.core.hardware import CounterStore, PinSource
+    from hwlicense.core.tpm.structures import Public
 
 
 class TpmHardware:
@@ -179,6 +184,28 @@ class TpmHardware:
                     state = "lost"
             return Counted(state, opens, index.limit if index else None, now.clock, binding.deadline)
 
+    # ---- certifying
+
+    def certify(
+        self,
+        binding: TpmBinding,
+        selection: Selection,
+        statement: bytes,
+        pin: PinSource | None,  # noqa: ARG002  # the attestation key takes none
+    ) -> TpmCertificate:
+        """A quote of the selected PCRs over SHA-256 of `statement`, by the attestation key that the binding names.
+
+        Raises RefusedError WRONG_DEVICE, PCR_UNUSABLE, HardwareError, DamagedError QUOTE_INVALID.
+        """
+        with self._connection.work() as work:
+            handle, key = keys.attestation_key(work)
+            if key.name != binding.attestation_key:
+                raise keys.wrong_device("its attestation key is not this one's")
+            for _ in range(_QUOTES - 1):
+                with suppress(DamagedError):  # a PCR was extended after it was read
+                    return _certificate(work, handle, key, selection, statement)
+            return _certificate(work, handle, key, selection, statement)
+
     def _anchor(self, sealed: Sealed, held: Held) -> TpmAnchor | None:
         index = next((index for index in sealed.binding.indexes if index.purpose == "anchor"), None)
         if index is None:
@@ -215,6 +242,19 @@ def _approved(binding: TpmBinding, approvals: Sequence[Approval]) -> Sealed:
 def _nowhere() -> UsageError:
     what = "This license is counted by a TPM, and there is no home that keeps what that takes."
     return UsageError(Reason.USAGE, what, "Give the device's home.")
+
+
+_QUOTES: Final = 5
+
+
+def _certificate(work: Work, handle: ESYS_TR, key: Public, selection: Selection, statement: bytes) -> TpmCertificate:
+    from hwlicense.core.chain import TpmCertificate  # noqa: PLC0415  # most applications have nothing certified
+
+    pcrs = keys.read_pcrs(work, selection)
+    attest, signature = work.call("quote", handle, keys.tpm_selection(selection), quote_data(statement))
+    quote = bytes(attest.marshal() + signature.marshal())
+    check_quote(key, quote, statement, pcrs)
+    return TpmCertificate(key.raw, pcrs, quote)
 
 
 _NOT_HERE: Final = (*NOT_ITS_OWN, *WRONG_AUTHORIZATION, TPM2_RC.HANDLE)

@@ -1,0 +1,118 @@
+"""The files of one recording: written in order, and mended where the disk was full in the middle of a record."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final, Literal
+
+from hwlicense import storage
+from hwlicense.core.chain import LINE_LIMIT, digest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from hwlicense.core.chain import Link
+
+SUFFIX: Final = ".hwout"
+_BATCH: Final = 256
+"""Lines of one write."""
+
+Sync = Literal["never", "checkpoint", "always"]
+"""When what was written is brought to the disk: when the kernel likes, at each signature, after each write."""
+
+
+def path_of(folder: Path, recording: int, part: int) -> Path:
+    """Names that sort in the order of the records."""
+    return folder / f"{recording:08}-{part:04}{SUFFIX}"
+
+
+class LogFiles:
+    """Where lines go. For one thread at a time. Files have mode 0600.
+
+    `number` records were written whole, `durable` of them as safely as `sync` asks.
+    """
+
+    def __init__(self, folder: Path, recording: int, sync: Sync) -> None:
+        self._folder, self._recording, self._sync = folder, recording, sync
+        self._fd, self._size, self._path = -1, 0, folder
+        self.number = self.durable = 0
+        self._signed = False  # whether there is a signature that is not on the disk yet
+
+    def write(self, links: Sequence[Link]) -> None:
+        """Write lines; again, after a failure, those from `number` on. Raises StorageError, UsageError FILE_EXISTS."""
+        todo = [link for link in links if link.number > self.number]
+        while todo:
+            if todo[0].part:
+                self._begin(todo.pop(0))
+                continue
+            batch = todo[:_BATCH]
+            batch = batch[: next((place for place, link in enumerate(batch) if link.part), len(batch))]
+            self._append(b"".join(link.line + b"\n" for link in batch))
+            self.number = batch[-1].number
+            del todo[: len(batch)]
+            self._signed |= batch[-1].closed > self.durable
+            if self._sync == "always":
+                self._to_disk()
+        if self._signed and self._sync == "checkpoint":
+            self._to_disk()
+        if self._sync == "never":
+            self.durable = self.number
+
+    def close(self) -> None:
+        """Nothing is written any more. Doing it again changes nothing."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _begin(self, link: Link) -> None:
+        if self._fd >= 0 and self._sync != "never":
+            self._to_disk()
+        path = path_of(self._folder, self._recording, link.part)
+        with storage.new_file(path, 0o600) as file:  # whole or not at all: what has a name says what it belongs to
+            file.write(link.line + b"\n")
+        self.close()
+        with storage.reporting(path):
+            self._fd = storage.above_standard(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW))
+        self._path, self._size = path, len(link.line) + 1
+        self.number = self.durable = link.number
+
+    def _append(self, data: bytes) -> None:
+        """All or nothing: after a failure the next try begins where the last whole line ended."""
+        view = memoryview(data)
+        with storage.reporting(self._path):
+            try:
+                os.ftruncate(self._fd, self._size)
+                while view:
+                    view = view[os.write(self._fd, view) :]
+            except OSError:
+                with suppress(OSError):  # of a disk that fails altogether; then the next try does it
+                    os.ftruncate(self._fd, self._size)
+                raise
+        self._size += len(data)
+
+    def _to_disk(self) -> None:
+        with storage.reporting(self._path):
+            os.fdatasync(self._fd)
+        self.durable, self._signed = self.number, False
+
+
+def last_recording(folder: Path) -> int:
+    """The number of the latest recording in a folder; 0 where there is none. Raises StorageError."""
+    with storage.reporting(folder):
+        names = [path.name.partition("-")[0] for path in folder.glob(f"*-*{SUFFIX}")]
+    return max((int(name) for name in names if name.isascii() and name.isdecimal()), default=0)
+
+
+def last_digest(folder: Path, recording: int) -> bytes | None:
+    """The digest of the last whole line of a recording's last file; None where there is none. Raises StorageError."""
+    with storage.reporting(folder):
+        parts = sorted(folder.glob(f"{recording:08}-*{SUFFIX}"))
+    if not parts:
+        return None
+    with storage.OpenFile(parts[-1]) as file:
+        size = min(file.size, 2 * LINE_LIMIT)
+        tail = file.read(size, file.size - size)
+    lines = tail.split(b"\n")[:-1]  # what follows the last newline was cut in the middle
+    return digest(lines[-1]) if lines else None

@@ -1,0 +1,382 @@
+"""Recordings of what a model was given and what it said: `model.outputs(folder)`.
+
+An application's thread makes a record, in memory, and goes on; one thread of the recording's own writes and signs. So
+a slow disk, a slow TPM and a full disk are waited for by nobody but who asks to (`flush`, `close`).
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import os
+import threading
+import time
+import weakref
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Self
+
+import msgspec
+
+from hwlicense.core.chain import (
+    PAYLOAD_LIMIT,
+    Chain,
+    Checkpoint,
+    Heartbeat,
+    Input,
+    Output,
+    Sensor,
+    plain_json,
+)
+from hwlicense.core.errors import ClosedError, HwlicenseError, Reason, StorageError, UsageError
+from hwlicense.device import clock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import TracebackType
+
+    from hwlicense.core.chain import Certificate, Closing, Link, SensorSignature
+    from hwlicense.device.log_files import LogFiles
+
+_GATHERING: Final = 0.002
+"""Seconds for which the writer lets records gather: what SIGKILL loses is about that, and one write."""
+
+_AGAIN: Final = 1.0
+"""Seconds until a disk that failed is tried again."""
+
+_PATIENCE: Final = 30.0
+"""Seconds for which `close` waits for the disk."""
+
+Full = Literal["refuse", "drop"]
+
+
+class Policy(NamedTuple):
+    """How a recording is kept. Sizes in bytes, times in seconds; see `Recorder`."""
+
+    rotate: int | None = 64 << 20
+    every: int = 1000
+    interval: float = 1.0
+    heartbeat: int = 10
+    full: Full = "refuse"
+    buffer: int = 16 << 20
+
+
+class Outputs:
+    """One recording, until `close`. Threads share it; forked children have no part in it. A context manager.
+
+    A record is in memory when `append` returns, in the kernel's hands a few milliseconds later, and signed at the next
+    checkpoint. `problem` is what keeps the disk from taking records now, None where nothing does.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        files: LogFiles,
+        policy: Policy,
+        sensors: dict[str, Sensor],
+        certify: Callable[[Closing], Certificate],
+        ended: Callable[[bytes | None], None],
+        left: Callable[[], None],
+    ) -> None:
+        """The chain has its start, which the files hold. `ended` is called once, with the last digest.
+
+        `left` is called in forked children.
+        """
+        self._chain, self._files, self._policy, self._sensors = chain, files, policy, sensors
+        self._certify, self._ended, self._left = certify, ended, left
+        self._dropped, self._part, self._part_total = 0, 1, 0
+        self._written = chain.last.total
+        self._closing = self._stopping = self._finished = self._foreign = False
+        self.problem: HwlicenseError | None = None
+        self._busy = False
+        self._renew()
+        self._thread = threading.Thread(target=self._write_on, name="hwlicense-outputs", daemon=True)
+        _open.add(self)
+        self._thread.start()
+
+    def append(
+        self,
+        payload: object,
+        *,
+        input: bytes | None = None,  # noqa: A002  # the word of the field
+        digest: bytes | None = None,
+        sensor: str | None = None,
+        signature: bytes = b"",
+    ) -> int:
+        """Record an output; returns its number. Touches neither disk nor hardware.
+
+        `payload` is bytes, or what JSON can hold, 64 KiB at most. `input` is what it came from, or `digest` its
+        SHA-256; `signature` over `input` by one of the recording's sensors is verified first. Where the buffer is full,
+        raises StorageError OUTPUTS_FULL, or with full="drop" returns -1 and counts it in the chain.
+        Raises DamagedError SIGNATURE_INVALID, UsageError, ClosedError.
+        """
+        return self._append(Output, payload, input, digest, sensor, signature)
+
+    def append_input(
+        self,
+        input: bytes | None = None,  # noqa: A002  # the word of the field
+        payload: object = None,
+        *,
+        digest: bytes | None = None,
+        sensor: str | None = None,
+        signature: bytes = b"",
+    ) -> int:
+        """Record that an input came, by its SHA-256, as `append`. `payload` says more about it."""
+        return self._append(Input, payload, input, digest, sensor, signature)
+
+    def flush(self, timeout: float | None = None) -> None:
+        """Sign all that was appended, and wait until it is as safe as the recording's `sync` asks.
+
+        Raises StorageError where the disk does not take it within `timeout` seconds, ClosedError.
+        """
+        with self._turn():
+            self._check_open()
+            self._note_dropped()
+            if self._chain.last.closed < self._chain.last.number:
+                self._chain.close_until_now(Checkpoint, *now())
+            target = self._chain.last.number
+        self._wake.set()
+        self._wait(target, timeout)
+
+    def close(self) -> None:
+        """Write and sign what is left, have the hardware certify the count, and end. Again, it does nothing.
+
+        Raises StorageError where the disk does not take it; else HardwareError or RefusedError where the hardware does
+        not certify: then the end says so.
+        """
+        if self._foreign:
+            return
+        with self._turn():
+            if self._closing:
+                return
+            self._note_dropped()
+            self._closing = True  # the chain stays as it is from here on
+            closing = self._chain.closing()
+        certificate, refusal = None, None
+        try:
+            certificate = self._certify(closing)
+        except HwlicenseError as error:
+            refusal = error
+        except BaseException:  # of a signal: it may be closed again
+            self._closing = False
+            raise
+        with self._turn():
+            self._chain.end(certificate, str(refusal.reason) if refusal else None, *now())
+            target = self._chain.last.number
+            self._stopping = True
+        self._wake.set()
+        try:
+            self._thread.join(_PATIENCE)
+            written = self._files.durable >= target
+            self._ended(self._chain.last.head if written else None)
+            if not written:
+                raise self._not_taken(target)
+        finally:
+            _open.discard(self)
+        if refusal:
+            raise refusal
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ---- making records
+
+    def _append(
+        self,
+        kind: type[Output | Input],
+        payload: object,
+        input_: bytes | None,
+        digest: bytes | None,
+        sensor: str | None,
+        signature: bytes,
+    ) -> int:
+        json, data = _encoded(payload)
+        signed = self._checked(sensor, input_, signature) if sensor is not None or signature else None
+        if input_ is not None:
+            digest = hashlib.sha256(input_).digest()
+        if digest is not None and len(digest) != hashlib.sha256().digest_size:
+            raise UsageError(Reason.USAGE, "A digest of an input is a SHA-256, 32 bytes.", "Or give input= itself.")
+        with self._turn():
+            self._check_open()
+            chain = self._chain
+            if chain.last.total - self._written > self._policy.buffer:
+                return self._refuse()
+            if self._dropped:
+                self._note_dropped()
+            if self._policy.rotate and chain.last.total - self._part_total > self._policy.rotate:
+                self._part, self._part_total = self._part + 1, chain.last.total
+                chain.begin_part(self._part, *now())
+            number = chain.last.number
+            chain.add(kind, *now(), json=json, data=data, input=digest, sensor=signed)
+        if not self._wake.is_set():
+            self._wake.set()
+        return number
+
+    def _checked(self, sensor: str | None, content: bytes | None, signature: bytes) -> SensorSignature:
+        if sensor not in self._sensors or content is None or not signature:
+            what = "A sensor's signature takes input=, signature= and the name of one of the recording's sensors."
+            raise UsageError(Reason.USAGE, what, "Give sensors={name: public key} to model.outputs().")
+        return self._sensors[sensor].check(content, signature)
+
+    def _refuse(self) -> int:
+        if self._policy.full == "drop":
+            self._dropped += 1
+            return -1
+        why = f" {self.problem.what}" if self.problem else " The disk is slower than the records."
+        hint = self.problem.hint if self.problem else "Record less, give a larger buffer=, or full='drop'."
+        raise StorageError(Reason.OUTPUTS_FULL, f"The buffer of the recording is full.{why}", hint)
+
+    def _note_dropped(self) -> None:
+        if self._dropped:
+            self._chain.gap(self._dropped, *now())
+            self._dropped = 0
+
+    def _check_open(self) -> None:
+        if self._foreign:
+            what = "The recording is of the process that this one was forked from."
+            raise UsageError(Reason.USAGE, what, "Begin another one here, in a log of its own (name=).")
+        if self._closing:
+            raise ClosedError(Reason.MODEL_CLOSED, "The recording was closed.", "Begin another one: model.outputs().")
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """One thread at a time. A signal handler cannot wait for its own thread: it is refused."""
+        with self._lock:
+            if self._busy:
+                what = "The recording is in the middle of a record of this very thread: a signal handler came between."
+                raise UsageError(Reason.USAGE, what, "Let the handler set a flag, and record when it has returned.")
+            try:
+                self._busy = True
+                yield
+            finally:
+                self._busy = False
+
+    # ---- the writer's thread
+
+    def _write_on(self) -> None:
+        waiting: list[Link] = []
+        checked = heard = time.monotonic()
+        while True:
+            idle = self._chain.last.closed == self._chain.last.number
+            due = heard + self._policy.heartbeat if idle else checked + self._policy.interval
+            pause = _AGAIN if waiting else max(0.0, due - time.monotonic())
+            if self._wake.wait(pause):
+                self._wake.clear()
+                if not self._stopping:
+                    time.sleep(_GATHERING)
+            if self._foreign:
+                return
+            moment = time.monotonic()
+            with self._turn():
+                last, stopping = self._chain.last, self._stopping
+                unsigned = last.number - last.closed
+                if not self._closing and not waiting:
+                    if unsigned and (unsigned >= self._policy.every or moment >= checked + self._policy.interval):
+                        self._note_dropped()
+                        self._chain.close_until_now(Checkpoint, *now())
+                    elif not unsigned and moment >= heard + self._policy.heartbeat:
+                        self._chain.close_until_now(Heartbeat, *now())
+                last = self._chain.last
+                waiting += self._chain.take(waiting[-1].number if waiting else self._files.number)
+            if last.closed == last.number:
+                checked = heard = moment
+            waiting = self._written_of(waiting)
+            if stopping:
+                self._files.close()
+                with self._done:
+                    self._finished = True
+                    self._done.notify_all()
+                return
+
+    def _written_of(self, waiting: list[Link]) -> list[Link]:
+        """Write; what is left for later. `problem` says why."""
+        try:
+            self._files.write(waiting)
+            self.problem = None
+        except HwlicenseError as error:
+            self.problem = error
+        except MemoryError:
+            self.problem = StorageError(Reason.STORAGE, "There is no memory left to write with.", "Free some.")
+        with self._done:
+            if waiting and self._files.number >= waiting[0].number:
+                self._written = waiting[self._files.number - waiting[0].number].total
+            self._done.notify_all()
+        return [link for link in waiting if link.number > self._files.number]
+
+    def _wait(self, target: int, timeout: float | None) -> None:
+        with self._done:
+            self._done.wait_for(lambda: self._files.durable >= target or self._finished, timeout)
+        if self._files.durable < target:
+            raise self._not_taken(target)
+
+    def _not_taken(self, target: int) -> StorageError:
+        left = target - self._files.durable
+        why = f" {self.problem.what}" if self.problem else " The disk does not answer."
+        hint = self.problem.hint if self.problem else "Look at the disk; `close` and `flush` wait for it."
+        return StorageError(Reason.STORAGE, f"The last {left} records of the recording are not on the disk.{why}", hint)
+
+    # ---- forks and the end of the interpreter
+
+    def _renew(self) -> None:
+        self._lock = threading.RLock()
+        self._busy = False
+        self._wake = threading.Event()
+        self._done = threading.Condition()
+
+    def leave(self) -> None:
+        """In a forked child: the recording is the parent's, keys and files included."""
+        self._foreign = True
+        self._renew()
+        self._chain = Chain(b"")
+        self._files.close()
+        self._left()
+
+
+_open: weakref.WeakSet[Outputs] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for outputs in list(_open):
+        outputs.leave()
+    _open.clear()
+
+
+def _at_exit() -> None:
+    for outputs in list(_open):
+        try:
+            outputs.close()
+        except HwlicenseError:  # nobody is left to be told; the log says that it was cut, or not certified
+            continue
+
+
+os.register_at_fork(after_in_child=_after_fork)
+atexit.register(_at_exit)
+
+
+def now() -> tuple[int, int]:
+    """The wall clock and the time since the boot, in microseconds."""
+    return time.time_ns() // 1000, clock.boot_time() // 1000
+
+
+def _encoded(payload: object) -> tuple[bytes | None, bytes | None]:
+    """JSON or data. Raises UsageError for what is neither, or too large."""
+    if payload is None:
+        return None, None
+    if isinstance(payload, bytes | bytearray | memoryview):
+        data = bytes(payload)
+        if len(data) <= PAYLOAD_LIMIT:
+            return None, data
+    else:
+        try:
+            json = msgspec.json.encode(payload)
+        except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
+            what = f"The payload is nothing that JSON can hold: {error}."
+            raise UsageError(Reason.USAGE, what, "Give text, numbers, lists and dicts, or bytes.") from error
+        if plain_json(json):
+            return json, None
+    what = f"The payload is larger than {PAYLOAD_LIMIT:,} bytes, or holds what JSON cannot."
+    raise UsageError(Reason.USAGE, what, "Record the SHA-256 of large things, and keep them elsewhere.")
