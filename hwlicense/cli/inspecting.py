@@ -178,6 +178,7 @@ def _license(document: License) -> Iterator[tuple[str, str]]:
         yield from [("", line) for line in _binding(binding)]
     yield from _presence(grant)
     yield from _use(grant)
+    yield from _process(grant)
     yield "approved states", str(len(document.approvals))
 
 
@@ -240,6 +241,15 @@ def _use(grant: Grant) -> Iterator[tuple[str, str]]:
         named = [f"{name}: {detector.action}" for name, detector in found if detector]
         throttled = f"; throttled: {_rate(monitor.throttled)}" if monitor.throttled else ""
         yield "monitor", f"{', '.join(named)}, for {monitor.lasting:,} s{throttled}"
+
+
+def _process(grant: Grant) -> Iterator[tuple[str, str]]:
+    if guard := grant.guard:
+        yield "guard", f"refuses {', '.join(guard.refuse)}; looks every {guard.interval:,} s"
+    if application := grant.application:
+        required = [file.name for file in application.files if file.required]
+        yield "application", f"{len(application.files):,} files may be loaded"
+        yield from [("", f"{name} must be") for name in required]
 
 
 def _rate(rate: Rate) -> str:

@@ -28,6 +28,7 @@ from hwlicense.cli.vendor_input import (
     vendor_option,
     why_believed,
 )
+from hwlicense.cli.vendor_measuring import measure
 from hwlicense.cli.vendor_revising import reset_clock, revise
 from hwlicense.core.errors import Reason, UsageError
 from hwlicense.core.keys import wrap_for_vendor
@@ -50,6 +51,7 @@ def vendor() -> None:
 
 vendor.add_command(dongle)
 vendor.add_command(token)
+vendor.add_command(measure)
 vendor.add_command(reset_clock)
 vendor.add_command(revise)
 

@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, NoReturn, Self
 
 from hwlicense.core import package
-from hwlicense.core.errors import ClosedError, DamagedError, HwlicenseError, Reason, RefusedError, UsageError
+from hwlicense.core.errors import ClosedError, DamagedError, HwlicenseError, Reason, UsageError
 from hwlicense.core.secret import SIZE
+from hwlicense.device.licensed import Licensed
 from hwlicense.device.memory import Memory, Protection, SealedFile, lend, protection
+from hwlicense.device.reading import THREADS
 from hwlicense.device.starting import Session, Standing, check_count, too_long
 from hwlicense.device.streaming import MemberReader
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from hwlicense.core.monitoring import Verdict
     from hwlicense.core.secret import Secret
     from hwlicense.device.bound import Bound
+    from hwlicense.device.checks import Finding
     from hwlicense.device.instances import Instance
     from hwlicense.device.metering import Metering
     from hwlicense.device.presence import Presence
@@ -34,7 +37,7 @@ THREADED: Final = 8
 """Chunks from which on several threads are worth their start."""
 
 
-class Model:
+class Model(Licensed):
     """The decrypted members of a package, until `close`. Threads share it, and so do forked processes.
 
     Closing wipes the keys at once, and so does the loss of hardware whose presence the license asks for. A buffer that
@@ -65,6 +68,7 @@ class Model:
         self._presence = presence[0] if presence else None
         self._content_key = presence[1] if presence else None
         self._refusal: HwlicenseError | None = None
+        self._ended = False
         self._closed = False
         self._users: Counter[int] = Counter()  # calls under way, by thread
         self._lent: weakref.WeakValueDictionary[str, ctypes.Array[ctypes.c_ubyte]] = weakref.WeakValueDictionary()
@@ -140,6 +144,13 @@ class Model:
         return protection()
 
     @property
+    def findings(self) -> list[Finding]:
+        """What the guard's checks find in and around this process now, whether or not the license refuses it."""
+        from hwlicense.device.checks import findings  # noqa: PLC0415  # for who asks
+
+        return findings(objects=[self])
+
+    @property
     def closed(self) -> bool:
         """Whether `close` was called."""
         return self._closed
@@ -158,19 +169,6 @@ class Model:
         self._check_open()
         if self._instance and (refusal := self._instance.refusal()):
             raise refusal
-
-    @property
-    def features(self) -> dict[str, int | bool | str]:
-        """What the license's `[features]` are set to."""
-        return dict(self.grant.terms_of_use.features) if self.grant else {}
-
-    def require(self, feature: str) -> int | bool | str:
-        """What a feature of the license is set to. Raises RefusedError FEATURE_ABSENT where it is not, or to false."""
-        found = self.features.get(feature, False)
-        if found is False:
-            what = f"The license does not have the feature {feature!r}."
-            raise RefusedError(Reason.FEATURE_ABSENT, what, "Ask the vendor for a revision with this feature.")
-        return found
 
     @property
     def monitored(self) -> Verdict:
@@ -241,19 +239,28 @@ class Model:
 
     def lose_keys(self, refusal: HwlicenseError) -> None:
         """Wipe the keys and what readers keep of plaintext. Buffers in use stay as they are."""
-        self._refusal = refusal.again()
+        if not self._ended:
+            self._refusal = refusal.again()
         self._forget_keys()
+
+    def end(self, refusal: HwlicenseError) -> None:
+        """As `lose_keys`, for good: no hardware gives them back."""
+        with self._lock:
+            self.lose_keys(refusal)
+            self._ended = True
 
     def reopen(self, bound: Bound, *, ask: bool) -> Memory:
         """The keys anew; `ask` for a PIN where the hardware takes one. Raises HwlicenseError."""
+        if self._ended and self._refusal:
+            raise self._refusal.again()
         assert self._content_key is not None  # noqa: S101  # it comes with the presence, which alone asks
         with self._content_key(bound, ask) as key:
             return self._table(key)
 
     def regain_keys(self, keys: Memory) -> None:
-        """Take them into use, unless the model was closed meanwhile."""
+        """Take them into use, unless the model was closed or its use ended meanwhile."""
         with self._lock:
-            if self._closed:
+            if self._closed or self._ended:
                 keys.wipe()
                 return
             before, self._keys, self._refusal = self._keys, keys, None
@@ -305,7 +312,7 @@ class Model:
 
     def _table(self, content_key: Secret) -> Memory:
         """The keys of all chunks. Raises DamagedError, StorageError."""
-        keys = Memory(max(1, self._layout.chunk_count) * SIZE)
+        keys = Memory(max(1, self._layout.chunk_count) * SIZE, secret=True)
         try:
             package.open_table_into(content_key, self._file.table(), keys.view[: self._layout.chunk_count * SIZE])
         except BaseException:
@@ -356,10 +363,7 @@ class Model:
             self._open(chunk, sealed, out[start : start + chunk.size])
 
         chunks = (self._layout.chunk(member, index) for index in range(count))
-        if count < THREADED:
-            self._file.scan(chunks, handle, threads=1)
-        else:
-            self._file.scan(chunks, handle)
+        self._file.scan(chunks, handle, THREADS if count >= THREADED else 1)
 
     def _open(self, chunk: package.Chunk, sealed: memoryview, out: memoryview) -> None:
         self._check()

@@ -101,6 +101,10 @@ def unlock(
         else:
             foreseeable(folder, licensed.grant, resetting.pending(home, licensed, signer))
         check_license(licensed, signer)
+        if licensed.grant.guard or licensed.grant.application:
+            from hwlicense.device.guarding import admit  # noqa: PLC0415  # most licenses say nothing of the process
+
+            admit(licensed.grant)
         bound = Bound(connect, licensed, home, home.approvals(licensed, signer))
         limit = licensed.grant.terms_of_use.limits.instances
         instance = Instance(folder, limit) if limit else None
@@ -191,11 +195,20 @@ def _model(package: PackageFile, key: Secret, unlocked: Unlocked, home: Home, pi
     use = _use(unlocked, home)
     grant, instance = unlocked.installed.license.grant, None if use else unlocked.instance
     try:
-        return Model(package, key, grant, _presence(package, unlocked, home, pin), use, instance)
+        model = Model(package, key, grant, _presence(package, unlocked, home, pin), use, instance)
     except BaseException:
         if use:
             use.close()
         raise
+    if grant.guard:
+        from hwlicense.device.guarding import Watch  # noqa: PLC0415  # most licenses ask for none
+
+        try:
+            Watch(grant, grant.guard, model)
+        except BaseException:
+            model.close()
+            raise
+    return model
 
 
 def _use(unlocked: Unlocked, home: Home) -> Metering | None:
