@@ -8,12 +8,15 @@ from hwlicense.core.errors import Reason, RefusedError
 
 if TYPE_CHECKING:
     from hwlicense.core.documents import Grant
+    from hwlicense.core.monitoring import Verdict
+    from hwlicense.device.metering import Metering
 
 
 class Licensed:
     """Who, what, until when, and with which features: `grant`, None where nothing was said."""
 
     grant: Grant | None
+    _metering: Metering | None
 
     @property
     def features(self) -> dict[str, int | bool | str]:
@@ -27,3 +30,10 @@ class Licensed:
             what = f"The license does not have the feature {feature!r}."
             raise RefusedError(Reason.FEATURE_ABSENT, what, "Ask the vendor for a revision with this feature.")
         return found
+
+    @property
+    def monitored(self) -> Verdict:
+        """What the license's monitor has found, as far as it is in force."""
+        from hwlicense.core import monitoring  # noqa: PLC0415  # most licenses have no monitor
+
+        return self._metering.verdict if self._metering else monitoring.Verdict()

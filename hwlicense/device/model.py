@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from hwlicense.core.documents import Grant, Member
-    from hwlicense.core.monitoring import Verdict
     from hwlicense.core.secret import Secret
     from hwlicense.device.bound import Bound
     from hwlicense.device.checks import Finding
+    from hwlicense.device.guarding import Watch
     from hwlicense.device.instances import Instance
     from hwlicense.device.metering import Metering
     from hwlicense.device.presence import Presence
@@ -40,10 +40,10 @@ THREADED: Final = 8
 class Model(Licensed):
     """The decrypted members of a package, until `close`. Threads share it, and so do forked processes.
 
-    Closing wipes the keys at once, and so does the loss of hardware whose presence the license asks for. A buffer that
+    Closing wipes the keys at once, and so does the loss of hardware whose presence the license asks for. A buffer which
     `read` lent lives on as long as someone holds it, whatever happens to model and keys, and is zeroed the moment
-    nobody does. Threads inside a call finish with ClosedError, or with what became of the hardware. `grant` says under
-    which license it was opened: licensee, product, dates.
+    nobody does. Threads inside a call finish with ClosedError, or with what became of the hardware. `watch` is the guard,
+    where the license asks for one.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class Model(Licensed):
         self._content_key = presence[1] if presence else None
         self._refusal: HwlicenseError | None = None
         self._ended = False
+        self.watch: Watch | None = None
         self._closed = False
         self._users: Counter[int] = Counter()  # calls under way, by thread
         self._lent: weakref.WeakValueDictionary[str, ctypes.Array[ctypes.c_ubyte]] = weakref.WeakValueDictionary()
@@ -169,13 +170,6 @@ class Model(Licensed):
         self._check_open()
         if self._instance and (refusal := self._instance.refusal()):
             raise refusal
-
-    @property
-    def monitored(self) -> Verdict:
-        """What the license's monitor has found, as far as it is in force."""
-        from hwlicense.core import monitoring  # noqa: PLC0415  # most licenses have no monitor
-
-        return self._metering.verdict if self._metering else monitoring.Verdict()
 
     @contextmanager
     def session(self, inferences: int = 0) -> Iterator[Session]:
@@ -294,6 +288,8 @@ class Model(Licensed):
         self._check_open()
         if self._presence and (refusal := self._presence.refusal(wait=True)):  # before any lock of this object is taken
             raise refusal
+        if self.watch:
+            self.watch.look_at_caller()
         self._check()
         member = self._layout.members.get(name)
         if member is None:

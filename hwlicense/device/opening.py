@@ -204,7 +204,7 @@ def _model(package: PackageFile, key: Secret, unlocked: Unlocked, home: Home, pi
         from hwlicense.device.guarding import Watch  # noqa: PLC0415  # most licenses ask for none
 
         try:
-            Watch(grant, grant.guard, model)
+            model.watch = Watch(grant, grant.guard, model)
         except BaseException:
             model.close()
             raise
