@@ -97,7 +97,8 @@ class Memory:
         self.secret = hidden is not None
         self.view = memoryview(self._map)[: self.size]
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        self.locked_by = _lock(self._address, self.size, _MLOCK_ONFAULT)  # faults then share out over the threads
+        # Secret memory is never swapped; of other pages, faults then share out over the threads
+        self.locked_by = os.getpid() if self.secret else _lock(self._address, self.size, _MLOCK_ONFAULT)
 
     def copy_before_fork(self) -> None:
         """What a child will move to. Nothing is copied of memory that a child does not share."""

@@ -40,10 +40,10 @@ THREADED: Final = 8
 class Model(Licensed):
     """The decrypted members of a package, until `close`. Threads share it, and so do forked processes.
 
-    Closing wipes the keys at once, and so does the loss of hardware whose presence the license asks for. A buffer which
+    Closing wipes the keys at once, and so does the loss of hardware whose presence the license asks for. A buffer that
     `read` lent lives on as long as someone holds it, whatever happens to model and keys, and is zeroed the moment
-    nobody does. Threads inside a call finish with ClosedError, or with what became of the hardware. `watch` is the guard,
-    where the license asks for one.
+    nobody does. Threads inside a call finish with ClosedError, or with what became of the hardware. `grant` is what the
+    license says; `watch` is its guard, where it asks for one.
     """
 
     def __init__(

@@ -353,3 +353,88 @@ def test_a_refusal_crosses_processes_and_names_a_few(installation, refusing):
     assert "; and 1 more" in done.stdout
     error = RefusedError(Reason.GUARD, "x")
     assert error.exit_status == 1
+
+
+# ---- what the kernel stops -----------------------------------------------------------------------------------
+
+VICTIM = """
+import os, sys, time
+from hwlicense.device.memory import Memory, SealedFile
+if len(sys.argv) > 1: os.setgroups([]), os.setgid(65534), os.setuid(65534)
+keys, plaintext = Memory(4096, secret=True), Memory(4096)
+keys.view[:] = plaintext.view[:] = b"a secret of 16 B" * 256
+file = SealedFile(4096, lambda view: view.__setitem__(slice(None), plaintext.view[:]))
+assert keys.secret
+print(os.getpid(), keys._address, plaintext._address, file.fd, flush=True)
+time.sleep(60)
+"""
+ATTACKER = """
+import ctypes, os, sys
+if len(sys.argv) > 5: os.setgroups([]), os.setgid(int(sys.argv[5])), os.setuid(int(sys.argv[5]))
+process, keys, plaintext, fd = map(int, sys.argv[1:5])
+libc = ctypes.CDLL(None, use_errno=True)
+libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+class Part(ctypes.Structure): _fields_ = [("base", ctypes.c_void_p), ("length", ctypes.c_size_t)]
+def vm(address):
+    into = ctypes.create_string_buffer(16)
+    own, other = Part(ctypes.addressof(into), 16), Part(address, 16)
+    done = libc.process_vm_readv(process, ctypes.byref(own), 1, ctypes.byref(other), 1, 0)
+    if done != 16: raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return into.raw
+def mem(address):
+    with open(f"/proc/{process}/mem", "rb", buffering=0) as file:
+        file.seek(address)
+        return file.read(16)
+def attach(_):
+    if libc.ptrace(0x4206, process, None, None): raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    libc.ptrace(17, process, None, None)
+    return b"a secret of 16 B"
+def opened(_):
+    with open(f"/proc/{process}/fd/{fd}", "rb") as file: return file.read(16)
+for way, address in ((vm, keys), (vm, plaintext), (mem, keys), (mem, plaintext), (attach, 0), (opened, 0)):
+    try: print(way(address) == b"a secret of 16 B")
+    except OSError as error: print(type(error).__name__)
+"""
+DENIED = "PermissionError"
+
+
+@pytest.mark.parametrize(
+    ("victim", "attacker", "said"),
+    [
+        ([], ["65534"], [DENIED] * 6),  # another user
+        (["nobody"], ["65534"], [DENIED] * 6),  # the same user, who is not root
+        # Root reads plaintext and attaches, and does not read keys: the kernel has no way to them
+        ([], [], ["OSError", "True", "OSError", "True", "True", "True"]),
+    ],
+)
+def test_reading_memory_and_descriptors_from_another_process(victim, attacker, said):
+    with subprocess.Popen([sys.executable, "-c", VICTIM, *victim], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            where = process.stdout.readline().split()
+            command = [sys.executable, "-c", ATTACKER, *where, *attacker]
+            assert subprocess.check_output(command, text=True).split() == said
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("user", ["another", "the same"])
+def test_a_debugger_of_an_ordinary_user_is_not_let_in(user):
+    """gdb attaches as py-spy does: by ptrace and /proc/PID/mem."""
+    nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    command = [sys.executable, "-c", VICTIM, *(["nobody"] if user == "the same" else [])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            number = process.stdout.readline().split()[0]
+            attach = ["gdb", "-batch", "-nx", "-p", number, "-ex", "info threads"]
+            done = subprocess.run([*nobody, *attach], capture_output=True, text=True, check=False)
+            assert "ptrace: Operation not permitted" in done.stderr + done.stdout
+        finally:
+            process.kill()
+
+
+def test_a_crash_writes_no_core(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", VICTIM], stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        process.stdout.readline()
+        process.send_signal(6)
+        assert process.wait(30) == -6
+    assert list(tmp_path.iterdir()) == []
