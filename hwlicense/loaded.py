@@ -253,7 +253,9 @@ def report(fd: int, arguments: list[str]) -> None:
             runpy.run_path(arguments[0], run_name="__main__")
     finally:
         interpreter = os.readlink("/proc/self/exe")  # noqa: PTH115  # as in the mappings
-        found = [Loaded(each, file_digest(each)) for each in (program, interpreter)]
+        # Which of its own modules this package loads depends on the license
+        own_files = map(str, sorted(Path(__file__).parent.rglob("*.py")))
+        found = [Loaded(each, file_digest(each)) for each in (program, interpreter, *own_files)]
         found += [one for one in everything() if one.name != "__main__"]  # which is what called this
         with os.fdopen(fd, "w") as out:
             out.writelines(ascii((one.name, one.digest or one.problem)) + "\n" for one in found)

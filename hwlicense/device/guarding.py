@@ -126,7 +126,7 @@ def _refusal(grant: Grant, objects: Sequence[object], *, anew: bool) -> RefusedE
 
 
 def differences(application: Application, *, anew: bool = True) -> Iterator[str]:
-    """What is loaded and not among the files of the terms, and what they require and is not loaded."""
+    """What the terms require and is not loaded, and what is loaded and not among their files."""
     named = {file.digest for file in application.files}
     names = {_last(file.name) for file in application.files}
     try:
@@ -134,13 +134,13 @@ def differences(application: Application, *, anew: bool = True) -> Iterator[str]
     except OSError as error:
         yield f"what is loaded cannot be looked at ({error.strerror}): is /proc mounted?"
         return
+    digests = {one.digest for one in here}
+    yield from (f"{file.name} is missing" for file in application.files if file.required and file.digest not in digests)
     for one in here:
         if one.problem:
             yield f"{one.name} {one.problem}"
         elif one.digest not in named:
             yield f"{one.name} is {'another than measured' if _last(one.name) in names else 'not among the measured'}"
-    digests = {one.digest for one in here}
-    yield from (f"{file.name} is missing" for file in application.files if file.required and file.digest not in digests)
 
 
 def _last(name: str) -> str:

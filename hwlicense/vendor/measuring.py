@@ -78,6 +78,8 @@ def run(python: str, arguments: Sequence[str]) -> tuple[list[Loaded], list[Loade
 
     Raises UsageError where it fails, or hwlicense is not installed for that interpreter.
     """
+    if arguments[0] != "-m" and not os.path.isfile(arguments[0]):  # noqa: PTH113  # as the interpreter looks for it
+        raise UsageError(Reason.FILE_ABSENT, f"There is no program {arguments[0]}.", _ABSENT)
     reading, writing = os.pipe()
     with os.fdopen(reading, encoding="ascii") as lines:
         try:
