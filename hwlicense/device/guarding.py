@@ -67,7 +67,7 @@ class Watch:
             what = "The system gives the process no further thread, and the license asks for a guard."
             raise StorageError(Reason.STORAGE, what, "Raise the limit of threads (`ulimit -u`).") from error
 
-    def renew(self) -> None:
+    def after_fork(self) -> None:
         """In a forked child, whose thread is the parent's."""
         ended, self._ended = self._ended.is_set(), threading.Event()
         guarded = self._guarded()
@@ -107,7 +107,7 @@ _watches: weakref.WeakSet[Watch] = weakref.WeakSet()
 
 def _after_fork() -> None:
     for watch in list(_watches):
-        watch.renew()
+        watch.after_fork()
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -10,7 +10,6 @@ Records are authenticated by a key that comes from the license secret.
 
 from __future__ import annotations
 
-import fcntl
 import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING
 from hwlicense import storage
 from hwlicense.core.errors import DamagedError, HwlicenseError, Reason
 from hwlicense.device import sharing
-from hwlicense.device.locking import PATIENCE, LockedFile
+from hwlicense.device.locking import PATIENCE, LockedFile, taken
 from hwlicense.device.records import Records, place, unchecked
 
 if TYPE_CHECKING:
@@ -52,12 +51,12 @@ class Ledger:
         self._files.append(file)
         return file
 
-    def renew(self) -> None:
+    def after_fork(self) -> None:
         """In a forked child. The lock on `alive` stays that of parent and children together."""
         for file in (self._ledger, self._renewal, *([self._shared.file] if self._shared else ())):
-            file.again()
+            file.after_fork()
         if self._door:
-            self._door.renew()
+            self._door.after_fork()
 
     def close(self) -> None:
         """Let go of everything."""
@@ -73,19 +72,15 @@ class Ledger:
 
     def begin(self, account: bytes) -> None:
         """Be the first that has the license open, with this account."""
-        self._enter()
+        self._alive.share()
         self._shared = sharing.Shared.made(self._folder, self._records)
         self._shared.share(account)
         self._door = sharing.opened(self._folder, self._shared, self._records)
 
     def join(self) -> None:
         """Be a further one."""
-        self._enter()
+        self._alive.share()
         self._shared, self._door = sharing.joined(self._folder, self._records)
-
-    def _enter(self) -> None:
-        with storage.reporting(self._alive.path):
-            fcntl.flock(self._alive.fd, fcntl.LOCK_SH)
 
     def serve(self) -> None:
         """Have a thread let others join. Raises StorageError where the system gives none."""
@@ -96,9 +91,16 @@ class Ledger:
         """Whether no process has the license open, this one neither: before `begin` and `join`, or after `leave`."""
         probe = LockedFile.opened(self._alive.path, 0)
         try:
-            return probe.taken_now()
+            return probe.free()
         finally:
             probe.close()
+
+    def left(self) -> bool:
+        """Whether those that this process tried to join have ended: it is among nobody, and may `begin`."""
+        if self._shared:  # it did join
+            return False
+        self._alive.unshare()
+        return self.alone()
 
     def forget(self) -> None:
         """As the last process: take the socket away."""
@@ -179,6 +181,18 @@ def begun(folder: Path) -> bool:
         return any(storage.read_limited(path, 1 << 20))
     except HwlicenseError as error:
         return error.reason != Reason.FILE_ABSENT
+
+
+def held(folder: Path) -> bool:
+    """Whether a process has the license open, or works in its ledger; so, too, where that cannot be seen.
+
+    Keeps nobody from opening it: whoever looks whether others have it open has locked the ledger before.
+    """
+    try:
+        with storage.OpenFile(folder / "ledger") as ledger, storage.OpenFile(folder / "alive") as alive:
+            return not (taken(ledger.fd, ledger.path) and taken(alive.fd, alive.path))
+    except HwlicenseError:
+        return True
 
 
 def _read(path: Path) -> bytes:

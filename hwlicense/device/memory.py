@@ -113,7 +113,7 @@ class Memory:
         if spare:
             spare.wipe()
 
-    def move(self) -> None:
+    def after_fork_in_child(self) -> None:
         """In the child: to memory of its own, before anything is wiped there that the parent still uses."""
         if not self.secret:
             return
@@ -345,7 +345,7 @@ def _after_fork_in_child() -> None:
     _guard, _forking = threading.RLock(), threading.RLock()
     for one in list(_alive):
         if isinstance(one, Memory):
-            one.move()
+            one.after_fork_in_child()
 
 
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

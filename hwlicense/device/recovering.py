@@ -55,7 +55,7 @@ def open_account(folder: Path, grant: Grant, key: Secret, anchor: Anchor | None,
     try:
         opened = _Opening(grant, like, ledger, anchor, reset)
         with ledger.writing(_OPENING) as write:
-            account = opened.first(write) if ledger.alone() else opened.joined()
+            account = opened.opened(write)
         tended = Tended(grant, account, ledger, anchor, opened.clock)
         if anchor is None and use.metered:
             tended.reserve(account.first)
@@ -90,6 +90,16 @@ class _Opening:
         self._grant, self._like, self._ledger, self._anchor, self._reset = grant, like, ledger, anchor, reset
         self._boot, self._gone = clock.boot_identifier(), False
         self.clock = AnchorClock()
+
+    def opened(self, write: Callable[[bytes], None]) -> Account:
+        """The account, by the first process that has the license open or a further one."""
+        if not self._ledger.alone():
+            try:
+                return self.joined()
+            except StorageError:
+                if not self._ledger.left():  # who was there has ended meanwhile
+                    raise
+        return self.first(write)
 
     def first(self, write: Callable[[bytes], None]) -> Account:
         """No other process has the license open."""
@@ -129,7 +139,7 @@ class _Opening:
             leases.take(account, step, reading, self._moment(account), looked.meter)
         else:
             account.words[Field.SERIAL] = reading.steps
-            leases.asked(account, self._moment(account))
+            leases.note_anchor(account, self._moment(account))
         return True
 
     def _moment(self, account: Account) -> leases.Moment:
@@ -141,7 +151,7 @@ class _Opening:
         self._ledger.join()
         self._ledger.serve()
         with self._ledger.sharing() as shared:
-            account = self._like.copy(shared.look())
+            account = self._like.copy(shared.snapshot())
         if not account.known or _boot_of(account) != self._boot:
             what = "The license is open in a process of another release, whose account of use this one cannot read."
             raise StorageError(Reason.STORAGE, what, "Close that process, or use the same release in both.")
