@@ -181,6 +181,7 @@ def _license(document: License) -> Iterator[tuple[str, str]]:
     yield from _use(grant)
     if document.enclosure:
         yield "encloses", f"{len(document.enclosure) - TAG_SIZE:,} bytes for the application"
+    yield from _process(grant)
     yield "approved states", str(len(document.approvals))
 
 
@@ -243,6 +244,15 @@ def _use(grant: Grant) -> Iterator[tuple[str, str]]:
         named = [f"{name}: {detector.action}" for name, detector in found if detector]
         throttled = f"; throttled: {of_rate(monitor.throttled)}" if monitor.throttled else ""
         yield "monitor", f"{', '.join(named)}, for {spelled(monitor.lasting)}{throttled}"
+
+
+def _process(grant: Grant) -> Iterator[tuple[str, str]]:
+    if guard := grant.guard:
+        yield "guard", f"refuses {', '.join(guard.refuse)}; looks every {guard.interval:,} s"
+    if application := grant.application:
+        required = [file.name for file in application.files if file.required]
+        yield "application", f"{len(application.files):,} files may be loaded"
+        yield from [("", f"{name} must be") for name in required]
 
 
 def _time(seconds: int) -> str:

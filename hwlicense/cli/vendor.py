@@ -20,6 +20,7 @@ from hwlicense.cli.vendor_input import (
     vendor_option,
 )
 from hwlicense.cli.vendor_licenses import issue, reset_clock, revise
+from hwlicense.cli.vendor_measuring import measure
 from hwlicense.cli.vendor_outputs import verify_outputs
 from hwlicense.core.errors import Reason, UsageError
 from hwlicense.core.keys import wrap_for_vendor
@@ -39,7 +40,7 @@ def vendor() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # passphrase and private keys are in memory from here on
 
 
-for command in (dongle, issue, reset_clock, revise, token, verify_outputs):
+for command in (dongle, issue, measure, reset_clock, revise, token, verify_outputs):
     vendor.add_command(command)
 
 

@@ -13,7 +13,7 @@ from hwlicense.cli import output, secrets
 from hwlicense.core.documents import TpmBinding, UsbBinding
 from hwlicense.core.errors import Reason, UsageError
 from hwlicense.core.schema import FILE_LIMIT
-from hwlicense.core.terms import oddities, parse_terms
+from hwlicense.core.terms import SIZE_LIMIT, oddities, parse_terms
 from hwlicense.vendor import certificates, evidence, packing
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def why_believed(binding: Binding) -> str:
 def text(path: Path) -> str:
     """A text file that people write."""
     try:
-        return storage.read_limited(path, 64 << 10).decode()
+        return storage.read_limited(path, SIZE_LIMIT).decode()
     except UnicodeDecodeError:
         raise UsageError(Reason.USAGE, f"{path} is not a text file in UTF-8.", "Check the file's name.") from None
 

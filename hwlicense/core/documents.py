@@ -9,6 +9,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 
 from hwlicense.core.limits import Use
+from hwlicense.core.process import Application, Guard  # noqa: TC001  # as above
 from hwlicense.core.schema import (
     SIZE_LIMITS,
     Blob,
@@ -270,6 +271,8 @@ class Grant(Document, frozen=True, omit_defaults=True):
     presence: Presence | None = None
     continuity: Positive | None = None
     use: Use | None = None
+    guard: Guard | None = None
+    application: Application | None = None
 
     @property
     def terms_of_use(self) -> Use:

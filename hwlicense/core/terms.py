@@ -6,7 +6,7 @@ A term that this release cannot enforce is an error here: a license never says m
 from __future__ import annotations
 
 import datetime
-from typing import TYPE_CHECKING, Annotated, Any, Final, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_args
 
 import msgspec
 
@@ -25,6 +25,7 @@ from hwlicense.core.limits import (
     Regularity,
     Use,
 )
+from hwlicense.core.process import CHECKS, FILE_LIMIT, LONGEST_INTERVAL, Application, Check, File, Guard
 from hwlicense.core.schema import Name, Positive  # noqa: TC001  # msgspec reads the annotations at run time
 from hwlicense.core.tpm.pcrs import Selection
 from hwlicense.core.wording import TOML, in_words, mend
@@ -34,15 +35,10 @@ if TYPE_CHECKING:
 
     from hwlicense.core.documents import Grant
 
-SIZE_LIMIT: Final = 64 << 10
+SIZE_LIMIT: Final = 1 << 20
 
 LONGEST_SESSION: Final = 366 * 86400
 """Seconds of the longest session that a license keeps from interruption."""
-
-_PLANNED: Final[dict[str, set[str] | None]] = {
-    "guard": None,
-}
-"""Terms that the format foresees and this release does not enforce; None stands for any key of the table."""
 
 
 class Validity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -128,6 +124,26 @@ class Monitored(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     distances: Distant | None = None
 
 
+class Guarded(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[guard]`: checks whose findings are refused, and how often the running process is looked at."""
+
+    refuse: Literal["all"] | Annotated[list[Check], msgspec.Meta(min_length=1, max_length=len(CHECKS))]
+    interval: str = "5s"
+
+
+class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`[application]`, as `vendor measure` writes it: SHA-256 in hexadecimal by name, and names that must be loaded."""
+
+    files: Annotated[
+        dict[
+            Annotated[str, msgspec.Meta(min_length=1, max_length=500)],
+            Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")],
+        ],
+        msgspec.Meta(min_length=1, max_length=FILE_LIMIT),
+    ]
+    required: list[str] = []
+
+
 class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a license allows."""
 
@@ -140,6 +156,8 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     continuity: Continuity | None = None
     features: Annotated[dict[Name, Feature], msgspec.Meta(max_length=100)] | None = None
     monitor: Monitored | None = None
+    guard: Guarded | None = None
+    application: Measured | None = None
 
     @property
     def granted_use(self) -> Use | None:
@@ -181,13 +199,33 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return seconds("continuity.session", self.continuity.session, 1, LONGEST_SESSION) if self.continuity else None
 
     @property
+    def granted_guard(self) -> Guard | None:
+        """`guard`, with every check by its name. Raises UsageError TERM_INVALID."""
+        if self.guard is None:
+            return None
+        named = CHECKS if self.guard.refuse == "all" else self.guard.refuse
+        refuse = [check for check in CHECKS if check in named]
+        return Guard(refuse, seconds("guard.interval", self.guard.interval, 1, LONGEST_INTERVAL))
+
+    @property
+    def granted_application(self) -> Application | None:
+        """`application`, as the grant has it. Raises UsageError TERM_INVALID where what is required is not among it."""
+        if self.application is None:
+            return None
+        files, required = self.application.files, set(self.application.required)
+        if unknown := sorted(required - files.keys()):
+            what = f"application.required names {unknown[0]!r}, which application.files does not."
+            raise UsageError(Reason.TERM_INVALID, what, "Use the names as `vendor measure` wrote them.")
+        return Application([File(name, bytes.fromhex(files[name]), name in required) for name in sorted(files)])
+
+    @property
     def selection(self) -> Selection:
         """The PCRs of `require.pcrs`."""
         return Selection.parse(*self.require.pcrs or ())
 
 
 def parse_terms(text: str) -> Terms:
-    """Raises UsageError: TERM_UNKNOWN, TERM_INVALID, TERM_UNSUPPORTED."""
+    """Raises UsageError: TERM_UNKNOWN, TERM_INVALID."""
     import tomllib  # noqa: PLC0415  # the vendor's need alone, and not to be paid for at each opening
 
     if len(text) > SIZE_LIMIT:
@@ -198,7 +236,6 @@ def parse_terms(text: str) -> Terms:
         table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # beside TOML's own, numbers too long for Python to read
         raise UsageError(Reason.TERM_INVALID, f"The terms are not TOML: {error}.", TOML) from None
-    _refuse_unsupported(table)
     try:
         terms = msgspec.convert(table, Terms, builtin_types=(datetime.date, datetime.datetime))  # a day, not text
     except msgspec.ValidationError as error:
@@ -298,18 +335,6 @@ def _names(path: str, kind: type[msgspec.Struct]) -> Iterator[str]:
             yield from _names(f"{path}{field.name}.", table)
 
 
-def _refuse_unsupported(table: dict[str, Any]) -> None:
-    for name, keys in _PLANNED.items():
-        given = table.get(name)
-        if given is None:
-            continue
-        found = {name} if keys is None or not isinstance(given, dict) else {f"{name}.{k}" for k in keys & given.keys()}
-        if found and (keys is None or isinstance(given, dict)):
-            which = ", ".join(sorted(found))
-            what = f"This release does not enforce the term {which}, so it issues no license with it."
-            raise UsageError(Reason.TERM_UNSUPPORTED, what, "Leave the term out, or use a release that enforces it.")
-
-
 def _check(terms: Terms) -> None:
     first, last = terms.validity.not_before, terms.validity.not_after
     if first and last and last < first:
@@ -324,7 +349,7 @@ def _check(terms: Terms) -> None:
     if presence and presence.regain and not presence.grace:
         what = "presence.regain gives back a grace, and there is none."
         raise UsageError(Reason.TERM_INVALID, what, "Set presence.grace, or leave presence.regain out.")
-    _ = terms.granted_continuity
+    _ = terms.granted_continuity, terms.granted_guard, terms.granted_application
     use = terms.granted_use
     if use and use.cap is not None and not use.limits.opens and not use.anchor:
         what = "require.cap_pcr caps sessions that are prepared to write an index, and the terms ask for none."

@@ -18,7 +18,7 @@ class Keyring:
     def __init__(self, content: Content, table: bytes | memoryview, count: int) -> None:
         """`table` is the encrypted key table of `count` chunks. Raises DamagedError, StorageError."""
         self._end, self._size = count * SIZE, len(content.enclosure)
-        self.memory = Memory(max(1, self._end + self._size))
+        self.memory = Memory(max(1, self._end + self._size), secret=True)
         try:
             package.open_table_into(content.key, table, self.memory.view[: self._end])
             self.memory.view[self._end : self._end + self._size] = content.enclosure.buffer

@@ -4,7 +4,12 @@ A process that has any, or is about to, is not dumpable for the rest of its life
 ptrace and no /proc/PID/mem for other processes of the same user, for a framework's own copies and for what opening
 leaves in the ordinary heap as well. Pages are excluded from dumps (MADV_DONTDUMP), which a collector that runs as root
 honours too, and locked (mlock(2)) as far as RLIMIT_MEMLOCK allows; where it does not, that is remembered and reported.
-A forked child inherits everything but the locks.
+Keys lie, where the kernel has it, in memory that it does not map itself (memfd_secret(2), from Linux 5.14 on): no
+/proc/PID/mem, ptrace or process_vm_readv reads it, root's neither. Its first use is slow, some 7 s for each GiB, so it
+is for keys alone.
+
+A forked child inherits everything but the locks. Such memory would be shared with it, and wiped for both: the child
+moves to its own, from a copy that was made before the fork, as the parent may wipe at any moment after.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ import errno
 import fcntl
 import mmap
 import os
+import resource
 import threading
 import weakref
 from contextlib import suppress
@@ -33,6 +39,9 @@ _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | f
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mlock.argtypes = _libc.munlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.syscall.restype = ctypes.c_long
+_libc.syscall.argtypes = [ctypes.c_long, ctypes.c_ulong]
+_MEMFD_SECRET: Final = 447  # on every architecture that has it
 _MLOCK_ONFAULT: Final = 1
 _libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
 
@@ -42,13 +51,15 @@ class Protection(NamedTuple):
 
     `held`: bytes of them, of all models together. `locked`: how many of these stay out of swap; fewer where
     RLIMIT_MEMLOCK (`ulimit -l`) is too small. `dumpable`: whether core dumps and the same user's debuggers see the
-    process. `swap`: whether the system swaps at all. `huge_pages`: the system's policy (always, madvise, never, or ""
-    where it does not say).
+    process. `secret`: how many bytes of keys lie in memory that only this process can read (memfd_secret(2)); 0 where
+    the kernel does not give any. `swap`: whether the system swaps at all. `huge_pages`: the system's policy (always,
+    madvise, never, or "" where it does not say).
     """
 
     held: int
     locked: int
     dumpable: bool
+    secret: int
     swap: bool
     huge_pages: str
 
@@ -56,26 +67,60 @@ class Protection(NamedTuple):
 def forbid_dumps() -> None:
     """Make this process not dumpable (PR_SET_DUMPABLE, prctl(2)), for good: nobody can know when the last copy is gone.
 
+    Core files are switched off besides (the soft RLIMIT_CORE), as a change of user or group undoes the former where the
+    system asks for that (fs.suid_dumpable).
+
     Plaintext lives on in mappings and copies of frameworks, and pieces of PINs and keys in freed heap. Whoever opens or
     installs calls this first; again changes nothing. Children inherit it by fork(2); execve(2) ends it, with all memory
     that it was for.
     """
     _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
 
 class Memory:
     """Anonymous memory for keys or plaintext. `view` is writable until `wipe`, which zeroes it and gives it back."""
 
-    def __init__(self, size: int) -> None:
-        """Raises StorageError where the system has no `size` bytes left."""
+    def __init__(self, size: int, *, secret: bool = False) -> None:
+        """`secret` is for keys: see above. Raises StorageError where the system has no `size` bytes left."""
         self.size = size
         forbid_dumps()
-        self._map = _mapped(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, mmap.PROT_READ | mmap.PROT_WRITE)
-        self.view = memoryview(self._map)[:size]
-        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        self.locked_by = _lock(self._address, size, _MLOCK_ONFAULT)  # page faults then share out over the threads
+        self._spare: Memory | None = None
+        self._take(secret=secret)
         self.lent = self._wiped = False
         _remember(self)
+
+    def _take(self, *, secret: bool) -> None:
+        hidden = _secret(self.size) if secret else None
+        anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._map = hidden or _mapped(-1, self.size, anonymous, mmap.PROT_READ | mmap.PROT_WRITE)
+        self.secret = hidden is not None
+        self.view = memoryview(self._map)[: self.size]
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        # Secret memory is never swapped; of other pages, faults then share out over the threads
+        self.locked_by = os.getpid() if self.secret else _lock(self._address, self.size, _MLOCK_ONFAULT)
+
+    def copy_before_fork(self) -> None:
+        """What a child will move to. Nothing is copied of memory that a child does not share."""
+        if self.secret and not self._wiped:
+            with suppress(StorageError):  # the child then copies what is still there
+                self._spare = Memory(self.size)
+                self._spare.view[:] = self.view
+
+    def forget_copy(self) -> None:
+        """In the parent, after a fork."""
+        spare, self._spare = self._spare, None
+        if spare:
+            spare.wipe()
+
+    def after_fork_in_child(self) -> None:
+        """In the child: to memory of its own, before anything is wiped there that the parent still uses."""
+        if not self.secret:
+            return
+        before = self.view
+        self._take(secret=True)
+        self.view[:] = self._spare.view if self._spare else before
+        self.forget_copy()
 
     def wipe(self) -> None:
         """Zero it, even while someone still holds a view: only for what was never lent, or has come back."""
@@ -187,6 +232,7 @@ def protection() -> Protection:
         held=sum(one.size for one in alive),
         locked=sum(one.size for one in alive if one.locked_by == os.getpid()),  # locks do not pass on to a child
         dumpable=_libc.prctl(_PR_GET_DUMPABLE, 0, 0, 0, 0) == 1,
+        secret=sum(one.size for one in alive if isinstance(one, Memory) and one.secret),
         swap=len(_kernel_says("/proc/swaps").splitlines()) > 1,
         huge_pages=_kernel_says("/sys/kernel/mm/transparent_hugepage/enabled").partition("[")[2].partition("]")[0],
     )
@@ -216,6 +262,27 @@ def _mapped(fd: int, size: int, flags: int, protection_: int) -> mmap.mmap:
         with suppress(OSError):  # a kernel without huge pages is slower, and one without MADV_DONTDUMP is not dumpable
             made.madvise(each)
     return made
+
+
+def _secret(size: int) -> mmap.mmap | None:
+    """Memory that the kernel does not map itself; None where it has none to give, for whatever reason."""
+    fd = _libc.syscall(_MEMFD_SECRET, os.O_CLOEXEC)
+    if fd < 0:
+        return None
+    try:
+        os.ftruncate(fd, size)
+        return mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+    except OSError:  # above all, RLIMIT_MEMLOCK
+        return None
+    finally:
+        os.close(fd)
+
+
+def sealed_inodes() -> frozenset[int]:
+    """The inodes of the sealed files that this process holds: what is mapped of them came out of a package."""
+    with _guard:
+        alive = list(_alive)
+    return frozenset(os.fstat(one.fd).st_ino for one in alive if isinstance(one, SealedFile) and one.fd >= 0)
 
 
 def memory_file() -> int:
@@ -283,9 +350,34 @@ def _kernel_says(path: str) -> str:
         return ""
 
 
-def _after_fork() -> None:
-    global _guard  # noqa: PLW0603  # another thread may have held it
-    _guard = threading.RLock()
+_forking = threading.RLock()
+"""Held over a fork: two threads that fork at once would take each other's copies."""
 
 
-os.register_at_fork(after_in_child=_after_fork)
+def _before_fork() -> None:
+    _forking.acquire()
+    with _guard:
+        alive = list(_alive)
+    for one in alive:
+        if isinstance(one, Memory):
+            one.copy_before_fork()
+
+
+def _after_fork_in_parent() -> None:
+    with _guard:
+        alive = list(_alive)
+    for one in alive:
+        if isinstance(one, Memory):
+            one.forget_copy()
+    _forking.release()
+
+
+def _after_fork_in_child() -> None:
+    global _guard, _forking  # another thread may have held the first
+    _guard, _forking = threading.RLock(), threading.RLock()
+    for one in list(_alive):
+        if isinstance(one, Memory):
+            one.after_fork_in_child()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -9,8 +9,9 @@ from collections import Counter
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, NoReturn, Self
 
-from hwlicense.core.errors import ClosedError, DamagedError, HwlicenseError, Reason, RefusedError, UsageError
+from hwlicense.core.errors import ClosedError, DamagedError, HwlicenseError, Reason, UsageError
 from hwlicense.device.keyring import Keyring
+from hwlicense.device.licensed import Licensed
 from hwlicense.device.memory import Memory, Protection, SealedFile, lend, protection
 from hwlicense.device.reading import THREADS
 from hwlicense.device.starting import Session, Standing, check_count, foremost, too_long
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
     from hwlicense.core import package
     from hwlicense.core.documents import Grant, Member
     from hwlicense.core.keys import Content
-    from hwlicense.core.monitoring import Verdict
     from hwlicense.device.bound import Bound
+    from hwlicense.device.checks import Finding
+    from hwlicense.device.guarding import Watch
     from hwlicense.device.instances import Instance
     from hwlicense.device.metering import Metering
     from hwlicense.device.presence import Presence
@@ -35,13 +37,13 @@ if TYPE_CHECKING:
 THREADED: Final = 8  # chunks from which on several threads are worth their start
 
 
-class Model:
+class Model(Licensed):
     """The decrypted members of a package, until `close`. Threads share it, and so do forked processes.
 
     Closing wipes the keys at once, and so does the loss of hardware whose presence the license asks for. A buffer that
     `read` lent lives on as long as someone holds it, whatever happens to model and keys, and is zeroed the moment
-    nobody does. Threads inside a call finish with ClosedError, or with what became of the hardware. `grant` says under
-    which license it was opened: licensee, product, dates.
+    nobody does. Threads inside a call finish with ClosedError, or with what became of the hardware. `grant` is what the
+    license says; `watch` is its guard, where it asks for one.
     """
 
     recorder: Callable[[], Recorder]
@@ -66,6 +68,8 @@ class Model:
         self._presence = presence[0] if presence else None
         self._content = presence[1] if presence else None
         self._refusal: HwlicenseError | None = None
+        self._ended = False
+        self.watch: Watch | None = None
         self._closed = False
         self._users: Counter[int] = Counter()  # calls under way, by thread
         self._lent: weakref.WeakValueDictionary[str, ctypes.Array[ctypes.c_ubyte]] = weakref.WeakValueDictionary()
@@ -156,6 +160,13 @@ class Model:
         return self.recorder()
 
     @property
+    def findings(self) -> list[Finding]:
+        """What the guard's checks find in and around this process now, whether or not the license refuses it."""
+        from hwlicense.device.checks import findings  # noqa: PLC0415  # for who asks
+
+        return findings(objects=[self])
+
+    @property
     def closed(self) -> bool:
         """Whether `close` was called."""
         return self._closed
@@ -174,26 +185,6 @@ class Model:
         self._check_open()
         if self._instance and (refusal := self._instance.refusal()):
             raise refusal
-
-    @property
-    def features(self) -> dict[str, int | bool | str]:
-        """What the license's `[features]` are set to."""
-        return dict(self.grant.terms_of_use.features) if self.grant else {}
-
-    def require(self, feature: str) -> int | bool | str:
-        """What a feature of the license is set to. Raises RefusedError FEATURE_ABSENT where it is not, or to false."""
-        found = self.features.get(feature, False)
-        if found is False:
-            what = f"The license does not have the feature {feature!r}."
-            raise RefusedError(Reason.FEATURE_ABSENT, what, "Ask the vendor for a revision with this feature.")
-        return found
-
-    @property
-    def monitored(self) -> Verdict:
-        """What the license's monitor has found, as far as it is in force."""
-        from hwlicense.core import monitoring  # noqa: PLC0415  # most licenses have no monitor
-
-        return self._metering.verdict if self._metering else monitoring.Verdict()
 
     @contextmanager
     def session(self, inferences: int = 0) -> Iterator[Session]:
@@ -256,19 +247,28 @@ class Model:
 
     def lose_keys(self, refusal: HwlicenseError) -> None:
         """Wipe the keys and what readers keep of plaintext. Buffers in use stay as they are."""
-        self._refusal = refusal.again()
+        if not self._ended:
+            self._refusal = refusal.again()
         self._forget_keys()
+
+    def end(self, refusal: HwlicenseError) -> None:
+        """As `lose_keys`, for good: no hardware gives them back."""
+        with self._lock:
+            self.lose_keys(refusal)
+            self._ended = True
 
     def reopen(self, bound: Bound, *, ask: bool) -> Keyring:
         """The keys anew; `ask` for a PIN where the hardware takes one. Raises HwlicenseError."""
+        if self._ended and self._refusal:
+            raise self._refusal.again()
         assert self._content is not None  # noqa: S101  # it comes with the presence, which alone asks
         with self._content(bound, ask) as content:
             return self._keyring(content)
 
     def regain_keys(self, keys: Keyring) -> None:
-        """Take them into use, unless the model was closed meanwhile."""
+        """Take them into use, unless the model was closed or its use ended meanwhile."""
         with self._lock:
-            if self._closed:
+            if self._closed or self._ended:
                 keys.wipe()
                 return
             before, self._keys, self._refusal = self._keys, keys, None
@@ -302,6 +302,8 @@ class Model:
         self._check_open()
         if self._presence and (refusal := self._presence.refusal(wait=True)):  # before any lock of this object is taken
             raise refusal
+        if self.watch:
+            self.watch.look_at_caller()
         self._check()
 
     def _member(self, name: str) -> Member:

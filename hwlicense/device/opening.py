@@ -102,6 +102,10 @@ def unlock(
         else:
             foreseeable(folder, licensed.grant, resetting.pending(home, licensed, signer))
         check_license(licensed, signer)
+        if licensed.grant.guard or licensed.grant.application:
+            from hwlicense.device.guarding import admit  # noqa: PLC0415  # most licenses say nothing of the process
+
+            admit(licensed.grant)
         bound = Bound(connect, licensed, home, home.approvals(licensed, signer))
         limit = licensed.grant.terms_of_use.limits.instances
         instance = Instance(folder, limit) if limit else None
@@ -207,6 +211,14 @@ def _model(
         return Recorder(connect, licensed, home, identifier, pin, anchor)
 
     model.recorder = recorder
+    if grant.guard:
+        from hwlicense.device.guarding import Watch  # noqa: PLC0415  # most licenses ask for none
+
+        try:
+            model.watch = Watch(grant, grant.guard, model)
+        except BaseException:
+            model.close()
+            raise
     return model
 
 

@@ -139,6 +139,8 @@ def make(  # noqa: PLR0913  # as above
         presence=terms.granted_presence,
         continuity=terms.granted_continuity,
         use=terms.granted_use,
+        guard=terms.granted_guard,
+        application=terms.granted_application,
     )
     bindings: list[Binding] = []
     members: list[Secret] = []

@@ -269,3 +269,95 @@ def test_a_fork_while_another_thread_holds_the_lock():
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     done.set()
     thread.join()
+
+
+# ---- memory for keys ---------------------------------------------------------------------------------------
+
+
+def test_keys_lie_where_the_kernel_maps_nothing():
+    one = Memory(5000, secret=True)
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    assert "/secretmem" in next(line for line in lines if f"{one._address:x}-" in line)
+    assert flags_of(one._address) >= {"dd", "lo"}
+    assert (protection().secret, protection().locked, protection().held) == (5000, 5000, 5000)
+    one.view[:] = b"k" * 5000
+    one.wipe()
+    one.wipe()
+    assert not any(bytes(one.view))
+    assert protection().secret == protection().held == 0
+
+
+def test_without_such_memory_keys_lie_in_ordinary_memory(monkeypatch):
+    monkeypatch.setattr(memory, "_MEMFD_SECRET", 10_000)  # no kernel knows this one
+    one = Memory(5000, secret=True)
+    assert (protection().secret, protection().held) == (0, 5000)
+    assert flags_of(one._address) >= {"dd", "lo"}
+    one.wipe()
+
+
+def test_a_limit_of_locked_memory_leaves_keys_in_ordinary_memory():
+    code = """
+import os, resource
+from hwlicense.device.memory import Memory, protection
+resource.setrlimit(resource.RLIMIT_MEMLOCK, (4096, 4096))
+if os.getuid() == 0: os.setuid(65534)
+keys = [Memory(4096, secret=True), Memory(8192, secret=True)]
+print(protection().secret, protection().locked, protection().held)
+"""
+    assert subprocess.check_output([sys.executable, "-c", code]).split() == [b"4096", b"4096", b"12288"]
+
+
+@pytest.mark.parametrize("secret", [True, False])
+def test_neither_a_child_nor_its_parent_wipes_the_others_keys(secret):
+    one = Memory(100, secret=secret)
+    one.view[:] = b"k" * 100
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.read(reading, 1)  # the parent has wiped its own by now
+        own = bytes(one.view) == b"k" * 100 and one.secret == secret and protection().locked == 100 * secret
+        one.wipe()
+        os._exit(0 if own and not any(bytes(one.view)) else 1)
+    second = os.fork()
+    if second == 0:
+        one.wipe()
+        os._exit(0)
+    assert os.waitpid(second, 0)[1] == 0
+    assert bytes(one.view) == b"k" * 100
+    one.wipe()
+    os.write(writing, b"x")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert protection().held == 0  # nothing is left of the copies either
+
+
+def test_threads_that_fork_at_once_keep_their_keys():
+    one = Memory(64, secret=True)
+    one.view[:] = b"k" * 64
+    failed: list[int] = []
+
+    def fork() -> None:
+        for _ in range(20):
+            child = os.fork()
+            if child == 0:
+                os._exit(0 if bytes(one.view) == b"k" * 64 else 1)
+            failed.append(os.waitpid(child, 0)[1])
+
+    threads = [threading.Thread(target=fork) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not any(failed)
+    assert len(failed) == 80
+    one.wipe()
+
+
+def test_core_files_are_switched_off_too():
+    code = """
+import resource
+from hwlicense.device.memory import forbid_dumps
+before = resource.getrlimit(resource.RLIMIT_CORE)[1]
+forbid_dumps()
+print(resource.getrlimit(resource.RLIMIT_CORE) == (0, before))
+"""
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "True\n"
