@@ -48,7 +48,7 @@ try:
     print("never refused")
 except hwlicense.HwlicenseError as error:
     print(error.reason, error, flush=True)
-    assert not any(model._keys.view), "keys are left"
+    assert not any(model._keys.memory.view), "keys are left"
 """
 
 

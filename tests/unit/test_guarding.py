@@ -61,7 +61,7 @@ def test_an_ended_model_gets_no_keys_from_its_hardware(model):
     keys.view[:] = b"k" * 32
     model.regain_keys(keys)
     assert not any(bytes(keys.view))
-    assert not any(model._keys.view)
+    assert not any(model._keys.memory.view)
     with pytest.raises(RefusedError, match="Found"):
         model.reopen(None, ask=False)
     model.lose_keys(StorageError(Reason.STORAGE, "Later."))  # does not hide what was found
