@@ -19,7 +19,6 @@ from hwlicense.device.streaming import MemberReader
 if TYPE_CHECKING:
     import ctypes
     from collections.abc import Callable, Iterator, Sequence
-    from types import TracebackType
 
     from hwlicense.core.documents import Grant, Member
     from hwlicense.core.monitoring import Verdict
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from hwlicense.device.metering import Metering
     from hwlicense.device.presence import Presence
     from hwlicense.device.reading import PackageFile
+    from hwlicense.device.sealed_code import Importer
 
 THREADED: Final = 8
 """Chunks from which on several threads are worth their start."""
@@ -58,8 +58,7 @@ class Model:
         """
         self.name, self.version = file.manifest.name, file.manifest.version
         self.grant = grant
-        self._file = file
-        self._layout = file.layout
+        self._file, self._layout = file, file.layout
         self._keys = self._table(content_key)
         self._metering, self._instance = metering, instance
         self._presence = presence[0] if presence else None
@@ -79,7 +78,7 @@ class Model:
     def names(self) -> tuple[str, ...]:
         """The members' relative paths, as packed."""
         self._check_open()
-        return tuple(self._layout.members)
+        return self._layout.names
 
     def size(self, name: str) -> int:
         """Bytes of a member. Raises UsageError MEMBER_ABSENT."""
@@ -130,6 +129,12 @@ class Model:
             if name not in self._sealed:
                 self._sealed[name] = SealedFile(member.size, lambda view: self._decrypt(member, view))
             return self._sealed[name].path
+
+    def importer(self) -> Importer:
+        """What imports the package's code while it is installed, as in a `with` block. Raises UsageError."""
+        from hwlicense.device import sealed_code  # noqa: PLC0415  # most packages hold no code
+
+        return sealed_code.Importer(sealed_code.ModelCode(self, self._layout.manifest))
 
     @property
     def protection(self) -> Protection:
@@ -263,9 +268,7 @@ class Model:
         self._check()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
 
     def __del__(self) -> None:
