@@ -13,6 +13,7 @@ from hwlicense.core.errors import Reason, UsageError
 _LAZY: Final = {
     "device": ("hwlicense.cli.device", "device", "The machine that runs the model: enroll, install, check, diagnose."),
     "inspect": ("hwlicense.cli.inspecting", "inspect", "Show what a file of the project says."),
+    "run": ("hwlicense.cli.running", "run", "Run the program that is sealed in a package."),
     "simulate": (
         "hwlicense_simulators.cli",
         "simulate",
