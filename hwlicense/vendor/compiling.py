@@ -73,8 +73,9 @@ def compile_code(
     """Compile `inputs`, each an importable package's folder or a single module, for the package named `package`.
 
     For the running Python and for `pythons`: versions, found on PATH, or paths of interpreters. `optimize` is Python's:
-    1 takes assertions out, 2 docstrings as well. Hidden files, `__pycache__` and what `LEFT_OUT` names stay here.
-    Links out of a folder, and what is no file, are refused as in any packing.
+    1 takes assertions out, 2 docstrings as well. Hidden files, `__pycache__` and what `LEFT_OUT` names stay here, and
+    so does the bytecode of a module that lies there as a native one, too. Links out of a folder, and what is no file,
+    are refused as in any packing.
 
     Raises UsageError (CODE_INVALID, ENTRY_ABSENT, PYTHON_UNSUPPORTED, FILE_ABSENT, USAGE), StorageError.
     """
@@ -84,8 +85,12 @@ def compile_code(
     taken: dict[str, Path] = {}
     for given in inputs:
         top = _top(given, taken)
-        for member, path, root in _files(given, top):
-            if path.suffix == ".py":
+        found = list(_files(given, top))
+        native = {member.partition(".")[0] for member, path, _ in found if path.suffix == code.NATIVE}
+        for member, path, root in found:
+            if path.suffix == ".py" and member.removesuffix(".py") in native:
+                left_out += 1  # it was compiled to keep it from being read
+            elif path.suffix == ".py":
                 _check_module(path, member)
                 source = packing.source_of(member, path, root)
                 modules.append(_Module(member.removesuffix(".py"), path, read_limited(source.path, SOURCE_LIMIT)))

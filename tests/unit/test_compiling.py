@@ -46,6 +46,7 @@ def test_modules_become_bytecode_and_data_travels(tmp_path):
     files: dict[str, str | bytes] = {
         **CODE,
         "reader/fast.abi3.so": b"\x7fELF",
+        "reader/fast.py": "source of a native module\n",
         "reader/__pycache__/numbers.cpython-311.pyc": b"old",
         "reader/old.pyc": b"old",
         "reader/fast.pyx": "source",
