@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import sysconfig
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hwlicense.vendor.compiling import compile_code
@@ -13,10 +12,10 @@ from tests.packages import content_key
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from tests.world import Vendor
 
-TOP = Path(__file__).parents[1]
 CODE = {
     "reader/__init__.py": "from reader.numbers import double\nSECRET = 'a marker in the docstring'\n",
     "reader/numbers.py": (

@@ -62,8 +62,8 @@ def child_asks():
         pool.apply(hwlicense.current)
 
 def wait():
-    print("ready", flush=True)
     try:
+        print("ready", flush=True)
         time.sleep(60)
     finally:
         print("cleaned up", hwlicense.current().closed)
@@ -215,6 +215,15 @@ def test_packages_without_a_program(shop):
         assert reason(run("run", "--home", shop / "home", shop / name, status=2)) == expected
     started = ("run", "--home", shop / "home", "--entry", "inspector.program:main", shop / "library.hwpkg")
     assert reason(run(*started, status=1)) == "WRONG_PACKAGE"
+
+
+def test_options_about_code_need_code(shop):
+    for option in (("--entry", "a:b"), ("--python", "3.12"), ("-O",)):
+        assert reason(pack(shop, *option, out="none.hwpkg", status=2)) == "USAGE"
+    assert reason(pack(shop, out="none.hwpkg", inputs=(), status=2)) == "USAGE"
+    absent = ("--code", shop / "source" / "inspector", "--entry", "inspector.program:gone")
+    assert reason(pack(shop, *absent, out="none.hwpkg", status=2)) == "ENTRY_ABSENT"
+    assert not (shop / "none.hwpkg").exists()
 
 
 def test_inspect_and_check_know_of_code(shop):
