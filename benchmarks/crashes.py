@@ -43,7 +43,7 @@ class _Scene:
         metering._tended.tend()  # noqa: SLF001  # no thread runs in simulated time
 
     def words(self, metering: Metering) -> Any:  # noqa: ANN401  # an array of numbers
-        return metering._tended.look()[0].words  # noqa: SLF001  # what no report shows
+        return metering._tended.snapshot()[0].words  # noqa: SLF001  # what no report shows
 
 
 @contextmanager

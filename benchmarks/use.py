@@ -70,7 +70,7 @@ class Limited:
     def used(self) -> tuple[int, int]:
         """What the account says was booked, and what of it was lost."""
         with self.open() as model:
-            words = _metering(model)._tended.look()[0].words  # noqa: SLF001  # what no report shows to the last one
+            words = _metering(model)._tended.snapshot()[0].words  # noqa: SLF001  # what no report shows to the last one
             return words[Field.USED], words[Field.LOST]
 
 
@@ -217,7 +217,7 @@ def _steady(scene: Scene, license_: Limited, seconds: float) -> dict[str, float]
                 refused += 1
             taken.append(time.perf_counter() - before)
             time.sleep(max(0.0, begun + (tick + 1) / 1000 - time.monotonic()))
-        steps = _metering(model)._tended.look()[0].words[Field.SERIAL]  # noqa: SLF001
+        steps = _metering(model)._tended.snapshot()[0].words[Field.SERIAL]  # noqa: SLF001
     times = np.array(taken) * 1e6
     named = {"median": 50.0, "p99": 99.0, "p99.99": 99.99}
     found = {name: float(np.percentile(times, rank)) for name, rank in named.items()}

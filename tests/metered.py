@@ -14,6 +14,7 @@ from hwlicense.core.hardware import Reading
 from hwlicense.core.limits import Limits, Rate, Use
 from hwlicense.core.secret import Secret
 from hwlicense.device import clock, recovering, tending
+from hwlicense.device import metering as metering_module
 from hwlicense.device.metering import Metering
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class Machine:
             patched.setattr(tending.Tended, "start", lambda _tended: None)
             patched.setattr(time, "monotonic", lambda: self.boot / SECOND)
             patched.setattr(time, "sleep", self.passes)
-            patched.setitem(Metering.spend.__kwdefaults__, "_now", lambda _clock: self.boot)
+            patched.setattr(metering_module, "clock_gettime_ns", lambda _clock: self.boot)
             yield self
 
     def open(self, state: Path, granted: Grant, reset=None) -> Metering:

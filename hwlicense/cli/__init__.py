@@ -20,9 +20,12 @@ if TYPE_CHECKING:
 def main() -> NoReturn:
     """Run the command line and exit: 0 done, 1 refused, 2 usage, 3 hardware, 4 damaged or forged input, 5 other."""
     signal.signal(signal.SIGTERM, _terminated)
-    from hwlicense.cli.commands import root  # noqa: PLC0415  # so that SIGTERM is heeded from the start
+    try:
+        from hwlicense.cli.commands import root  # noqa: PLC0415  # so that signals are heeded from the start
 
-    status = _run(root)
+        status = _run(root)
+    except KeyboardInterrupt:  # before the command began, or when it had ended
+        status = 130
     # Not sys.exit(): taking the interpreter apart costs an eighth of a command's time. Nothing is left to do by now:
     # click flushes what it prints, files and hardware are closed, and keys are wiped where their blocks end.
     os._exit(status)

@@ -288,7 +288,7 @@ def doctor(home: Path | None, state: Path | None, tpm: str | None, tokens: tuple
 
 def _not_checked(error: HwlicenseError) -> None:
     later = "install the license again when it is here" if error.reason.startswith("TPM") else "it was not checked"
-    output.note(f"warning: not all of the license's hardware is here: {later}. {error.what}")
+    output.note(f"warning: not all of the license's hardware is here: {later}. {error.what} {error.hint}".rstrip())
 
 
 def _read_all(model: Model, names: Iterable[str], advance: Callable[[int], None]) -> None:

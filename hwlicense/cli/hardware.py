@@ -62,6 +62,6 @@ def plugged_dongles() -> list[dict[str, Any]]:
                     "programmed_slots": slots,
                 }
         except HardwareError as error:
-            facts = {"selector": dongle.product, "problem": error.what, "reason": str(error.reason)}
+            facts = {"selector": dongle.product, "problem": error.what, "reason": error.reason, "hint": error.hint}
         found.append(facts)
     return found

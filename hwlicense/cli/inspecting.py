@@ -31,6 +31,7 @@ from hwlicense.core.documents import (
     UsbEvidence,
     VendorPublic,
 )
+from hwlicense.core.durations import of_rate, spelled
 from hwlicense.core.envelope import disassemble, unverified, verified
 from hwlicense.core.errors import DamagedError, Reason, UsageError
 from hwlicense.core.schema import FILE_LIMIT, Document, decode
@@ -40,7 +41,6 @@ from hwlicense.device.reading import read_envelope
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from hwlicense.core.limits import Rate
 
 FILE = click.Path(path_type=Path, readable=False)
 
@@ -216,13 +216,13 @@ def _binding(binding: Binding) -> Iterator[str]:
 
 def _presence(grant: Grant) -> Iterator[tuple[str, str]]:
     if terms := grant.presence:
-        yield "presence", f"proved every {terms.interval:,} s"
-        back = f", given back by {terms.regain:,} s of presence" if terms.regain else ""
-        yield "", f"grace of {terms.grace:,} s in all{back}" if terms.grace else "no grace"
+        yield "presence", f"proved every {spelled(terms.interval)}"
+        back = f", given back by {spelled(terms.regain)} of presence" if terms.regain else ""
+        yield "", f"grace of {spelled(terms.grace)} in all{back}" if terms.grace else "no grace"
         if not terms.repeat:
             yield "", "each recorded answer of a dongle serves once"
     if grant.continuity:
-        yield "continuity", f"sessions of up to {grant.continuity:,} s are kept from interruption"
+        yield "continuity", f"sessions of up to {spelled(grant.continuity)} are kept from interruption"
 
 
 def _use(grant: Grant) -> Iterator[tuple[str, str]]:
@@ -230,7 +230,7 @@ def _use(grant: Grant) -> Iterator[tuple[str, str]]:
     limits = use.limits
     counted = (("opens", limits.opens), ("inferences", limits.inferences), ("powered-on hours", limits.hours))
     yield from [(name, f"{most:,}") for name, most in (*counted, ("instances", limits.instances)) if most]
-    yield from [("rate", _rate(rate)) for rate in limits.rates]
+    yield from [("rate", of_rate(rate)) for rate in limits.rates]
     if use.days:
         yield "first use", f"opens for {use.days:,} days from then on"
     yield from [("feature", f"{name} = {msgspec.json.encode(value).decode()}") for name, value in use.features.items()]
@@ -243,12 +243,8 @@ def _use(grant: Grant) -> Iterator[tuple[str, str]]:
     if monitor := use.monitor:
         found = (("regularity", monitor.regularity), ("distances", monitor.distances))
         named = [f"{name}: {detector.action}" for name, detector in found if detector]
-        throttled = f"; throttled: {_rate(monitor.throttled)}" if monitor.throttled else ""
-        yield "monitor", f"{', '.join(named)}, for {monitor.lasting:,} s{throttled}"
-
-
-def _rate(rate: Rate) -> str:
-    return f"{rate.count:,} inferences in any {rate.seconds:,} s"
+        throttled = f"; throttled: {of_rate(monitor.throttled)}" if monitor.throttled else ""
+        yield "monitor", f"{', '.join(named)}, for {spelled(monitor.lasting)}{throttled}"
 
 
 def _time(seconds: int) -> str:

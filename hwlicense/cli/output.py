@@ -64,6 +64,12 @@ def _print(text: str) -> None:
         raise click.exceptions.Exit(141) from None
 
 
+def after_interrupt() -> None:
+    """Leave the line of a terminal that has just shown ^C."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        click.echo(err=True)
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Let an error say which file it is about, where it does not."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import time
 from typing import TYPE_CHECKING, Any, Final
 
@@ -9,9 +10,11 @@ import click
 
 from hwlicense.cli import output
 from hwlicense.cli.options import json_option, place_options, tpm_option
-from hwlicense.device import opening, reporting, selecting
+from hwlicense.core.durations import spelled, waiting
+from hwlicense.device import opening, reporting, selecting, usage
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from hwlicense.core.errors import HwlicenseError
@@ -24,6 +27,9 @@ _ACCOUNT: Final = {
     "missing": "none in {}, though the TPM has counted opens: it is in another state folder, or gone",
     "unused": "none yet: the TPM has counted no open",
 }
+
+_SECONDS: Final = ("continuity", "presence_interval", "grace", "grace_left")
+"""What JSON has in seconds."""
 
 
 @click.command()
@@ -43,46 +49,75 @@ def status(home: Path | None, state: Path | None, tpm: str | None, watch: float 
 
     Spends nothing. Asks the TPM where the license has opens or powered-on hours that the TPM counts. What the runtime
     counts is read from the state folder as it lies there: it is checked when the license is opened. With --watch and
-    --json, each time is one line.
+    --json, each time is one line. `time` in JSON is in UTC. Interrupted, it ends with exit status 130.
     """
     place = selecting.home(home, state)
-    while True:
-        entries, problems = reporting.status(place, opening.utc_today(), selecting.hardware(place, tpm))
-        if as_json:
-            told = [{"reason": p.reason, "what": p.what} for p in problems]
-            output.emit({"home": str(place.path), "licenses": entries, "problems": told}, indent=not watch)
-        else:
-            if watch:
-                click.clear()
-            _show(place, entries, problems)
-        if not watch:
-            return
-        try:
+    if watch is None:
+        _report(place, tpm, as_json=as_json, watched=False)
+        return
+    try:
+        while True:
+            _report(place, tpm, as_json=as_json, watched=True)
             time.sleep(watch)
-        except KeyboardInterrupt:
-            return
+    except KeyboardInterrupt:  # as it is meant to end: nothing is to be said
+        output.after_interrupt()
+        raise click.exceptions.Exit(130) from None
+
+
+def _report(place: Home, tpm: str | None, *, as_json: bool, watched: bool) -> None:
+    now = datetime.datetime.now(datetime.UTC)
+    entries, problems = reporting.status(place, opening.utc_today(), selecting.hardware(place, tpm))
+    if as_json:
+        told = [{"reason": p.reason, "what": p.what, "hint": p.hint} for p in problems]
+        found = {"home": str(place.path), "licenses": entries, "problems": told}
+        output.emit({"time": f"{now:%Y-%m-%dT%H:%M:%SZ}"} | found, indent=not watched)
+        return
+    if watched:
+        click.clear()
+        output.say(f"{now.astimezone():%Y-%m-%d %H:%M:%S %Z}")
+        output.say()
+    _show(place, entries, problems)
 
 
 def _show(place: Home, entries: list[dict[str, Any]], problems: list[HwlicenseError]) -> None:
     if not entries and not problems:
         output.note(f"No license by a trusted vendor is installed in {place.path}.")
     for entry in entries:
-        limits, folder, refusal = entry.pop("limits", []), entry.pop("account_folder", ""), entry.pop("refusal")
-        if "account" in entry:
-            entry["account"] = _ACCOUNT[entry["account"]].format(folder)
-        rows = [(key, output.shown(value)) for key, value in entry.items()]
-        if refusal:
-            rows.insert(1 + list(entry).index("state"), ("", f"{refusal['what']} {refusal['hint']}"))
-        output.columns([*rows, *((f"limit {row['limit']}", _left(row)) for row in limits)])
+        limits, unreached = entry.pop("limits", []), entry.pop("unreached", None)
+        rows = list(_rows(entry, unreached))
+        output.columns([*rows, *((f"limit {row['limit']}", _left(row, unreached)) for row in limits)])
         output.say()
     for problem in problems:
         output.note(f"problem: {problem.what} ({problem.reason})")
+        if problem.hint:
+            output.note(f"hint: {problem.hint}")
 
 
-def _left(row: dict[str, Any]) -> str:
+def _rows(entry: dict[str, Any], unreached: dict[str, str] | None) -> Iterator[tuple[str, str]]:
+    refusal, folder = entry.pop("refusal"), entry.pop("account_folder", "")
+    if "account" in entry:
+        entry["account"] = _ACCOUNT[entry["account"]].format(folder)
+    if "uncharged" in entry:
+        entry["uncharged"] = usage.left_open(**entry["uncharged"])
+    if "for_seconds" in entry.get("monitor", ()):
+        entry["monitor"]["for"] = waiting(entry["monitor"].pop("for_seconds"))
+    entry |= {key: spelled(entry[key]) for key in _SECONDS if key in entry}
+    for key, value in entry.items():
+        if key != "days_left" or value is not None:  # without an end there are none
+            yield key, output.shown(value)
+        if key == "state" and refusal:
+            yield "", f"{refusal['what']} {refusal['hint']}"
+        if key == "state" and unreached:
+            why = f"{unreached['what']} {unreached['hint']}"
+            yield "", f"the TPM was not reached, so it is not known whether it opens: {why}"
+
+
+def _left(row: dict[str, Any], unreached: dict[str, str] | None) -> str:
     if row["left"] is None:
-        text = f"unknown, of {row['of']:,}"
+        by_account = row["enforced_by"].startswith("runtime, ")
+        why = ": the TPM was not reached" if unreached and row["enforced_by"] == "TPM" else ""
+        text = f"unknown, of {row['of']:,}{': see account' if by_account else why}"
     else:
         text = f"{row['left']:,} of {row['of']:,} left{'' if row['verified'] else ' by the account'}"
     text += f"; enforced by: {row['enforced_by']}"
-    return f"{text}; more in {row['refills_in']:,} s" if "refills_in" in row else text
+    return f"{text}; more in {waiting(row['refills_in'])}" if "refills_in" in row else text

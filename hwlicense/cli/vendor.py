@@ -13,28 +13,18 @@ from hwlicense.cli import output, secrets
 from hwlicense.cli.vendor_hardware import dongle, token
 from hwlicense.cli.vendor_input import (
     FILE,
-    agreed_terms,
     code_options,
     compiled_code,
     examined,
     force_option,
-    new_pin,
-    pin_options,
-    read_manifest,
-    refuse_existing,
-    terms_option,
     text,
-    today,
-    trust_options,
     trusted,
     vendor_option,
-    why_believed,
 )
-from hwlicense.cli.vendor_revising import reset_clock, revise
+from hwlicense.cli.vendor_licenses import issue, reset_clock, revise
 from hwlicense.core.errors import Reason, UsageError
 from hwlicense.core.keys import wrap_for_vendor
-from hwlicense.vendor import approving, dongles, issuing, packing, signing
-from hwlicense.vendor.basis import packaged, recorded
+from hwlicense.vendor import approving, packing, signing
 from hwlicense.vendor.folder import Folder
 
 if TYPE_CHECKING:
@@ -50,10 +40,8 @@ def vendor() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # passphrase and private keys are in memory from here on
 
 
-vendor.add_command(dongle)
-vendor.add_command(token)
-vendor.add_command(reset_clock)
-vendor.add_command(revise)
+for command in (dongle, issue, reset_clock, revise, token):
+    vendor.add_command(command)
 
 
 @vendor.command()
@@ -142,84 +130,6 @@ def pack(
     if compiled:
         versions = ", ".join(compiled.code.versions)
         output.note(f"Its code is for Python {versions}; {compiled.left_out:,} sources and the like stay here.")
-
-
-@vendor.command()
-@vendor_option
-@click.option(
-    "--request",
-    "requests",
-    type=FILE,
-    required=True,
-    multiple=True,
-    metavar="REQ.hwreq",
-    help="The device's request; several, where its TPM, tokens and dongles were enrolled apart.",
-)
-@click.option(
-    "--package",
-    "packages",
-    type=FILE,
-    required=True,
-    multiple=True,
-    metavar="PKG.hwpkg",
-    help="A package that the license opens; may be given several times.",
-)
-@terms_option
-@trust_options
-@click.option("-o", "--output", "target", type=FILE, required=True, metavar="OUT.hwlic")
-@pin_options
-@force_option
-@secrets.passphrase_option
-def issue(
-    folder: Path,
-    requests: tuple[Path, ...],
-    packages: tuple[Path, ...],
-    terms: Path,
-    roots: tuple[str, ...],
-    recorded_keys: tuple[str, ...],
-    token_roots: tuple[Path, ...],
-    tokens: tuple[str, ...],
-    target: Path,
-    with_pin: bool,
-    pin_file: Path | None,
-    force: bool,
-    passphrase_file: Path | None,
-) -> None:
-    """Issue a license for one device.
-
-    The first request of a product line makes its first approved platform state, if the terms require PCRs. These values
-    are trusted on first use: approve golden values beforehand with `vendor approve --pcrs` where you have them.
-    """
-    place = Folder(folder)
-    agreed = agreed_terms(terms)
-    believed = trusted(place, roots, recorded_keys, token_roots, tokens)
-    parts = [part for request in requests for part in examined(request, believed).parts]
-    manifests = [read_manifest(path, place) for path in packages]
-    refuse_existing(target, force=force)
-    pin = new_pin(pin_file, with_pin=with_pin)
-    keys = secrets.unlock(place, passphrase_file)
-    # One at a time, so that a product has one first approval. The file is begun first: the folder records nothing that
-    # could not be written.
-    with storage.exclusive(place.path), storage.new_file(target, force=force) as file:
-        issued = issuing.issue(
-            place.public,
-            keys,
-            parts,
-            manifests,
-            agreed,
-            place.approvals(agreed.product),
-            today=today(),
-            pin=pin,
-            bind_dongle=partial(dongles.bind, place, keys),
-        )
-        file.write(issued.raw)
-        file.flush()
-        if issued.approval:
-            place.keep_approval(*issued.approval)
-            output.note(f"The device's PCRs are the first approved state of {agreed.product!r}.")
-        place.keep_license(issued.license, issued.raw, recorded(issued.license, parts, map(packaged, manifests)))
-    trust = "; ".join(why_believed(binding) for binding in issued.license.bindings)
-    output.note(f"Issued license {issued.license.grant.license} for {agreed.licensee!r} in {target}; {trust}.")
 
 
 @vendor.command()

@@ -162,9 +162,13 @@ class Account:
         words = self.words
         if self.total is not None and words[Field.USED] + count > self.total:
             return Short(None, None, exhausted=True)
-        for rate, window in self._in_force(throttled=throttled):
-            if self._room(window) < count:
-                return Short(rate, self._wait(window, now, count))
+        shorts = [
+            Short(rate, self._wait(window, now, count))
+            for rate, window in self._in_force(throttled=throttled)
+            if self._room(window) < count
+        ]
+        if shorts:  # that which says no for longest
+            return max(shorts, key=lambda short: FOREVER if short.wait is None else short.wait)
         return Short() if words[Field.LEFT] < count or words[Field.FRESH_NS] <= now else None
 
     def _room(self, window: Window) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self, TypeAlias, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeAlias, TypeVar, runtime_checkable
 
 from hwlicense.core.errors import Reason, RefusedError
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hwlicense.core.documents import Approval, TpmBinding, TpmCounter
     from hwlicense.core.secret import Secret
     from hwlicense.core.tpm.pcrs import Selection
+    from hwlicense.core.tpm.standing import State
 
 
 class PinPrompt(str):  # noqa: SLOT000  # they would take typing stubs to be seen by a type checker
@@ -101,11 +102,11 @@ class CounterStore(Protocol):
 class Counted(NamedTuple):
     """What a TPM says of a license that it counts. The clock and the deadline are in milliseconds.
 
-    `state`: usable (current), ended by a later revision, in the write window that an installation did not close, or
-    without its counter or an index. `opens` are those spent; None where they are not counted or cannot be told.
+    `state` is "lost" also where an index is gone. `opens` are those spent; None where they are not counted or cannot be
+    told.
     """
 
-    state: Literal["current", "superseded", "unfinished", "lost"]
+    state: State
     opens: int | None
     limit: int | None
     clock: int

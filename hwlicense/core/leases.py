@@ -30,7 +30,7 @@ LASTING: Final = 300 * 10**9
 """Nanoseconds after a look at the anchor in which a license with rates books what is reserved."""
 
 _NANOSECONDS: Final = SPACING * 1_000_000
-_DIM: Final = 600_000
+_OUTDATED: Final = 600_000
 _EVERYTHING: Final = 1 << 60
 _REST: Final = 675 * 10**9  # of the anchor for each step: 128 steps a day, ten years with 500,000 of them
 _LONGEST_IDLE: Final = 300 * 10**9
@@ -103,32 +103,32 @@ def reserve_freely(account: Account, moment: Moment, demand: int = 0) -> bool:
     return True
 
 
-def refresh(account: Account, moment: Moment, looked: int) -> None:
+def confirm(account: Account, moment: Moment, looked: int) -> None:
     """The anchor was at this lease when it was asked: after `looked`, by the meter."""
-    asked(account, moment)
+    note_anchor(account, moment)
     account.words[Field.FRESH_NS] = looked + LASTING if account.rated else FOREVER
 
 
-def asked(account: Account, moment: Moment) -> None:
+def note_anchor(account: Account, moment: Moment) -> None:
     """The anchor was asked just now."""
     account.words[Field.ANCHOR_MS], account.words[Field.ANCHOR_NS] = moment.clock, moment.running
 
 
-def old(account: Account, meter: int) -> bool:
+def unconfirmed(account: Account, meter: int) -> bool:
     """Whether the anchor should be looked at again."""
     return account.words[Field.LEFT] > 0 and account.words[Field.FRESH_NS] - meter < LASTING // 2
 
 
-def dim(account: Account, anchors: int) -> bool:
+def outdated(account: Account, anchors: int) -> bool:
     """Whether the record is so old, by the anchor's clock, that a cut right after a step would be charged for long."""
     words = account.words
     ended = words[Field.SETTLED] or words[Field.RESERVED] >= words[Field.SIZE]
-    return bool(ended) and anchors - words[Field.CLOCK_MS] > _DIM
+    return bool(ended) and anchors - words[Field.CLOCK_MS] > _OUTDATED
 
 
-def certify(account: Account, moment: Moment, demand: int) -> bool:
+def renew_record(account: Account, moment: Moment, demand: int) -> bool:
     """Before a further lease: note that none was taken after this one till now. To be written down: True."""
-    if not (low(account, demand) and dim(account, moment.clock)):
+    if not (low(account, demand) and outdated(account, moment.clock)):
         return False
     _measure(account, moment)
     _raised(account, moment)
@@ -189,7 +189,7 @@ def take(account: Account, step: int, reading: Reading, moment: Moment, looked: 
     words[Field.LEFT] = words[Field.RESERVED] = min(kept + step, size)
     words[Field.STEP], words[Field.SETTLED] = max(step, 1), 0
     words[Field.WORN_NS] = max(words[Field.WORN_NS], moment.meter) + _REST
-    refresh(account, moment, looked)
+    confirm(account, moment, looked)
     _raised(account, moment)
     return True
 
@@ -211,8 +211,7 @@ def recover(account: Account, reading: Reading | None, moment: Moment, *, same_b
     `reading` is the anchor's; None without one. `same_boot`: the record is of this boot, so that whoever wrote it may
     still be there. To be written down before the next step.
     """
-    words, until = account.words, 0
-    charge = words[Field.RESERVED] - (words[Field.USED] - words[Field.BASE])
+    words, until, charge = account.words, 0, unsettled(account, 0)
     if reading:
         missing = reading.steps - words[Field.SERIAL]
         passed = reading.clock - words[Field.CLOCK_MS]
@@ -221,16 +220,23 @@ def recover(account: Account, reading: Reading | None, moment: Moment, *, same_b
         until_cut = passed + reading.lapse - reading.uptime
         if this_run or passed < reading.uptime:  # or it may be, and is charged as if
             until_cut = max(passed, until_cut)
-        if not words[Field.SETTLED]:
-            more = words[Field.STEP] * _reservations(until_cut)
-            charge += min(words[Field.SIZE] - words[Field.RESERVED], more)
-        charge += _unknown(account, missing, reading)
+        charge = unsettled(account, until_cut) + _unknown(account, missing, reading)
         if missing or (this_run and charge):
             until = moment.meter + LASTING + moment.session
         words[Field.SERIAL] = reading.steps
         words[Field.CLOCK_MS] = max(words[Field.CLOCK_MS], reading.clock)
     account.charge(max(0, charge), until if charge > 0 else 0)
     _begin(account)
+
+
+def unsettled(account: Account, passed: int) -> int:
+    """What of this lease may have been spent and is not booked, `passed` milliseconds after the last reservation."""
+    words = account.words
+    reserved = words[Field.RESERVED] - (words[Field.USED] - words[Field.BASE])
+    if words[Field.SETTLED]:
+        return reserved
+    more = words[Field.STEP] * _reservations(passed)
+    return reserved + max(0, min(words[Field.SIZE] - words[Field.RESERVED], more))
 
 
 def lose(account: Account, reading: Reading | None, moment: Moment) -> None:

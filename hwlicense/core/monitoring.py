@@ -11,7 +11,8 @@ import bisect
 import itertools
 import math
 import struct
-from typing import TYPE_CHECKING, Annotated, Final, Literal, NamedTuple
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple
 
 import msgspec
 
@@ -228,9 +229,9 @@ class _Pace:
 
     def __init__(self, terms: Regularity, lasting: int, state: State) -> None:
         self.terms, self.lasting, self.state = terms, lasting, state
-        self.counts = list(_whole("I", state.counts))
+        self.counts = list(_unpack("I", state.counts))
         self.times = [state.last] if self.counts else []
-        for interval in reversed(_whole("I", state.intervals)):
+        for interval in reversed(_unpack("I", state.intervals)):
             self.times.append(self.times[-1] - interval)
         self.times.reverse()
         self.total = sum(self.counts)
@@ -292,7 +293,7 @@ class _Space:
             )
         self.terms, self.lasting, self.state = terms, lasting, state
         self.room = VALUES // terms.size
-        self.classes = list(_whole("H", state.classes))
+        self.classes = list(_unpack("H", state.classes))
         values = _unpack("f", state.kept)
         self.kept = [values[at : at + terms.size] for at in range(0, len(values), terms.size)]
         self.near = list(state.near) or [Nearness()] * _classes(terms.size)
@@ -351,7 +352,7 @@ class _Space:
 
     def _join(self, given: tuple[float, ...], label: int, distance: float) -> None:
         if len(self.kept) == self.room:  # the oldest of the class that has most
-            crowded = max(set(self.classes), key=lambda code: (self.classes.count(code), code))
+            crowded, _ = max(Counter(self.classes).items(), key=lambda counted: (counted[1], counted[0]))
             at = self.classes.index(crowded)
             del self.kept[at], self.classes[at]
         self.kept.append(given)
@@ -367,11 +368,7 @@ def _pack(kind: str, values: Sequence[float]) -> bytes:
     return struct.pack(f"<{len(values)}{kind}", *values)
 
 
-def _whole(kind: str, raw: bytes) -> tuple[int, ...]:
-    return struct.unpack(f"<{len(raw) // struct.calcsize(kind)}{kind}", raw)
-
-
-def _unpack(kind: str, raw: bytes) -> tuple[float, ...]:
+def _unpack(kind: str, raw: bytes) -> tuple[Any, ...]:
     return struct.unpack(f"<{len(raw) // struct.calcsize(kind)}{kind}", raw)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from hwlicense.core.durations import spelled
 from hwlicense.core.errors import AbsentError, HwlicenseError, Reason
 
 PROOFS_PER_INTERVAL: Final = 2
@@ -59,6 +60,6 @@ class Proofs:
             return self._problem[1].again()
         return AbsentError(
             Reason.PRESENCE_UNPROVEN,
-            f"The license's hardware has not proved within {self.interval:g} s that it is here.",
+            f"The license's hardware has not proved within {spelled(self.interval)} that it is here.",
             "Check that it is plugged in and that nothing else keeps it busy.",
         )

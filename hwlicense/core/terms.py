@@ -6,12 +6,12 @@ A term that this release cannot enforce is an error here: a license never says m
 from __future__ import annotations
 
 import datetime
-import re
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, get_args
 
 import msgspec
 
 from hwlicense.core import documents
+from hwlicense.core.durations import milliseconds, rate, seconds
 from hwlicense.core.errors import Reason, RefusedError, UsageError
 from hwlicense.core.limits import (
     LONGEST_WINDOW,
@@ -27,12 +27,17 @@ from hwlicense.core.limits import (
 )
 from hwlicense.core.schema import Name, Positive  # noqa: TC001  # msgspec reads the annotations at run time
 from hwlicense.core.tpm.pcrs import Selection
-from hwlicense.core.wording import in_words
+from hwlicense.core.wording import TOML, in_words, mend
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from hwlicense.core.documents import Grant
 
 SIZE_LIMIT: Final = 64 << 10
+
+LONGEST_SESSION: Final = 366 * 86400
+"""Seconds of the longest session that a license keeps from interruption."""
 
 _PLANNED: Final[dict[str, set[str] | None]] = {
     "guard": None,
@@ -55,7 +60,7 @@ class Require(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `cap_pcr`: a free PCR, which lets sessions that were prepared in a write window not be used.
     """
 
-    pcrs: Annotated[list[str], msgspec.Meta(max_length=8)] = []
+    pcrs: Annotated[list[str], msgspec.Meta(max_length=8)] | None = None
     bindings: int | str = "all"
     anchor: bool = False
     revocable: bool = False
@@ -91,7 +96,7 @@ class Limited(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     opens: Annotated[int, msgspec.Meta(ge=1, lt=2**32)] | None = None
     inferences: Positive | None = None
-    rates: Annotated[list[str], msgspec.Meta(max_length=RATE_LIMIT)] = []
+    rates: Annotated[list[str], msgspec.Meta(max_length=RATE_LIMIT)] | None = None
     powered_on_hours: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] | None = None
     instances: Annotated[int, msgspec.Meta(ge=1, le=1024)] | None = None
 
@@ -133,7 +138,7 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     limits: Limited = Limited()
     presence: Presence | None = None
     continuity: Continuity | None = None
-    features: Annotated[dict[Name, Feature], msgspec.Meta(max_length=100)] = {}
+    features: Annotated[dict[Name, Feature], msgspec.Meta(max_length=100)] | None = None
     monitor: Monitored | None = None
 
     @property
@@ -144,12 +149,12 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             limits=Limits(
                 opens=asked.opens,
                 inferences=asked.inferences,
-                rates=_rates(asked.rates),
+                rates=_rates(asked.rates or []),
                 hours=asked.powered_on_hours,
                 instances=asked.instances,
             ),
             days=self.validity.days_from_first_use,
-            features=self.features,
+            features=self.features or {},
             monitor=_monitor(self.monitor) if self.monitor else None,
             anchor=self.require.anchor,
             revocable=self.require.revocable,
@@ -164,21 +169,21 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return None
         asked = self.presence
         return documents.Presence(
-            interval=_seconds("presence.interval", asked.interval, 1, 86400),
-            grace=_seconds("presence.grace", asked.grace, 0, 31 * 86400),
-            regain=None if asked.regain is None else _seconds("presence.regain", asked.regain, 1, 2**40),
+            interval=seconds("presence.interval", asked.interval, 1, 86400),
+            grace=seconds("presence.grace", asked.grace, 0, 31 * 86400),
+            regain=None if asked.regain is None else seconds("presence.regain", asked.regain, 1, 2**40),
             repeat=asked.repeat,
         )
 
     @property
     def granted_continuity(self) -> int | None:
         """`continuity.session` in seconds."""
-        return _seconds("continuity.session", self.continuity.session, 1, 2**40) if self.continuity else None
+        return seconds("continuity.session", self.continuity.session, 1, LONGEST_SESSION) if self.continuity else None
 
     @property
     def selection(self) -> Selection:
         """The PCRs of `require.pcrs`."""
-        return Selection.parse(*self.require.pcrs)
+        return Selection.parse(*self.require.pcrs or ())
 
 
 def parse_terms(text: str) -> Terms:
@@ -192,15 +197,15 @@ def parse_terms(text: str) -> Terms:
     try:
         table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # beside TOML's own, numbers too long for Python to read
-        raise UsageError(Reason.TERM_INVALID, f"The terms are not TOML: {error}.", "Mend the terms file.") from None
+        raise UsageError(Reason.TERM_INVALID, f"The terms are not TOML: {error}.", TOML) from None
     _refuse_unsupported(table)
     try:
         terms = msgspec.convert(table, Terms, builtin_types=(datetime.date, datetime.datetime))  # a day, not text
     except msgspec.ValidationError as error:
         unknown = "unknown field" in str(error)
         reason = Reason.TERM_UNKNOWN if unknown else Reason.TERM_INVALID
-        hint = "See the list of terms in docs/terms.md; a term that is not known is never ignored."
-        raise UsageError(reason, f"The terms cannot be used: {in_words(str(error))}.", hint) from None
+        what = f"The terms cannot be used: {in_words(str(error))}."
+        raise UsageError(reason, what, mend(str(error), list(_names("", Terms)))) from None
     _check(terms)
     return terms
 
@@ -221,12 +226,52 @@ def oddities(terms: Terms, today: datetime.date) -> list[str]:
     if last and days and (last - max(today, validity.not_before or today)).days <= days:
         odd.append(f"validity.days_from_first_use ({days}) never ends before validity.not_after ({last}).")
     if total:
-        for rate, text in zip(_rates(limits.rates), limits.rates, strict=True):
+        for rate, text in zip(_rates(limits.rates or []), limits.rates or [], strict=True):
             if rate.count >= total:
                 odd.append(f"limits.rates: {text!r} never limits anything beside limits.inferences = {total}.")
     if limits.opens and limits.instances and limits.instances > limits.opens:
         odd.append(f"limits.instances = {limits.instances} are never reached by limits.opens = {limits.opens}.")
-    return odd
+    odd += [f"{name} is empty: {means}." for name, given, means in _lists(terms) if given is not None and not given]
+    return [*odd, *_monitored_in_vain(terms), *_longer_than_it_lasts(terms, today)]
+
+
+def _lists(terms: Terms) -> Iterator[tuple[str, list[str] | dict[str, Any] | None, str]]:
+    yield "limits.rates", terms.limits.rates, "no time frame limits use"
+    yield "features", terms.features, "the application finds none"
+    yield "require.pcrs", terms.require.pcrs, "the license opens in any state of the platform"
+
+
+def _monitored_in_vain(terms: Terms) -> Iterator[str]:
+    asked, total, texts = terms.monitor, terms.limits.inferences, terms.limits.rates or []
+    if asked is None:
+        return
+    looked = {
+        "monitor.regularity.calls": asked.regularity.calls if asked.regularity else 0,
+        "monitor.distances.queries": asked.distances.queries if asked.distances else 0,
+    }
+    for name, count in looked.items():
+        if total and count > total:
+            yield f"{name} = {count} are never reached by limits.inferences = {total}."
+    if asked.throttled is not None:
+        throttled = rate("monitor.throttled", asked.throttled)
+        for other, text in zip(_rates(texts), texts, strict=True):
+            if other.seconds >= throttled.seconds and other.count <= throttled.count:
+                yield f"monitor.throttled: {asked.throttled!r} never limits anything beside {text!r} in limits.rates."
+
+
+def _longer_than_it_lasts(terms: Terms, today: datetime.date) -> Iterator[str]:
+    """A session that runs to its end when the license's time is over before."""
+    session, validity, hours = terms.granted_continuity, terms.validity, terms.limits.powered_on_hours
+    if session is None or terms.continuity is None:
+        return
+    lasting = {"limits.powered_on_hours": (hours or 0) * 3600}
+    if days := validity.days_from_first_use:
+        lasting["validity.days_from_first_use"] = (days + 1) * 86400  # the first is not one of them
+    if last := validity.not_after:
+        lasting["validity.not_after"] = ((last - max(today, validity.not_before or today)).days + 1) * 86400
+    for name, time in lasting.items():
+        if 0 < time < session:
+            yield f"continuity.session ({terms.continuity.session!r}) is longer than the license lasts by {name}."
 
 
 def check_validity(grant: Grant, today: datetime.date, first_used: datetime.date | None = None) -> None:
@@ -241,6 +286,16 @@ def check_validity(grant: Grant, today: datetime.date, first_used: datetime.date
     if days and first_used and (today - first_used).days > days:
         what = f"The license for {grant.product!r} is for {days} days; it was first used on {first_used}."
         raise RefusedError(Reason.LICENSE_EXPIRED, what, "Ask the vendor for a new license.")
+
+
+def _names(path: str, kind: type[msgspec.Struct]) -> Iterator[str]:
+    """The terms of a table; that of a table in it ends with a dot."""
+    for field in msgspec.structs.fields(kind):
+        inner = [each for each in (field.type, *get_args(field.type)) if isinstance(each, type)]
+        tables = [each for each in inner if issubclass(each, msgspec.Struct)]
+        yield f"{path}{field.name}{'.' if tables else ''}"
+        for table in tables:
+            yield from _names(f"{path}{field.name}.", table)
 
 
 def _refuse_unsupported(table: dict[str, Any]) -> None:
@@ -277,30 +332,12 @@ def _check(terms: Terms) -> None:
     if use and use.cap is not None and ("sha256", use.cap) in set(terms.selection):
         what = f"require.cap_pcr is {use.cap}, which require.pcrs has too: it cannot be both free and of a fixed value."
         raise UsageError(Reason.TERM_INVALID, what, "Choose a PCR that nothing else extends.")
-    Selection.parse(*terms.require.pcrs)
-
-
-_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-
-
-_RATE_UNITS: Final = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 7 * 86400}
-
-
-def _rate(term: str, text: str) -> Rate:
-    match = re.fullmatch(r"([0-9_]{1,30})/([a-z]+|[0-9]{1,9}[smhd])", text, re.ASCII)
-    digits = match[1].replace("_", "") if match else ""
-    if match and digits and 1 <= int(digits) < 2**53:
-        seconds = _RATE_UNITS.get(match[2])
-        if seconds or match[2][0].isdigit():
-            return Rate(int(digits), seconds or _seconds(term, match[2], 1, LONGEST_WINDOW))
-    what = f"{term} has {text!r}."
-    hint = f'Write a number and a time frame: "100/hour", "5/90s"; {", ".join(_RATE_UNITS)}, or a duration.'
-    raise UsageError(Reason.TERM_INVALID, what, hint)
+    _ = terms.selection
 
 
 def _rates(texts: list[str]) -> list[Rate]:
     """The rates, of which each must be able to say no."""
-    rates = [_rate("limits.rates", text) for text in texts]
+    rates = [rate("limits.rates", text) for text in texts]
     for one, text in zip(rates, texts, strict=True):
         for other, against in zip(rates, texts, strict=True):
             # A longer frame with no more in it says no first, each time.
@@ -320,34 +357,17 @@ def _monitor(asked: Monitored) -> Monitor:
         raise UsageError(Reason.TERM_INVALID, what, 'Set monitor.throttled = "10/minute", or choose another action.')
     regular, distant = asked.regularity, asked.distances
     return Monitor(
-        lasting=_seconds("monitor.lasting", asked.lasting, 1, LONGEST_WINDOW),
+        lasting=seconds("monitor.lasting", asked.lasting, 1, LONGEST_WINDOW),
         regularity=None
         if regular is None
         else Regularity(
             regular.calls,
             round(regular.variation * 1000),
-            _milliseconds("monitor.regularity.pause", regular.pause),
+            milliseconds("monitor.regularity.pause", regular.pause),
             regular.action,
         ),
         distances=None
         if distant is None
         else Distances(distant.queries, round(distant.normality * 1000), distant.features, distant.action),
-        throttled=_rate("monitor.throttled", asked.throttled) if asked.throttled is not None else None,
+        throttled=rate("monitor.throttled", asked.throttled) if asked.throttled is not None else None,
     )
-
-
-def _seconds(term: str, text: str, least: int, most: int) -> int:
-    match = re.fullmatch(r"([0-9]{1,9})([smhd])", text, re.ASCII)
-    seconds = int(match[1]) * _UNITS[match[2]] if match else -1
-    if not least <= seconds <= most:
-        what = f"{term} is {text!r}."
-        hint = f'Write a whole number and a unit (s, m, h, d), such as "10s": from {least} to {most:,} seconds.'
-        raise UsageError(Reason.TERM_INVALID, what, hint)
-    return seconds
-
-
-def _milliseconds(term: str, text: str) -> int:
-    """At most a day. The one duration that may be shorter than a second."""
-    if match := re.fullmatch(r"(?!0+ms)([0-9]{1,7})ms", text, re.ASCII):
-        return int(match[1])
-    return _seconds(term, text, 1, 86400) * 1000

@@ -29,6 +29,20 @@ _PROBLEMS: Final = {
     r"Expected `object` of length <= (.*)": "{term} has too many entries: it takes at most {0}",
 }
 
+TOML: Final = "Mend that line: text stands in quotes, numbers do not; they may have _ between thousands, and no comma."
+"""What to do about what is no TOML."""
+
+_HINTS: Final = {
+    r"Expected `int.*`, got `str`": "Write the number without quotes.",
+    r"Expected `int.*`, got `float`": "Write a whole number, such as 1_000_000; 1e6 and 1.0 are none.",
+    r"Expected `int` [<>]= .*": "Write a number in these bounds. Leave the term out where nothing is to be limited.",
+    r"Expected `array.*`, got `str`": 'Write a list, in brackets: ["..."].',
+    r"Expected `str.*`, got `int`": 'Write it in quotes; a duration has a unit, such as "10s".',
+    r"Expected `date.*`, got `str`": "Write the day without quotes, such as 2027-12-31.",
+    r"Expected `bool`, got .*": "Write true or false, without quotes.",
+    r"Invalid enum value .*": 'Write "flag", "throttle" or "deny".',
+}
+
 
 def in_words(error: str) -> str:
     """`error`, as msgspec gives it when it converts a table, as the rest of a sentence; what is not known stays."""
@@ -49,6 +63,38 @@ def in_words(error: str) -> str:
                 return words.format(term=f"{term}.{match[1]}" if term else match[1])
             return words.format(_number(match[1]), term=term)
     return error
+
+
+def mend(error: str, names: list[str]) -> str:
+    """What to do about `error`. `names` are those of all terms; those of tables end with a dot."""
+    place = _PLACE.fullmatch(error)
+    problem, path = (place["problem"], place["path"] or "") if place else (error, "")
+    if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", problem, re.DOTALL):
+        found = " or ".join(_shown(name) for name in _meant(path, unknown[1], names))
+        meant = f"Did you mean {found}? " if found else ""
+        return f"{meant}docs/terms.md lists the terms; one that is not known is never ignored."
+    for pattern, hint in _HINTS.items():
+        if re.fullmatch(pattern, problem, re.DOTALL):
+            return hint
+    return "docs/terms.md lists the terms, and what each may be."
+
+
+def _meant(path: str, key: str, names: list[str]) -> list[str]:
+    """Terms that may have been meant: of that name, or one like it, in another table; or like it in the same."""
+    import difflib  # noqa: PLC0415  # only who writes terms pays for it
+
+    full = f"{path}.{key}" if path else key
+    keys = {name: name.rstrip(".").rpartition(".") for name in names}
+    if same := [name for name, (_, _, last) in keys.items() if last == key]:
+        return same
+    here = {last: name for name, (table, _, last) in keys.items() if table == path}
+    if close := difflib.get_close_matches(key, here, n=1):
+        return [here[close[0]]]
+    return difflib.get_close_matches(full, names, n=1, cutoff=0.75)
+
+
+def _shown(name: str) -> str:
+    return f"[{name[:-1]}]" if name.endswith(".") else name
 
 
 def _name(path: str) -> str:

@@ -40,8 +40,13 @@ def check_shared() -> None:
         raise RefusedError(Reason.CLOCK_SET_BACK, what, "Run it outside of that namespace.")
 
 
+def boot_name() -> str:
+    """The kernel's name for this boot, which no other has. Raises StorageError."""
+    with reporting(BOOT_ID):
+        return BOOT_ID.read_text("ascii").strip()
+
+
 def boot_identifier() -> tuple[int, int]:
     """Two numbers of 63 bits that no other boot has. Raises StorageError."""
-    with reporting(BOOT_ID):
-        value = uuid.UUID(BOOT_ID.read_text("ascii").strip()).int
+    value = uuid.UUID(boot_name()).int
     return value >> 65, value & (1 << 63) - 1

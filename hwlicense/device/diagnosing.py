@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from hwlicense.core import dongle
 from hwlicense.core.documents import License, TokenBinding, TpmBinding, UsbBinding
+from hwlicense.core.durations import spelled
 from hwlicense.core.errors import HardwareError, HwlicenseError, Reason
 from hwlicense.core.tpm.pcrs import Selection
-from hwlicense.device import grace, memory, plugged, selecting, tpm_memory
+from hwlicense.device import grace, memory, plugged, selecting, tpm_memory, usage
 from hwlicense.device.bound import kind_of
 from hwlicense.device.counters import Counters
 from hwlicense.device.opening import utc_today
@@ -201,12 +202,19 @@ def _home(home: Home, connect: Connect) -> Iterator[Finding]:
         )
         return
     yield Finding("ok", "trust", ", ".join(vendor.name for vendor in vendors))
+    yield from _installed(home, connect)
+
+
+def _installed(home: Home, connect: Connect) -> Iterator[Finding]:
     entries, problems = status(home, utc_today(), connect)
     for entry in entries:
         text, mend = f"{entry['license']} ({', '.join(entry['packages'])}): {entry['state']}", ""
         if refusal := entry["refusal"]:
             text, mend = f"{text}. {refusal['what']}", refusal["hint"]
+        elif entry.get("unreached"):
+            text += ", as far as is known without the TPM"
         yield Finding("missing" if refusal else "ok", "license", text, mend)
+        yield from usage.doubts(entry)
     for problem in problems:
         if not isinstance(problem, HardwareError) and problem.reason != Reason.EXTRA_MISSING:  # others say that
             yield Finding("missing", "license", problem.what, problem.hint)
@@ -302,15 +310,15 @@ def _presence(home: Home, subject: str, licensed: License) -> Iterator[Finding]:
         return
     account = grace.recorded(grace.account_folder(home.state, licensed.grant))
     used = min(terms.grace, account.used / 1000 if account else 0)
-    text = f"its hardware is to prove every {terms.interval:,} s that it is here"
+    text = f"its hardware is to prove every {spelled(terms.interval)} that it is here"
     if not terms.grace:
         yield Finding("ok", subject, f"{text}; there is no grace")
     elif used < terms.grace:
-        yield Finding("ok", subject, f"{text}; {used:,.0f} of {terms.grace:,} s of grace are used")
+        yield Finding("ok", subject, f"{text}; {spelled(round(used))} of {spelled(terms.grace)} of grace are used")
     else:
-        back = f"{terms.regain:,} s of that give all of it back" if terms.regain else "nothing gives it back"
+        back = f"{spelled(terms.regain)} of that give all of it back" if terms.regain else "nothing gives it back"
         mend = f"See that the hardware stays plugged in: {back}."
-        yield Finding("note", subject, f"{text}; all {terms.grace:,} s of grace are used", mend)
+        yield Finding("note", subject, f"{text}; all {spelled(terms.grace)} of grace are used", mend)
     counts = [dongle.answer_count(binding) for binding in licensed.bindings if isinstance(binding, UsbBinding)]
     if counts and not terms.repeat and account and account.proofs >= min(counts):
         mend = "Ask the vendor for a new license."

@@ -8,10 +8,8 @@ older copy, or deletes it, has its grace back.
 
 from __future__ import annotations
 
-import hmac
 import time
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
@@ -20,9 +18,12 @@ from hwlicense import storage
 from hwlicense.core.documents import ANSWER_LIMIT
 from hwlicense.core.errors import DamagedError, HwlicenseError, Reason, StorageError, UsageError
 from hwlicense.core.schema import SCHEMA, Count, decode, encode, prepare
+from hwlicense.device import clock
+from hwlicense.device.records import CODE, Records, unchecked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from hwlicense.core.documents import Grant, Presence
     from hwlicense.core.secret import Secret
@@ -37,7 +38,7 @@ PATIENCE: Final = 5.0
 _AHEAD: Final = 60_000
 """Milliseconds that no absence is paid for beforehand."""
 
-_BOOT: Final = Path("/proc/sys/kernel/random/boot_id")
+_PURPOSE: Final = b"presence"
 Millis = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
 
 
@@ -54,14 +55,7 @@ class Entries(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     credited_until: Millis
 
 
-class Sealed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The file: entries, and HMAC-SHA256 over their encoding."""
-
-    entries: bytes
-    mac: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
-
-
-prepare(Sealed, Entries)
+prepare(Entries)
 
 
 class Account:
@@ -70,7 +64,7 @@ class Account:
     def __init__(self, folder: Path, terms: Presence, key: Secret) -> None:
         """Nothing is written yet. `key` is taken over, and wiped by `close`."""
         self._folder, self._path = folder, folder / "presence"
-        self._terms, self._key = terms, key
+        self._terms, self._records = terms, Records(key)
         self._floor = 0, 0, 0
 
     def prepare(self) -> None:
@@ -103,7 +97,7 @@ class Account:
                 entries = self._read()
                 if entries.proofs == unused.stop:
                     self._write(msgspec.structs.replace(entries, proofs=unused.start))
-        self._key.wipe()
+        self._records.close()
 
     def bridge(self, now: float, seconds: float) -> float:
         """Pay for absence from `now` on for so many seconds, or as far as the grace goes. Returns until when.
@@ -155,16 +149,16 @@ class Account:
 
     def _on_disk(self) -> tuple[Entries, bool]:
         """What the file says, and whether it says that of this clock."""
-        boot, now = _boot(), _millis(time.monotonic())
+        boot, now = clock.boot_name(), _millis(time.monotonic())
         with storage.reporting(self._path):
             if not self._path.exists():
                 return Entries(SCHEMA, 0, 0, boot, 0, now), False
         try:
-            sealed = msgspec.json.decode(storage.read_limited(self._path, LIMIT), type=Sealed)
-            if not hmac.compare_digest(self._mac(sealed.entries), sealed.mac):
+            record = self._records.opened(_PURPOSE, storage.read_limited(self._path, LIMIT))
+            if record is None:
                 return self._spent(boot), False
-            entries = decode(sealed.entries, Entries)
-        except (DamagedError, msgspec.MsgspecError, UnicodeDecodeError):
+            entries = decode(record[1], Entries)
+        except DamagedError:
             return self._spent(boot), False
         if entries.boot != boot or entries.bridged_until > now + _AHEAD or entries.credited_until > now:
             # Another clock: of another boot, or of a time namespace, whose times mean nothing by this one
@@ -175,12 +169,8 @@ class Account:
         return Entries(SCHEMA, self._terms.grace * 1000, ANSWER_LIMIT, boot, 0, _millis(time.monotonic()))
 
     def _write(self, entries: Entries) -> None:
-        raw = encode(entries)
         self._floor = entries.used, entries.proofs, entries.credited_until
-        storage.atomic_write(self._path, encode(Sealed(raw, self._mac(raw))), 0o600)
-
-    def _mac(self, raw: bytes) -> bytes:
-        return hmac.digest(self._key.buffer, raw, "sha256")
+        storage.atomic_write(self._path, self._records.made(_PURPOSE, 0, encode(entries)), 0o600)
 
 
 def account_folder(state: Path, grant: Grant) -> Path:
@@ -192,15 +182,10 @@ def account_folder(state: Path, grant: Grant) -> Path:
 def recorded(folder: Path) -> Entries | None:
     """What the account says, unchecked, as only an open license can check it: for reports. None where there is none."""
     try:
-        sealed = msgspec.json.decode(storage.read_limited(folder / "presence", LIMIT), type=Sealed)
-        return decode(sealed.entries, Entries)
-    except (HwlicenseError, msgspec.MsgspecError, UnicodeDecodeError):
+        record = unchecked(storage.read_limited(folder / "presence", LIMIT)[:-CODE])
+        return decode(record[1], Entries) if record else None
+    except HwlicenseError:
         return None
-
-
-def _boot() -> str:
-    with storage.reporting(_BOOT):
-        return _BOOT.read_text("ascii").strip()
 
 
 def _millis(seconds: float) -> int:

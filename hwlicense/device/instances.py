@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING, Final
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
 
 from hwlicense import storage
 from hwlicense.core.errors import DamagedError, ExceededError, HwlicenseError, Reason
-from hwlicense.device.locking import taken
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from hwlicense.device.locking import holders, taken
 
 PERIOD: Final = 1.0
 """Seconds between two looks at a place, where each inference may ask."""
+
+
+_NAMED: Final = 8  # processes, at the most
 
 
 class Instance:
@@ -40,6 +42,7 @@ class Instance:
                 self.close()
             time.sleep(0.02)
         what = f"The license allows {limit} instance{'s' * (limit != 1)} at once, and so many are running."
+        what += _held_by(places, limit)
         raise ExceededError(Reason.INSTANCES_EXCEEDED, what, "End one of them, or ask for a license with more.")
 
     def check(self) -> None:
@@ -70,6 +73,24 @@ class Instance:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
+
+
+def _held_by(places: Path, limit: int) -> str:
+    """Who holds the places, where the kernel says so."""
+    with suppress(OSError):
+        pids = holders([(places / str(number)).stat() for number in range(limit)])
+        if pids:
+            names = [_named(pid) for pid in pids[:_NAMED]] + ["others"] * (len(pids) > _NAMED)
+            return f" They are held by {', '.join(names)}."
+    return ""
+
+
+def _named(pid: int) -> str:
+    """It is the one that locked the place, and may have left it to processes that it forked."""
+    try:
+        return f"process {pid} ({Path(f'/proc/{pid}/comm').read_text(errors='replace').strip()})"
+    except OSError:
+        return f"children of process {pid}, which has ended"
 
 
 def running(folder: Path, limit: int) -> int:

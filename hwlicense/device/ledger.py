@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from hwlicense import storage
 from hwlicense.core.errors import DamagedError, HwlicenseError, Reason
 from hwlicense.device import sharing
-from hwlicense.device.locking import PATIENCE, LockedFile
+from hwlicense.device.locking import PATIENCE, LockedFile, taken
 from hwlicense.device.records import Records, place, unchecked
 
 if TYPE_CHECKING:
@@ -52,12 +52,12 @@ class Ledger:
         self._files.append(file)
         return file
 
-    def renew(self) -> None:
+    def after_fork(self) -> None:
         """In a forked child. The lock on `alive` stays that of parent and children together."""
         for file in (self._ledger, self._renewal, *([self._shared.file] if self._shared else ())):
-            file.again()
+            file.after_fork()
         if self._door:
-            self._door.renew()
+            self._door.after_fork()
 
     def close(self) -> None:
         """Let go of everything."""
@@ -179,6 +179,18 @@ def begun(folder: Path) -> bool:
         return any(storage.read_limited(path, 1 << 20))
     except HwlicenseError as error:
         return error.reason != Reason.FILE_ABSENT
+
+
+def held(folder: Path) -> bool:
+    """Whether a process has the license open, or works in its ledger; so, too, where that cannot be seen.
+
+    Keeps nobody from opening it: whoever looks whether others have it open has locked the ledger before.
+    """
+    try:
+        with storage.OpenFile(folder / "ledger") as ledger, storage.OpenFile(folder / "alive") as alive:
+            return not (taken(ledger.fd, ledger.path) and taken(alive.fd, alive.path))
+    except HwlicenseError:
+        return True
 
 
 def _read(path: Path) -> bytes:

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
 from hwlicense import storage
 from hwlicense.core.errors import Reason, StorageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
+    from collections.abc import Iterable, Iterator
     from types import TracebackType
 
 PATIENCE: Final = 5.0
 """Seconds to wait for another process or thread."""
+
+
+LOCKS: Final = Path("/proc/locks")
+"""The kernel's list of locks; see proc(5)."""
+
+_LOCK: Final = re.compile(
+    r"\d+: FLOCK +ADVISORY +WRITE +(?P<pid>[1-9]\d*) (?P<major>[0-9a-f]+):(?P<minor>[0-9a-f]+):(?P<inode>\d+) ",
+    re.ASCII,
+)
 
 
 class Turn:
@@ -76,7 +86,7 @@ class LockedFile:
                 raise
         return file
 
-    def again(self) -> None:
+    def after_fork(self) -> None:
         """Open it once more: under a descriptor that was shared, locks would be shared, too."""
         before, self._turn = self.fd, Turn()
         with storage.reporting(self.path):
@@ -153,6 +163,19 @@ class LockedFile:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
+
+
+def holders(files: Iterable[os.stat_result]) -> list[int]:
+    """Processes that locked these files, as far as the kernel lists them here. For people, and nothing to act on."""
+    wanted = {(os.major(each.st_dev), os.minor(each.st_dev), each.st_ino) for each in files}
+    found = set[int]()
+    with suppress(OSError):
+        for line in LOCKS.read_text(errors="replace").splitlines():
+            if match := _LOCK.match(line):
+                place = int(match["major"], 16), int(match["minor"], 16), int(match["inode"])
+                if place in wanted:
+                    found.add(int(match["pid"]))
+    return sorted(found)
 
 
 def taken(fd: int, path: Path) -> bool:

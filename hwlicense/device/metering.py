@@ -14,19 +14,21 @@ import time
 import weakref
 from contextlib import suppress
 from itertools import repeat
+from time import CLOCK_BOOTTIME, clock_gettime_ns  # by name: `spend` looks up a name less
 from typing import TYPE_CHECKING, Final
 
 from hwlicense.core import leases
 from hwlicense.core.account import Short
+from hwlicense.core.durations import of_rate, waiting
 from hwlicense.core.errors import ClosedError, ExceededError, HwlicenseError, Reason, RefusedError, StorageError
 from hwlicense.core.monitoring import Verdict
 from hwlicense.device import clock
 from hwlicense.device.locking import Turn
-from hwlicense.device.starting import check_count
+from hwlicense.device.starting import check_count, foremost, used_up
 from hwlicense.device.tending import PERIOD, RETRY, SESSION, Tended
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from hwlicense.core.account import Account, Booked
     from hwlicense.core.documents import Grant
@@ -54,7 +56,7 @@ class Metering:
         self._sessions: dict[int, list[Session]] = {}
         self._lost: HwlicenseError | None = None
         self._new_process()
-        tended.on_look = self._on_look
+        tended.on_round = self._on_round
         _meterings.add(self)
 
     def _new_process(self) -> None:
@@ -67,7 +69,7 @@ class Metering:
         """In a forked child: what the parent booked is the parent's."""
         self._new_process()
         for session in [session for sessions in self._sessions.values() for session in sessions]:
-            session.forget()
+            session.after_fork()
         self._sessions = {}
         if self._watch:
             self._watch.after_fork()
@@ -84,20 +86,12 @@ class Metering:
 
     # ---- spending
 
-    def spend(
-        self,
-        count: int = 1,
-        features: Sequence[float] | None = None,
-        label: int = 0,
-        *,
-        _now: Callable[[int], int] = time.clock_gettime_ns,
-        _boot: int = time.CLOCK_BOOTTIME,
-    ) -> None:
+    def spend(self, count: int = 1, features: Sequence[float] | None = None, label: int = 0) -> None:
         """Spend `count` allowances, or none. Raises as `hwlicense.device.model.Model.spend` does."""
         if self._watch is None:
             tickets, end = self._tickets
             # next() is one step to the interpreter: no two threads get the same ticket.
-            if count == 1 and _now(_boot) < end and next(tickets, False):
+            if count == 1 and clock_gettime_ns(CLOCK_BOOTTIME) < end and next(tickets, False):
                 return
             self._refill(count)
         else:
@@ -170,23 +164,22 @@ class Metering:
 
     def _exceeded(self, short: Short, count: int) -> ExceededError:
         if short.exhausted:
-            total = self._grant.terms_of_use.limits.inferences
-            left = min(self._tended.look()[0].remaining or 0, count - 1)  # others may have given some back since
+            total = self._grant.terms_of_use.limits.inferences or 0
+            left = min(self._tended.snapshot()[0].remaining or 0, count - 1)  # others may have given some back since
             if left:
                 what = f"{left:,} of the license's {total:,} inferences are left; {count:,} were asked for."
-                hint = "Ask for no more than are left, or ask the vendor for a revision with more."
+                hint = f"Ask for {left:,} or fewer, or ask the vendor for a revision with more."
                 return ExceededError(Reason.INFERENCES_EXHAUSTED, what, hint)
-            what = f"The license's {total:,} inferences are used up."
-            return ExceededError(Reason.INFERENCES_EXHAUSTED, what, "Ask the vendor for a revision with more.")
+            return used_up(total)
         wait = None if short.wait is None else short.wait / 1e9
         if short.rate is None:
             what = "Too many sessions with reserved inferences are under way."
             return ExceededError(Reason.RATE_EXCEEDED, what, "Wait until one of them ends.", wait)
-        each = f"{short.rate.count:,} inferences in {short.rate.seconds:,} s"
+        each = of_rate(short.rate)
         if wait is None:
             what = f"{count:,} inferences at once are more than the license ever allows ({each})."
-            return ExceededError(Reason.RATE_EXCEEDED, what, "Ask for fewer at a time.")
-        what = f"The license allows {each}; the next is allowed in {wait:,.1f} s."
+            return ExceededError(Reason.RATE_EXCEEDED, what, f"Ask for {short.rate.count:,} at a time, or fewer.")
+        what = f"The license allows {each}; the next is allowed in {waiting(wait)}."
         if wait > _LONGER * short.rate.seconds:
             what = f"{what} Sessions have reserved the rest, or a process that was killed may have spent it."
             hint = "Wait that long. End sessions early, and close the model when a process ends."
@@ -244,11 +237,14 @@ class Metering:
 
     def may_start(self, count: int) -> HwlicenseError | None:
         """Why a session that spends so many could not start now; None if it may."""
+        if self._lost:
+            return self._lost
         denied = self._watch.refusal(self._tended.now()) if self._watch else None
-        if refusal := self._lost or self._tended.refusal or denied:
-            return refusal
+        return foremost(self._tended.refusal, denied, self._short_of(count))
+
+    def _short_of(self, count: int) -> HwlicenseError | None:
         total = self._grant.terms_of_use.limits.inferences
-        if not count and (total is None or self._tended.look()[0].remaining):
+        if not count and (total is None or self._tended.snapshot()[0].remaining):
             return None
         with self._turn, self._tended.sharing() as (account, now):
             self._take_back(account)
@@ -262,7 +258,7 @@ class Metering:
         self._tended.ask(count)  # so that the session need not wait for it
         return self._pending() if self._tended.problem else None
 
-    def _on_look(self) -> None:
+    def _on_round(self) -> None:
         if self._instance:
             self._instance.check()
         if self._watch:
@@ -327,7 +323,7 @@ class Session:
             tickets, self._tickets = self._tickets, iter(())
             return sum(tickets)
 
-    def forget(self) -> None:
+    def after_fork(self) -> None:
         """In a forked child: they are the parent's."""
         self._tickets, self._turn, self._mine = iter(()), Turn(), False
 

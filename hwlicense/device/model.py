@@ -13,7 +13,7 @@ from hwlicense.core import package
 from hwlicense.core.errors import ClosedError, DamagedError, HwlicenseError, Reason, RefusedError, UsageError
 from hwlicense.core.secret import SIZE
 from hwlicense.device.memory import Memory, Protection, SealedFile, lend, protection
-from hwlicense.device.starting import Session, Standing, check_count, too_long
+from hwlicense.device.starting import Session, Standing, check_count, foremost, too_long
 from hwlicense.device.streaming import MemberReader
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Model:
         self._lent: weakref.WeakValueDictionary[str, ctypes.Array[ctypes.c_ubyte]] = weakref.WeakValueDictionary()
         self._sealed: dict[str, SealedFile] = {}
         self._readers: weakref.WeakSet[MemberReader] = weakref.WeakSet()
-        self._renew()
+        self.after_fork()
         _models.add(self)
         if self._presence:
             self._presence.guard(self)
@@ -214,18 +214,17 @@ class Model:
         """
         check_count(inferences, least=0)
         longer = too_long(horizon, self.grant.continuity if self.grant else None)
-        refusal = self._denial(inferences)
+        refusal = foremost(self._denial(inferences), longer)
         here = self._presence.here if self._presence else True
-        return Standing(refusal or longer, here, self._presence.bridged_left if self._presence else 0.0)
+        return Standing(refusal, here, self._presence.bridged_left if self._presence else 0.0)
 
     def _denial(self, inferences: int, *, wait: bool = False) -> HwlicenseError | None:
         """Why no session of so many inferences may start now; None if it may."""
         self._check_open()
-        if refusal := (self._presence.refusal(wait=wait) if self._presence else None) or self._refusal:
-            return refusal
+        absent = (self._presence.refusal(wait=wait) if self._presence else None) or self._refusal
         if self._metering:
-            return self._metering.may_start(inferences)
-        return self._instance.refusal() if self._instance else None
+            return foremost(absent, self._metering.may_start(inferences))
+        return foremost(absent, self._instance.refusal() if self._instance else None)
 
     def close(self) -> None:
         """Wipe the keys and close the package; lent buffers stay. Doing it again changes nothing."""
@@ -375,7 +374,7 @@ class Model:
                 raise
             self._open(chunk, sealed, out)
 
-    def _renew(self) -> None:
+    def after_fork(self) -> None:
         """New locks: in a forked child, threads that are not there may have held the old ones."""
         self._lock = threading.RLock()  # reentrant: a signal handler or the collector may close within a call
         self._turns: dict[str, threading.RLock] = {}
@@ -384,9 +383,9 @@ class Model:
         if self._refusal:
             self._forget_keys()  # the parent may have been about to
         if self._presence:
-            self._presence.renew()
+            self._presence.after_fork()
         for reader in list(self._readers):
-            reader.renew()
+            reader.after_fork()
 
 
 _models: weakref.WeakSet[Model] = weakref.WeakSet()
@@ -394,7 +393,7 @@ _models: weakref.WeakSet[Model] = weakref.WeakSet()
 
 def _after_fork() -> None:
     for model in list(_models):
-        model._renew()  # noqa: SLF001  # a module's own class
+        model.after_fork()
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -94,7 +94,7 @@ class Presence:
         self._guarded = weakref.ref(guarded)
         self.ensure()
 
-    def renew(self) -> None:
+    def after_fork(self) -> None:
         """In a forked child, whose threads are the parent's: only the clock is watched before the model is used.
 
         A process that forks and does nothing with the model must not keep the keys for longer than the parent.

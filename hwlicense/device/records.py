@@ -1,6 +1,6 @@
-"""Records of fixed size, each with a number and authenticated (HMAC-SHA256) by a key from the license secret.
+"""Records, each with a number and authenticated (HMAC-SHA256) by a key from the license secret.
 
-magic number payload code     8 bytes, 8, `size`, 32
+magic number payload code     8 bytes, 8, any, 32
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ if TYPE_CHECKING:
 
 PAGE: Final = 4096
 
+CODE: Final = 32
+"""Bytes at the end of a record that authenticate it."""
+
 _MAGIC: Final = b"hwledger"
 _HEAD: Final = struct.Struct("<8sq")
-_CODE: Final = 32
 
 
 class Records:
-    """Records of one account, with payloads of `size` bytes. Each takes `place` bytes of whole pages."""
+    """Records of one account. Where each has a payload of `size` bytes, it takes `place` bytes of whole pages."""
 
-    def __init__(self, key: Secret, size: int) -> None:
+    def __init__(self, key: Secret, size: int = 0) -> None:
         """`key` is taken over, and wiped by `close`."""
         self._key = key
-        self.length, self.place = _HEAD.size + size + _CODE, place(size)
+        self.length, self.place = _HEAD.size + size + CODE, place(size)
 
     def made(self, purpose: bytes, number: int, payload: bytes) -> bytes:
-        """A record of `length` bytes."""
+        """A record; `length` bytes long for a payload of `size`."""
         content = _HEAD.pack(_MAGIC, number) + payload
         return content + self.code(purpose + content)
 
     def opened(self, purpose: bytes, raw: bytes) -> tuple[int, bytes] | None:
         """Number and payload; None where nobody who knows the key made it for this purpose."""
-        if len(raw) != self.length or not raw.startswith(_MAGIC):
+        if not hmac.compare_digest(self.code(purpose + raw[:-CODE]), raw[-CODE:]):
             return None
-        if not hmac.compare_digest(self.code(purpose + raw[:-_CODE]), raw[-_CODE:]):
-            return None
-        return _HEAD.unpack_from(raw)[1], raw[_HEAD.size : -_CODE]
+        return unchecked(raw[:-CODE])
 
     def code(self, content: bytes) -> bytes:
         """The 32 bytes that authenticate `content`."""
@@ -51,7 +51,7 @@ class Records:
 
 def place(size: int) -> int:
     """Bytes of whole pages for a record with `size` bytes."""
-    return -(-(_HEAD.size + size + _CODE) // PAGE) * PAGE
+    return -(-(_HEAD.size + size + CODE) // PAGE) * PAGE
 
 
 def unchecked(raw: bytes) -> tuple[int, bytes] | None:

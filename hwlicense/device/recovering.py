@@ -129,7 +129,7 @@ class _Opening:
             leases.take(account, step, reading, self._moment(account), looked.meter)
         else:
             account.words[Field.SERIAL] = reading.steps
-            leases.asked(account, self._moment(account))
+            leases.note_anchor(account, self._moment(account))
         return True
 
     def _moment(self, account: Account) -> leases.Moment:
@@ -141,7 +141,7 @@ class _Opening:
         self._ledger.join()
         self._ledger.serve()
         with self._ledger.sharing() as shared:
-            account = self._like.copy(shared.look())
+            account = self._like.copy(shared.snapshot())
         if not account.known or _boot_of(account) != self._boot:
             what = "The license is open in a process of another release, whose account of use this one cannot read."
             raise StorageError(Reason.STORAGE, what, "Close that process, or use the same release in both.")

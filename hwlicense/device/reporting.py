@@ -26,18 +26,21 @@ def status(
 ) -> tuple[list[dict[str, Any]], list[HwlicenseError]]:
     """One entry a license of a trusted vendor, and what is wrong with those that cannot be read.
 
-    `connect` opens the TPM, for licenses of which it knows what is left.
+    `connect` opens the TPM, for licenses of which it knows what is left; `unreached` is why it could not be asked.
     """
     licenses, problems = home.licenses(home.trusted())
     entries = []
     for installed in licenses:
-        counted = None
+        counted, unreached = None, None
         if connect and usage.counts(installed.license):
             try:
                 counted = _asked(home, installed.license, connect)
             except HwlicenseError as error:
+                unreached = error
                 problems.append(error)
         entry, further = _entry(home, installed, today, counted)
+        if unreached:
+            entry["unreached"] = _told(unreached)
         entries.append(entry)
         problems += further
     return entries, problems
@@ -104,7 +107,7 @@ def _entry(
         "license": grant.license,
         "revision": grant.revision,
         "state": state,
-        "refusal": {"reason": refusal.reason, "what": refusal.what, "hint": refusal.hint} if refusal else None,
+        "refusal": _told(refusal) if refusal else None,
         "vendor": vendor.name,
         "licensee": grant.licensee,
         "product": grant.product,
@@ -121,6 +124,10 @@ def _entry(
         "approved_states": _approved(home, installed),
     }
     return entry, problems
+
+
+def _told(error: HwlicenseError) -> dict[str, str]:
+    return {"reason": error.reason, "what": error.what, "hint": error.hint}
 
 
 def _approved(home: Home, installed: Installed) -> int | None:

@@ -68,7 +68,7 @@ class Shared:
         with self.file.locked():
             yield
 
-    def look(self) -> bytes:
+    def snapshot(self) -> bytes:
         """The account. Raises DamagedError HOME_DAMAGED where someone else wrote there."""
         chosen = self.file.read(1, 0) == b"\1"
         raw = self.file.read(self._records.length, PAGE + chosen * self._records.place)
@@ -97,9 +97,9 @@ class Door:
     def __init__(self, listener: socket.socket, shared: Shared, records: Records) -> None:
         """`listener` is taken over."""
         self._listener, self._shared, self._records = listener, shared, records
-        self.renew()
+        self.after_fork()
 
-    def renew(self) -> None:
+    def after_fork(self) -> None:
         """In a forked child: nobody of this process answers yet."""
         self._thread: threading.Thread | None = None
         with storage.reporting(self._shared.file.path):
@@ -144,7 +144,7 @@ class Door:
         theirs = asked[:_NONCE]
         if asked == _LOOK:
             with self._shared.locked():
-                asking.send(self._shared.look())
+                asking.send(self._shared.snapshot())
         elif hmac.compare_digest(asked, theirs + self._records.code(b"join" + nonce + theirs)):
             both = [self._shared.file.fd, self._listener.fileno()]
             socket.send_fds(asking, [self._records.code(b"joined" + nonce + theirs)], both)
@@ -203,7 +203,7 @@ def _taken(folder: Path, fds: list[int], records: Records) -> tuple[Shared, Door
     listener = socket.socket(fileno=fds[1])
     file = LockedFile(folder, fds[0])
     try:
-        file.again()  # a lock of its own
+        file.after_fork()  # a lock of its own
     except BaseException:
         file.close()
         listener.close()

@@ -5,12 +5,14 @@ from __future__ import annotations
 from numbers import Real
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from hwlicense.core.errors import Reason, RefusedError, UsageError
+from hwlicense.core.durations import spelled
+from hwlicense.core.errors import ExceededError, Reason, RefusedError, UsageError
 
 if TYPE_CHECKING:
     from hwlicense.core.errors import HwlicenseError
 
 _MOST: Final = 1 << 31
+_OF_THE_CLOCK: Final = (Reason.CLOCK_SET_BACK, Reason.LICENSE_NOT_YET_VALID)
 
 
 class Session(NamedTuple):
@@ -48,6 +50,24 @@ class Standing(NamedTuple):
         return self.refusal.reason if self.refusal else None
 
 
+def foremost(*refusals: HwlicenseError | None) -> HwlicenseError | None:
+    """The first that waiting does not end; where all of them pass, the first. None where there is none."""
+    found = [each for each in refusals if each]
+    return next((each for each in found if not _passes(each)), found[0] if found else None)
+
+
+def _passes(refusal: HwlicenseError) -> bool:
+    if isinstance(refusal, ExceededError):
+        return refusal.wait is not None
+    return not isinstance(refusal, RefusedError) or refusal.reason in _OF_THE_CLOCK
+
+
+def used_up(total: int) -> ExceededError:
+    """What is said where nothing is left of a license's inferences."""
+    what = f"The license's {total:,} inferences are used up."
+    return ExceededError(Reason.INFERENCES_EXHAUSTED, what, "Ask the vendor for a revision with more.")
+
+
 def check_count(count: object, least: int = 1) -> None:
     """Raises UsageError where `count` is no whole number of inferences from `least` to 2^31 - 1."""
     if type(count) is not int or not least <= count < _MOST:
@@ -63,5 +83,5 @@ def too_long(horizon: float, continuity: int | None) -> RefusedError | None:
         raise UsageError(Reason.USAGE, what, "Give how many seconds the procedure takes at the most, from 0 on.")
     if continuity is None or horizon <= continuity:
         return None
-    what = f"The procedure would take longer than the {continuity:,} s that the license keeps from interruption."
+    what = f"The procedure would take longer than the {spelled(continuity)} that the license keeps from interruption."
     return RefusedError(Reason.CONTINUITY_TOO_SHORT, what, "Start a shorter one, or ask for another license.")

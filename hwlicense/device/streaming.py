@@ -39,9 +39,9 @@ class MemberReader(io.BufferedIOBase):
         self._memory: Memory | None = None
         self._cached: OrderedDict[int, int] = OrderedDict()  # chunk -> place in memory, the least recent first
         self._stale = False
-        self.renew()
+        self.after_fork()
 
-    def renew(self) -> None:
+    def after_fork(self) -> None:
         """A new lock, in a forked child: a thread that is not there may have held the old one."""
         self._lock = threading.RLock()
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from hwlicense.device.sharing import Shared
 
 PERIOD: Final = 1.0
-"""Seconds between looks at the account."""
+"""Seconds between rounds of looking after the account."""
 
 RETRY: Final = 5.0
 """Seconds between attempts at an anchor that failed."""
@@ -80,15 +80,15 @@ class Tended:
         self.problem: HwlicenseError | None = None
         self.closed = False
         self._demand, self._asked, self._seen = 0, 0.0, (-1, 0.0)
-        self.on_look: Callable[[], None] = lambda: None
-        self.new_process()
+        self.on_round: Callable[[], None] = lambda: None
+        self._new_process()
 
     @property
     def metered(self) -> bool:
         """Whether anything is to be spent."""
         return self._grant.terms_of_use.metered
 
-    def new_process(self) -> None:
+    def _new_process(self) -> None:
         """No thread yet: in a forked child, that of the parent is not there."""
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
@@ -97,9 +97,9 @@ class Tended:
 
     def after_fork(self) -> None:
         """In a forked child: files and locks of its own."""
-        self.new_process()
+        self._new_process()
         if not self.closed:
-            self._ledger.renew()
+            self._ledger.after_fork()
 
     def abandon(self) -> None:
         """Let go of the account as it is: what it says is for others to use."""
@@ -127,13 +127,13 @@ class Tended:
         """The time on the meter's clock, in nanoseconds."""
         return clock.boot_time() + self.offset
 
-    def look(self) -> tuple[Account, int]:
+    def snapshot(self) -> tuple[Account, int]:
         """The account as it is, and the time on its clock."""
         with self._ledger.sharing() as shared:
             return self._load(shared)
 
     def _load(self, shared: Shared) -> tuple[Account, int]:
-        account = self._like.copy(shared.look())
+        account = self._like.copy(shared.snapshot())
         return account, account.advance(clock.boot_time() + self.offset)
 
     def _moment(self, read: int | None = None) -> leases.Moment:
@@ -145,7 +145,7 @@ class Tended:
         """Change the lease, write that down, and only then let it be used; others go on booking meanwhile."""
         process = os.getpid()
         with self._ledger.writing() as write:
-            account, _ = self.look()
+            account, _ = self.snapshot()
             if not change(account):
                 return False
             if os.getpid() != process:
@@ -175,12 +175,12 @@ class Tended:
         self._wake.set()
         return False
 
-    def _look_at(self, anchor: Anchor) -> None:
+    def _confirm(self, anchor: Anchor) -> None:
         """See that this lease is the latest, and only then reserve more of it. Raises HwlicenseError."""
         with self._ledger.renewing() as mine:
             if not mine:
                 return
-            account, looked = self.look()
+            account, looked = self.snapshot()
             due = leases.due(account, clock.running_time(), self._demand)  # before the anchor says how things are
             reading = anchor.read()
             self._anchor_clock.set(reading.clock)
@@ -188,14 +188,14 @@ class Tended:
             latest = reading.steps == account.words[Field.SERIAL]
             with self.sharing() as (present, _):
                 if latest:
-                    leases.refresh(present, moment, looked)
+                    leases.confirm(present, moment, looked)
                 else:
                     leases.fence(present)
             if latest:
                 self._recorded(
                     lambda account: (
                         (due and leases.raise_reservation(account, moment, self._demand))
-                        or leases.certify(account, moment, self._demand)
+                        or leases.renew_record(account, moment, self._demand)
                     )
                 )
 
@@ -204,12 +204,12 @@ class Tended:
         with self._ledger.renewing() as mine:
             if not mine:
                 return
-            account, looked = self.look()
+            account, looked = self.snapshot()
             step = leases.plan(account, self._moment(), self._demand)
             if not step or not leases.low(account, self._demand):  # another process was quicker
                 return
             with self._ledger.writing() as write:  # what cannot be written down is not asked for
-                self._write(write, self.look()[0])
+                self._write(write, self.snapshot()[0])
             reading = anchor.step()
             self._anchor_clock.set(reading.clock)
             moment = self._moment(reading.clock)
@@ -218,7 +218,7 @@ class Tended:
     # ---- the thread
 
     def wake(self) -> None:
-        """Have a look now."""
+        """Begin the next round now."""
         self._wake.set()
 
     def start(self) -> None:
@@ -233,14 +233,14 @@ class Tended:
             self._ledger.serve()
 
     def tend(self) -> bool:
-        """One look at the account. False when there is nothing to look after any more."""
+        """One round of looking after the account. False when there is nothing to look after any more."""
         if self.closed:
             return False
         try:
-            self.on_look()
+            self.on_round()
             if self.metered:
-                self._look_after(self._anchor)
-            self._look_at_calendar()
+                self._renew(self._anchor)
+            self._check_calendar()
             if time.monotonic() >= self._retry_at:  # until then nothing was tried
                 self.problem = None
         except HwlicenseError as error:
@@ -253,8 +253,8 @@ class Tended:
             self._retry_at = time.monotonic() + RETRY
         return True
 
-    def _look_after(self, anchor: Anchor | None) -> None:
-        account, meter = self.look()
+    def _renew(self, anchor: Anchor | None) -> None:
+        account, meter = self.snapshot()
         self._demand = min(
             self._demand, account.most * RESERVATIONS, *([] if account.total is None else [account.remaining or 0])
         )
@@ -271,9 +271,9 @@ class Tended:
         if anchor and now >= self._retry_at:
             low = leases.low(account, self._demand)
             due = leases.due(account, clock.running_time(), self._demand)
-            if due or leases.old(account, meter) or (low and leases.dim(account, self._moment().clock)):
-                self._look_at(anchor)
-                account, _ = self.look()
+            if due or leases.unconfirmed(account, meter) or (low and leases.outdated(account, self._moment().clock)):
+                self._confirm(anchor)
+                account, _ = self.snapshot()
             if leases.low(account, self._demand) and not due:
                 self._renew_lease(anchor)
 
@@ -282,12 +282,12 @@ class Tended:
             if leases.settle(account, self._moment(), account.least):
                 self._write(write, account)
 
-    def _look_at_calendar(self) -> None:
+    def _check_calendar(self) -> None:
         now = time.monotonic()
         if now < self._calendar_at:
             return
         self._calendar_at = now + _CHECKED
-        account, _ = self.look()
+        account, _ = self.snapshot()
         before = account.words[Field.MARK]
         clocks = calendar.Clocks(clock.wall(), clock.boot_time(), same_boot=True, anchor=self._anchor_clock.now())
         try:

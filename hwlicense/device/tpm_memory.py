@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from hwlicense.core.errors import ExceededError, HwlicenseError, Reason, RefusedError
+from hwlicense.core.errors import HwlicenseError
 from hwlicense.core.hardware import Counting
+from hwlicense.core.tpm import standing
 from hwlicense.core.tpm.composing import PLACES
 from hwlicense.device.plugged import Finding
 
@@ -13,29 +14,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from hwlicense.core.documents import TpmBinding
+    from hwlicense.core.errors import RefusedError
     from hwlicense.core.hardware import AnyHardware, Counted
 
 _PIN_PASS: Final = 1.38
 """The revision of the specification that brought indexes that count their uses."""
 
 _HOUR: Final = 3_600_000
-_ENDED: Final = {
-    "superseded": (
-        Reason.LICENSE_SUPERSEDED,
-        "it is ended: the TPM counts a later revision, or one whose installation has begun",
-        "Install the latest license file that the vendor sent.",
-    ),
-    "unfinished": (
-        Reason.INSTALL_UNFINISHED,
-        "its installation was cut off, and nothing opens",
-        "Install the license file again.",
-    ),
-    "lost": (
-        Reason.COUNTER_LOST,
-        "the TPM lacks its counter or an index: it was cleared, or they were removed",
-        "Enroll again (--counted) and ask the vendor for a license for that request.",
-    ),
-}
 
 
 def memory(facts: dict[str, Any], spare: Sequence[int]) -> Iterator[Finding]:
@@ -83,8 +68,8 @@ def counted(subject: str, binding: TpmBinding, held: bytes, hardware: AnyHardwar
         yield Finding("missing", subject, f"{place}: {error.what}", error.hint)
         return
     if found.state != "current":
-        _, text, mend = _ENDED[found.state]
-        yield Finding("missing", subject, f"{place}: {text}", mend)
+        ended = standing.refusal(found.state)
+        yield Finding("missing", subject, f"{place}: {ended.what}", ended.hint)
         return
     spent = list(_spent(found))
     text = f"{place}: in force{''.join(f'; {each}' for each, _ in spent)}"
@@ -97,13 +82,11 @@ def counted(subject: str, binding: TpmBinding, held: bytes, hardware: AnyHardwar
 def refusal(found: Counted) -> RefusedError | None:
     """Why a license would not open, by what its TPM says of it; None where that is no reason."""
     if found.state != "current":
-        reason, text, mend = _ENDED[found.state]
-        return RefusedError(reason, f"{text[0].upper()}{text[1:]}.", mend)
-    mend = "Ask the vendor for a revision of the license with more."
+        return standing.refusal(found.state)
     if found.limit is not None and found.opens is not None and found.opens >= found.limit:
-        return ExceededError(Reason.OPENS_EXHAUSTED, f"All {found.limit:,} opens of the license are spent.", mend)
+        return standing.exhausted(found.limit)
     if found.deadline is not None and found.clock >= found.deadline:
-        return ExceededError(Reason.HOURS_EXHAUSTED, "The license's hours of powered-on time are over.", mend)
+        return standing.overdue()
     return None
 
 

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
-from hwlicense.core import calendar, monitoring
+from hwlicense.core import calendar, leases, monitoring
 from hwlicense.core.account import Account, Field
-from hwlicense.core.errors import ExceededError, HwlicenseError, Reason, RefusedError
+from hwlicense.core.durations import of_rate
+from hwlicense.core.errors import HwlicenseError, RefusedError
 from hwlicense.core.terms import check_validity
 from hwlicense.device import clock, instances, recovering, watching
-from hwlicense.device.ledger import begun
+from hwlicense.device.ledger import begun, held
+from hwlicense.device.plugged import Finding
+from hwlicense.device.starting import used_up
 
 if TYPE_CHECKING:
     import datetime
+    from collections.abc import Iterator
     from pathlib import Path
 
     from hwlicense.core.documents import ClockReset, Grant, License
@@ -25,13 +29,18 @@ if TYPE_CHECKING:
 
 _HOUR: Final = 3_600_000
 _MILLION: Final = 1_000_000
+_SPENT: Final = ("opens", "inferences", "powered_on_hours", "days_from_first_use")
+_FEW: Final = 10  # of which less than one part is left
+_NOT_ANCHORED: Final = "runtime, not anchored"
+_EVER: Final = 1 << 62  # milliseconds
 
 
 class Reading(NamedTuple):
     """The account as it says itself, brought up to now; None where there is none that can be read.
 
     `state`: read but not verified; there and not to be read; not there, or not there though the TPM has counted opens;
-    never begun, as the TPM has counted none. `refusal`: why nothing would start, by clock, dates and account.
+    never begun, as the TPM has counted none. `refusal`: why nothing would start, by clock, dates and account. `open`:
+    whether a process has the license open, as far as that can be seen.
     """
 
     folder: Path
@@ -39,6 +48,7 @@ class Reading(NamedTuple):
     account: Account | None
     verdict: monitoring.Verdict
     refusal: RefusedError | None
+    open: bool
 
 
 def read(state: Path, grant: Grant, counted: Counted | None, reset: ClockReset | None, today: datetime.date) -> Reading:
@@ -46,7 +56,7 @@ def read(state: Path, grant: Grant, counted: Counted | None, reset: ClockReset |
     no account says what day it is.
     """
     folder, verdict = recovering.account_folder(state, grant), monitoring.Verdict()
-    like = Account(grant.terms_of_use.limits, recovering.throttle(grant))
+    like, is_open = Account(grant.terms_of_use.limits, recovering.throttle(grant)), held(folder)
     try:
         found = recovering.latest(folder, like)
         refusal = _brought_up(found, grant, counted, reset) if found else _outside(grant, today)
@@ -55,12 +65,12 @@ def read(state: Path, grant: Grant, counted: Counted | None, reset: ClockReset |
     except (ValueError, OverflowError, OSError):  # numbers that nobody wrote: it opens as one that is damaged
         found, refusal = None, _outside(grant, today)
     if found:
-        return Reading(folder, "unverified", found, verdict, refusal)
+        return Reading(folder, "unverified", found, verdict, refusal, is_open)
     if begun(folder):
-        return Reading(folder, "unreadable", None, verdict, refusal)
+        return Reading(folder, "unreadable", None, verdict, refusal, is_open)
     if counted is None or counted.opens is None:
-        return Reading(folder, "absent", None, verdict, refusal)
-    return Reading(folder, "missing" if counted.opens else "unused", None, verdict, refusal)
+        return Reading(folder, "absent", None, verdict, refusal, is_open)
+    return Reading(folder, "missing" if counted.opens else "unused", None, verdict, refusal, is_open)
 
 
 def over(grant: Grant, reading: Reading) -> RefusedError | None:
@@ -69,19 +79,74 @@ def over(grant: Grant, reading: Reading) -> RefusedError | None:
     if account is None:
         return None
     if total and not account.remaining:
-        what = f"The license's {total:,} inferences are used up."
-        return ExceededError(Reason.INFERENCES_EXHAUSTED, what, "Ask the vendor for a revision with more.")
+        return used_up(total)
     return watching.denied(reading.verdict, account.words[Field.NEWEST_NS] // _MILLION)
+
+
+class Uncharged(NamedTuple):
+    """How many inferences the next opening charges, as the account was left open: if it is `now`, and at `most`.
+
+    `now` is None where that is not known: after a restart. By the account's own word, which the TPM may know better.
+    """
+
+    now: int | None
+    most: int
+
+
+def uncharged(grant: Grant, reading: Reading) -> Uncharged | None:
+    """What is charged beside what the account says; None where nothing is, or a process has it open."""
+    limited, account = grant.terms_of_use.limits, reading.account
+    counts = [rate.count for rate in limited.rates]
+    if account is None or reading.open or not (limited.inferences or counts):
+        return None
+    bound = max(counts) if account.remaining is None else account.remaining
+    most = min(bound, leases.unsettled(account, _EVER))
+    if most <= 0:
+        return None
+    words = account.words
+    if (words[Field.BOOT_HIGH], words[Field.BOOT_LOW]) != clock.boot_identifier():
+        return Uncharged(None, most)
+    passed = (clock.running_time() - words[Field.RAISED_NS]) // _MILLION
+    return Uncharged(min(bound, leases.unsettled(account, passed)), most)
+
+
+def left_open(now: int | None, most: int) -> str:
+    """What `Uncharged` means."""
+    if now is None:
+        return f"it was not closed: opening it charges up to {most:,} more"
+    return f"it was not closed: opening it now charges about {now:,} more, later up to {most:,}"
+
+
+def doubts(entry: dict[str, Any]) -> Iterator[Finding]:
+    """What a person should know of the use of a license before it is refused. `entry` is as in a report."""
+    subject, rows, folder = f"use of {entry['license'][:8]}", entry.get("limits", []), entry.get("account_folder", "")
+    if entry.get("account") == "unreadable":
+        text = f"its account of use in {folder} cannot be read: if it is damaged, opening charges all that is left"
+        yield Finding("note", subject, text, "Look as the application's user; see docs/limits.md (what a crash costs).")
+    if entry.get("account") == "missing":
+        text = f"its account of use is not in {folder}, though it was opened: opening it here charges all that is left"
+        yield Finding("note", subject, text, "Give --state as the application does, or put the folder back before.")
+    if "uncharged" in entry:
+        yield Finding(
+            "note", subject, left_open(**entry["uncharged"]), "Open it soon, and close it when a process ends."
+        )
+    few = [row for row in rows if row["limit"] in _SPENT and row["left"] and row["left"] * _FEW < row["of"]]
+    if few:
+        text = "; ".join(f"{row['limit']}: {row['left']:,} of {row['of']:,} left" for row in few)
+        yield Finding("note", subject, text, "Ask the vendor for a revision before they are used up.")
+    if any(row["enforced_by"] == _NOT_ANCHORED for row in rows):
+        text = "its account is not anchored in a TPM: a copy that is put back is not found out"
+        yield Finding("note", subject, text, "Where that matters, ask for a license for a request made with --counted.")
 
 
 def limits(licensed: License, counted: Counted | None, reading: Reading) -> tuple[dict[str, Any], list[HwlicenseError]]:
     """The entries of a report, and what could not be told.
 
     Every limit has what is `left` (None where that is not known), whether that is `verified`, and `enforced_by`; a
-    rate, `refills_in` in seconds.
+    rate, the `seconds` of its frame and `refills_in` in seconds.
     """
     use, account, problems = licensed.grant.terms_of_use, reading.account, list[HwlicenseError]()
-    runtime = "runtime, anchored in the TPM" if anchored(licensed) else "runtime, not anchored"
+    runtime = "runtime, anchored in the TPM" if anchored(licensed) else _NOT_ANCHORED
     rows = [*_of_the_tpm(use.limits, counted), *_metered(use.limits, reading, runtime)]
     if of := use.limits.instances:
         left = None
@@ -101,6 +166,8 @@ def limits(licensed: License, counted: Counted | None, reading: Reading) -> tupl
         found["monitor"] = _monitor(reading)
     if account and use.metered:
         found["charged_in_doubt"] = account.words[Field.LOST]
+    if left_open := uncharged(licensed.grant, reading):
+        found["uncharged"] = left_open._asdict()
     if account and account.words[Field.UNSET]:
         found["clock"] = "not set: time goes on from when the license was issued"
     return found, problems
@@ -184,7 +251,7 @@ def _metered(limited: Limits, reading: Reading, runtime: str) -> list[dict[str, 
     )
     for rate in limited.rates:
         left, wait = rooms.get(rate, (rate.count if unused else None, 0))
-        row = _row(f"{rate.count}/{rate.seconds}s", rate.count, left, runtime, verified=unused)
+        row = _row(of_rate(rate), rate.count, left, runtime, verified=unused) | {"seconds": rate.seconds}
         rows.append(row | {"refills_in": round(wait / 1e9, 1)} if left is not None and left < rate.count else row)
     return rows
 

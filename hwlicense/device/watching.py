@@ -6,19 +6,19 @@ is authenticated by a key that comes from the license secret; the account says w
 
 from __future__ import annotations
 
-import hmac
 import time
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from hwlicense import storage
 from hwlicense.core import monitoring
 from hwlicense.core.account import Field
+from hwlicense.core.durations import waiting
 from hwlicense.core.errors import DamagedError, ExceededError, HwlicenseError, Reason, UsageError
 from hwlicense.core.monitoring import Observation, State, Verdict
-from hwlicense.core.schema import SCHEMA, Count, decode, encode, prepare
 from hwlicense.device.locking import Turn
+from hwlicense.device.records import CODE, Records, unchecked
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,19 +36,8 @@ MOST: Final = 4096
 
 _WAITING: Final = 64  # calls after which they are looked at at once
 _LIMIT: Final = 512 << 10
+_PURPOSE: Final = b"monitor"
 _MILLION: Final = 1_000_000
-
-
-class Sealed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The file: its number, the monitor's state, and HMAC-SHA256 over both."""
-
-    schema: int
-    number: Count
-    state: bytes
-    mac: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
-
-
-prepare(Sealed)
 
 
 class Watch:
@@ -56,7 +45,7 @@ class Watch:
 
     def __init__(self, path: Path, terms: Monitor, key: Secret, tended: Tended) -> None:
         """`key` is taken over, and wiped by `close`. Raises StorageError."""
-        self._path, self._terms, self._key, self._tended = path, terms, key, tended
+        self._path, self._terms, self._records, self._tended = path, terms, Records(key), tended
         self._new_process()
         self._state = State()
         self._merge()
@@ -118,7 +107,7 @@ class Watch:
             if self._untold:
                 self._merge()
         finally:
-            self._key.wipe()
+            self._records.close()
 
     def _look(self) -> None:
         with self._turn:
@@ -135,14 +124,14 @@ class Watch:
     def _merge(self) -> None:
         """What all processes have seen, written down."""
         with self._turn, self._tended.writing():
-            account, now = self._tended.look()
+            account, now = self._tended.snapshot()
             number, state = self._read(account.words[Field.MONITOR], now // _MILLION)
             if self._untold:
                 state = monitoring.fold(self._terms, state, self._untold)
                 # What this process found stays found, though others' calls lie between its own now.
                 found = {name: max(end, state.found.get(name, 0)) for name, end in self._state.found.items()}
                 state = msgspec.structs.replace(state, found={**state.found, **found})
-                storage.atomic_write(self._path, self._sealed(number + 1, state.encode()), 0o600)
+                storage.atomic_write(self._path, self._records.made(_PURPOSE, number + 1, state.encode()), 0o600)
                 with self._tended.sharing() as (present, _):
                     present.words[Field.MONITOR] = number + 1
             self._state, self._untold, self._written = state, [], time.monotonic()
@@ -153,18 +142,12 @@ class Watch:
         try:
             if not least and not self._path.exists():
                 return 0, State()
-            sealed = decode(storage.read_limited(self._path, _LIMIT), Sealed)
-            if sealed.number >= least and hmac.compare_digest(self._mac(sealed.number, sealed.state), sealed.mac):
-                return sealed.number, State.decode(sealed.state)
-        except (DamagedError, UsageError, UnicodeDecodeError):
+            record = self._records.opened(_PURPOSE, storage.read_limited(self._path, _LIMIT))
+            if record and record[0] >= least:
+                return record[0], State.decode(record[1])
+        except (DamagedError, UsageError):
             pass  # as if it had been put back
         return least, _all_found(self._terms, now)
-
-    def _sealed(self, number: int, state: bytes) -> bytes:
-        return encode(Sealed(SCHEMA, number, state, self._mac(number, state)))
-
-    def _mac(self, number: int, state: bytes) -> bytes:
-        return hmac.digest(self._key.buffer, b"monitor %d %b" % (number, state), "sha256")
 
 
 def denied(verdict: Verdict, now: int) -> ExceededError | None:
@@ -172,7 +155,7 @@ def denied(verdict: Verdict, now: int) -> ExceededError | None:
     if verdict.until is None or verdict.action != "deny" or now >= verdict.until:
         return None
     wait = (verdict.until - now) / 1000
-    what = f"Use is abnormal ({', '.join(verdict.detectors)}), so the license denies it for {wait:,.0f} s."
+    what = f"Use is abnormal ({', '.join(verdict.detectors)}), so the license denies it for {waiting(wait)}."
     hint = "Wait, or ask the vendor for a revision with other terms."
     return ExceededError(Reason.ABNORMAL_USE, what, hint, wait)
 
@@ -183,9 +166,9 @@ def recorded(path: Path, terms: Monitor, least: int, now: int) -> State:
     What is older than the account says, or gone, counts as it will when the license is opened.
     """
     try:
-        sealed = decode(storage.read_limited(path, _LIMIT), Sealed)
-        if sealed.number >= least:
-            return State.decode(sealed.state)
+        record = unchecked(storage.read_limited(path, _LIMIT)[:-CODE])
+        if record and record[0] >= least:
+            return State.decode(record[1])
     except HwlicenseError as error:
         if not least and error.reason == Reason.FILE_ABSENT:
             return State()

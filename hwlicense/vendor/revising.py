@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Sources(NamedTuple):
-    """What a revision is made from. `since`: the revision that the parts first came into, from a request."""
+    """What a license is made from. `since`: the revision that the parts first came into, from a request."""
 
     parts: list[Part]
     packages: list[PackageBasis]

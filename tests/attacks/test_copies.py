@@ -37,6 +37,18 @@ def spend_all(machine, copies, *, rounds, each, seconds):
     return times
 
 
+def spend_beside(machine, copy, rounds, since, drawn):
+    """What a copy spends, a second at a time, and what is `drawn` besides, from some second on; and when."""
+    times = []
+    for second in range(rounds):
+        machine.passes(1)
+        copy._tended.tend()
+        times.append((machine.boot, spend(copy, 60)))
+        if second >= since:
+            times.append((machine.boot, int(drawn())))
+    return times
+
+
 @pytest.mark.parametrize(("each", "seconds"), [(3, 11), (1, 2), (40, 31)])
 def test_copies_that_are_held_open_spend_no_more_together(machine, tmp_path, each, seconds):
     granted = grant(limited(inferences=TOTAL))
@@ -59,7 +71,7 @@ def test_copies_that_are_held_open_keep_to_the_rates_together(machine, tmp_path,
         copies.append(machine.open(tmp_path / str(number), granted))
     machine.passes(wait)
     times = spend_all(machine, copies, rounds=600, each=60, seconds=7)
-    assert excess([(when, count) for when, count in times if count], 60, 60) <= 0
+    assert excess([(when, count) for when, count in times if count], 60, 60 * SECOND) <= 0
 
 
 @pytest.mark.parametrize("since", [0, 30, 310, 400])
@@ -69,16 +81,15 @@ def test_one_that_was_stopped_does_not_spend_what_it_had_while_a_copy_goes_on(ma
     stopped = machine.open(tmp_path / "0", granted)
     save(tmp_path / "0", tmp_path / "1")
     copy = machine.open(tmp_path / "1", granted)
-    times = []
-    for second in range(550):
-        machine.passes(1)
-        copy._tended.tend()
-        times.append((machine.boot, spend(copy, 60)))
-        if second >= since:
-            with suppress(HwlicenseError):
-                stopped.spend()  # nobody looks after it
-                times.append((machine.boot, 1))
-    assert excess(times, 60, 60) <= 0
+
+    def drawn():
+        with suppress(HwlicenseError):
+            stopped.spend()  # nobody looks after it
+            return True
+        return False
+
+    times = spend_beside(machine, copy, 550, since, drawn)
+    assert excess(times, 60, 60 * SECOND) <= 0
 
 
 def test_a_session_of_one_copy_is_kept_free_in_another(machine, tmp_path):
@@ -91,15 +102,9 @@ def test_a_session_of_one_copy_is_kept_free_in_another(machine, tmp_path):
         one._tended.tend()
     hold(one, 60, 600)
     other = machine.open(tmp_path / "0", granted)
-    times = []
-    for second in range(1300):
-        machine.passes(1)
-        other._tended.tend()
-        times.append((machine.boot, spend(other, 60)))
-        if second > 500:
-            times.append((machine.boot, int(one._spend_held(1))))
+    times = spend_beside(machine, other, 1300, 501, lambda: one._spend_held(1))
     assert sum(count for _, count in times) > 200
-    assert excess(times, 60, 60) <= 0
+    assert excess(times, 60, 60 * SECOND) <= 0
 
 
 def fast(machine, metering, rounds):
@@ -184,12 +189,12 @@ def test_a_session_ends_with_its_time(machine, tmp_path):
     assert metering._spend_held(10)
     machine.passes(61)
     assert not metering._spend_held(1)
-    before = metering._tended.look()[0].words[Field.USED]
+    before = metering._tended.snapshot()[0].words[Field.USED]
     other = hold(metering, 20, 60)  # in the same place
     session.finish()
-    assert metering._tended.look()[0].words[Field.USED] == before + 20
+    assert metering._tended.snapshot()[0].words[Field.USED] == before + 20
     other.finish()
-    assert metering._tended.look()[0].words[Field.USED] == before
+    assert metering._tended.snapshot()[0].words[Field.USED] == before
 
 
 def test_a_session_that_began_after_the_record_is_kept_free(machine, tmp_path):
@@ -199,14 +204,8 @@ def test_a_session_that_began_after_the_record_is_kept_free(machine, tmp_path):
     save(tmp_path / "one", tmp_path / "other")
     session = hold(one, 15, 600)
     other = machine.open(tmp_path / "other", granted)
-    times = []
-    for second in range(1300):
-        machine.passes(1)
-        other._tended.tend()
-        times.append((machine.boot, spend(other, 60)))
-        if second > 450:
-            times.append((machine.boot, int(session.draw(1, one._tended.now()))))
-    assert excess(times, 60, 60) <= 0
+    times = spend_beside(machine, other, 1300, 451, lambda: session.draw(1, one._tended.now()))
+    assert excess(times, 60, 60 * SECOND) <= 0
 
 
 def test_another_boot_identifier_in_one_run_of_the_tpm_hides_nothing(machine, tmp_path):
@@ -231,7 +230,7 @@ def test_a_deletion_does_not_hide_copies_from_each_other(machine, tmp_path):
         save(tmp_path / "0", tmp_path / str(number))
     copies = [machine.open(tmp_path / str(number), granted) for number in range(6)]
     times = spend_all(machine, copies, rounds=500, each=60, seconds=7)
-    assert excess(times, 60, 60) <= 0
+    assert excess(times, 60, 60 * SECOND) <= 0
 
 
 def test_clean_openings_after_a_crash_do_not_begin_its_charge_anew(machine, tmp_path):
@@ -240,12 +239,12 @@ def test_clean_openings_after_a_crash_do_not_begin_its_charge_anew(machine, tmp_
     spend(metering, 5)
     abandon(metering)
     metering = machine.open(tmp_path, granted)
-    until = metering._tended.look()[0].words[Field.DOUBTED_NS]
+    until = metering._tended.snapshot()[0].words[Field.DOUBTED_NS]
     for _ in range(5):
         metering.close()
         machine.passes(10)
         metering = machine.open(tmp_path, granted)
-        assert metering._tended.look()[0].words[Field.DOUBTED_NS] == until > 0
+        assert metering._tended.snapshot()[0].words[Field.DOUBTED_NS] == until > 0
     metering.close()
 
 
@@ -333,7 +332,7 @@ def test_no_sequence_of_events_with_copies_gains(monkeypatch, tmp_path_factory, 
                 times.append((machine.wall * SECOND, done))
         assert spent <= 5000
         for limit, seconds in rates:
-            assert excess(times, limit, seconds) <= 0, (limit, seconds)
+            assert excess(times, limit, seconds * SECOND) <= 0, (limit, seconds)
         for each in copies.values():
             if each:
                 abandon(each)

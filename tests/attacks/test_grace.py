@@ -7,10 +7,9 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import SimpleNamespace
 
-import msgspec
 import pytest
 
 from hwlicense.core.documents import ANSWER_LIMIT, Presence
@@ -18,6 +17,7 @@ from hwlicense.core.errors import AbsentError, StorageError
 from hwlicense.core.secret import Secret
 from hwlicense.device import grace
 from hwlicense.device.opening import utc_today
+from hwlicense.device.records import CODE
 from hwlicense.device.reporting import status
 from tests.forging import flipped
 from tests.pieces import PIN, Bench, DonglePiece, Kit, TokenPiece
@@ -138,13 +138,9 @@ def test_no_byte_of_an_account_may_differ(tmp_path):
     first.bridge(time.monotonic(), 20)
     path = tmp_path / "presence"
     good = path.read_bytes()
-    honest = msgspec.json.decode(good, type=grace.Sealed)
     for place in range(len(good)):
         for bit in (1, 0x20):
             path.write_bytes(flipped(good, place, bit))
-            with suppress(msgspec.MsgspecError, UnicodeDecodeError):
-                if msgspec.json.decode(path.read_bytes(), type=grace.Sealed) == honest:
-                    continue  # bits at the end of base64 that say nothing
             assert account(tmp_path).grace_left == 0, (place, bit)
             assert account(tmp_path).proofs >= ANSWER_LIMIT
     path.write_bytes(good)
@@ -172,8 +168,8 @@ def test_presence_gives_the_grace_back_to_all_processes(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{}", b"null", b"[" * 4000, b"\xff" * 200, b"x" * 5000, b'{"entries":"","mac":""}'],
-    ids=["empty", "object", "null", "nested", "binary", "large", "no mac"],
+    [b"", b"{}", b"null", b"[" * 4000, b"\xff" * 200, b"x" * 5000, bytes(CODE)],
+    ids=["empty", "object", "null", "nested", "binary", "large", "seal alone"],
 )
 def test_a_forged_account_is_spent_for_good(vendor, kit, content):
     left(kit, vendor)
@@ -192,9 +188,8 @@ def test_entries_and_seals_of_two_accounts_exchanged(vendor, kit):
     with kit.open(vendor) as model:
         charge(model, 50)
         spent = account_of(kit).read_bytes()
-    before, after = (msgspec.json.decode(raw, type=grace.Sealed) for raw in (fresh, spent))
-    for mixed in (grace.Sealed(before.entries, after.mac), grace.Sealed(after.entries, before.mac)):
-        account_of(kit).write_bytes(msgspec.json.encode(mixed))
+    for entries, seal in ((fresh, spent), (spent, fresh)):
+        account_of(kit).write_bytes(entries[:-CODE] + seal[-CODE:])
         assert left(kit, vendor) == 0
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import time
 
 import pytest
 
 from hwlicense.core.errors import DamagedError, ExceededError, Reason
-from hwlicense.device import instances
+from hwlicense.device import instances, locking
 from hwlicense.device.instances import Instance, running
 from tests.world import TERMS, licensed
 
@@ -29,6 +30,56 @@ def test_one_more_than_allowed_is_refused_until_one_ends(tmp_path):
     for instance in instances:
         instance.close()
     assert running(tmp_path, LIMIT) == 0
+
+
+def test_who_holds_the_places_is_named(tmp_path, monkeypatch):
+    waiting, ready = os.pipe(), os.pipe()
+    pid = os.fork()
+    if not pid:
+        instance = Instance(tmp_path, 2)
+        os.write(ready[1], b"!")
+        os.read(waiting[0], 1)
+        instance.close()
+        os._exit(0)
+    os.read(ready[0], 1)
+    mine = Instance(tmp_path, 2)
+    try:
+        with pytest.raises(ExceededError, match="They are held by process ") as error:
+            Instance(tmp_path, 2)
+        for each in (pid, os.getpid()):
+            assert re.search(rf"process {each} \(.+?\)[,.]", error.value.what)
+        monkeypatch.setattr(locking, "LOCKS", tmp_path / "absent")  # as where /proc is hidden
+        with pytest.raises(ExceededError, match=r"so many are running\.$"):
+            Instance(tmp_path, 2)
+        monkeypatch.setattr(locking, "LOCKS", tmp_path / "odd")
+        (tmp_path / "odd").write_bytes(
+            b"\n1: FLOCK\n2: FLOCK  ADVISORY  WRITE x 1:2:3 0 EOF\n\xff: -> FLOCK a b 0 zz:1:1 0 0\n"
+        )
+        with pytest.raises(ExceededError, match=r"so many are running\.$"):
+            Instance(tmp_path, 2)
+    finally:
+        mine.close()
+        os.write(waiting[1], b"!")
+        os.waitpid(pid, 0)
+
+
+def test_a_holder_that_ended_and_left_children_is_said_to(tmp_path):
+    waiting, ready = os.pipe(), os.pipe()
+    pid = os.fork()
+    if not pid:
+        kept = Instance(tmp_path, 1)
+        child = os.fork()
+        if not child:
+            os.write(ready[1], b"!")
+            os.read(waiting[0], 1)
+        os._exit(kept is None)
+    os.waitpid(pid, 0)
+    os.read(ready[0], 1)
+    try:
+        with pytest.raises(ExceededError, match=rf"held by children of process {pid}, which has ended\."):
+            Instance(tmp_path, 1)
+    finally:
+        os.write(waiting[1], b"!")
 
 
 def test_a_forked_process_keeps_the_place(tmp_path):

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from hwlicense.core.account import Account, Field
 from hwlicense.core.errors import DamagedError, ExceededError, HwlicenseError, Reason, RefusedError
 from hwlicense.device import recovering
-from tests.metered import Machine, abandon, grant, limited, restore, save, spend
+from tests.metered import SECOND, Machine, abandon, grant, limited, restore, save, spend
 
 TOTAL = 20_000
 
 
 def used(metering):
-    return metering._tended.look()[0].words[Field.USED]
+    return metering._tended.snapshot()[0].words[Field.USED]
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_put_back_within_one_lease_it_is_charged_for_the_time_since(machine, tmp
         machine.passes(11)
         metering._tended.tend()
         spent += spend(metering, 40)
-    serial = metering._tended.look()[0].words[Field.SERIAL]
+    serial = metering._tended.snapshot()[0].words[Field.SERIAL]
     abandon(metering)
     restore(state, tmp_path / "saved")
     machine.restarts(cut=True)
@@ -179,13 +179,13 @@ def test_a_changed_byte_gives_nothing(machine, tmp_path, place):
     assert used(metering) >= spent
 
 
-def excess(times: list[tuple[int, int]], limit: int, seconds: int) -> int:
-    """By how much any window of so many seconds holds more than its limit. `times` are (nanoseconds, how many)."""
+def excess(times: list[tuple[int, int]], limit: int, length: int) -> int:
+    """By how much any window of so many nanoseconds holds more than its limit. `times` are (nanoseconds, how many)."""
     window, inside, worst = deque[tuple[int, int]](), 0, 0
     for when, count in times:
         window.append((when, count))
         inside += count
-        while window[0][0] <= when - seconds * 10**9:
+        while window[0][0] <= when - length:
             inside -= window.popleft()[1]
         worst = max(worst, inside - limit)
     return worst
@@ -256,6 +256,6 @@ def test_no_sequence_of_events_gains(  # noqa: C901, PLR0912, PLR0915  # one bra
                     machine.restarts(chance.uniform(0, 600), cut=True)
         assert spent <= 5000
         for limit, seconds in rates:
-            assert excess(times, limit, seconds) <= 0, (limit, seconds, elapsed)
+            assert excess(times, limit, seconds * SECOND) <= 0, (limit, seconds, elapsed)
         if metering is not None:
             abandon(metering)

@@ -63,6 +63,14 @@ def lost(model):
     return took
 
 
+def stays(model):
+    """May start all the time, for longer than an interval."""
+    end = time.monotonic() + INTERVAL + 0.1
+    while time.monotonic() < end:
+        assert model.standing(), model.standing()
+        time.sleep(0.01)
+
+
 def back(model):
     until(lambda: model.standing().may_start, 10)
     with model.session():
@@ -138,10 +146,7 @@ def test_put_into_another_port_between_two_proofs(vendor, dongle):
         until(lambda: model._presence.proofs >= 1)
         dongle.pieces[0].dongle.pull()
         dongle.pieces[0].dongle.plug(port=5)
-        end = time.monotonic() + INTERVAL + 0.1
-        while time.monotonic() < end:
-            assert model.standing()
-            time.sleep(0.01)
+        stays(model)
         assert everything(model) == MEMBERS
 
 
@@ -173,7 +178,8 @@ def test_what_standing_says(vendor, dongle):
         assert long.refusal.hint
         dongle.pieces[0].pull()
         lost(model)
-        for horizon in (0, 10, 1e9):
+        assert model.standing(1e9).reason == "CONTINUITY_TOO_SHORT", "the dongle would not change that"
+        for horizon in (0, 10, 3600):
             gone = model.standing(horizon)
             assert (gone.may_start, gone.reason, gone.present) == (False, "DONGLE_ABSENT", False)
             assert isinstance(gone.refusal, AbsentError)
@@ -330,10 +336,7 @@ def test_one_of_three_may_go_and_two_may_not(vendor, three):
     with three.open(vendor) as model:
         for piece in three.pieces[::2]:
             piece.pull()
-            end = time.monotonic() + INTERVAL + 0.1
-            while time.monotonic() < end:
-                assert model.standing(), model.standing()
-                time.sleep(0.01)
+            stays(model)
             piece.plug()
             until(lambda: model.standing().present)
         three.pieces[0].pull()
@@ -393,7 +396,7 @@ def test_a_forged_account_makes_no_answer_fresh_again(vendor, numbered):
     """What cannot be believed counts as used up: the answers as the grace."""
     numbered.open(vendor).close()
     (account,) = numbered.home.path.rglob("presence")
-    for content in (b"", b"{}", account.read_bytes()[:-9] + b'AAAAAAA"}'):
+    for content in (b"", b"{}", account.read_bytes()[:-9] + bytes(9)):
         account.write_bytes(content)
         with refusal(RefusedError, "ANSWERS_EXHAUSTED"):
             numbered.open(vendor)

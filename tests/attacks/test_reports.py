@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import os
 import random
 import shutil
+import signal
 import subprocess
 
 import pytest
@@ -13,7 +16,7 @@ from hwlicense.core import calendar
 from hwlicense.device import clock, diagnosing, recovering
 from hwlicense.device.reporting import status
 from tests.counted import Customer, limited
-from tests.world import PROGRAM, run
+from tests.world import PROGRAM, TERMS, licensed, run
 
 METERED = 'inferences = 1000\nrates = ["500/hour"]\n'
 
@@ -79,10 +82,10 @@ def test_an_account_that_is_gone_leaves_nothing_to_tell(customer):
     shutil.rmtree(folder(customer))
     entry, limits, _, _ = shown(customer)
     assert entry["account"] == "missing"
-    assert [limits[name]["left"] for name in ("inferences", "500/3600s")] == [None, None]
+    assert [limits[name]["left"] for name in ("inferences", "500/hour")] == [None, None]
     out = asked(customer, "status").stdout
     assert "though the TPM has counted opens" in out
-    assert "unknown, of 1,000" in out
+    assert "unknown, of 1,000: see account; enforced by: runtime" in out
 
 
 def test_another_state_folder_than_the_one_in_use(customer, tmp_path):
@@ -103,6 +106,23 @@ def test_what_may_have_been_spent_is_not_said_to_be_lost(customer):
     entry, _, _, _ = shown(customer)
     assert entry["charged_in_doubt"] == 0
     assert "lost" not in asked(customer, "status").stdout
+
+
+def test_what_a_killed_process_left_open_is_said_to_be_charged(customer):
+    customer.sell(limited(9, extra=METERED))
+    pid = os.fork()
+    if not pid:
+        model = customer.device.open(customer.vendor)
+        model.spend(20)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    entry, limits, text, _ = shown(customer)
+    assert 0 < entry["uncharged"]["now"] <= entry["uncharged"]["most"] <= limits["inferences"]["left"]
+    assert "it was not closed: opening it now charges about " in text["uncharged"]
+    customer.open()
+    after, then, _, _ = shown(customer)
+    assert "uncharged" not in after
+    assert limits["inferences"]["left"] - then["inferences"]["left"] >= entry["uncharged"]["now"]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -160,6 +180,92 @@ def test_clocks_and_days(customer, monkeypatch, opened, then, code):
     assert (finding.state, f"refused: {code}. " in finding.text) == ("missing", True)
 
 
+# ---- what the doctor says of use ----
+
+
+def found(customer, status=0):
+    """What the doctor finds about use, with what mends it."""
+    findings = json.loads(asked(customer, "doctor", "--json", status=status).stdout)
+    return [(each["text"], each["mend"]) for each in findings if each["subject"].startswith("use of ")]
+
+
+def test_the_doctor_says_nothing_where_there_is_nothing_to_say(customer):
+    customer.sell(limited(9, extra=METERED))
+    assert found(customer) == []
+    customer.open()
+    assert found(customer) == []
+
+
+def test_the_doctor_says_that_little_is_left(customer):
+    customer.sell(limited(3, extra="inferences = 100\n[validity]\ndays_from_first_use = 3\n"))
+    with customer.device.open(customer.vendor) as model, model.session(91):
+        model.spend(91)
+    customer.open()
+    ((text, mend),) = found(customer)
+    assert "inferences: 9 of 100 left" in text
+    assert "opens" not in text
+    assert "revision" in mend
+
+
+def test_the_doctor_says_that_an_account_is_gone(customer):
+    customer.sell(limited(9, extra=METERED))
+    customer.open()
+    shutil.rmtree(folder(customer))
+    ((text, mend),) = found(customer)
+    assert str(folder(customer)) in text
+    assert "charges all that is left" in text
+    assert "--state" in mend
+
+
+def test_the_doctor_says_that_an_account_cannot_be_read(customer):
+    customer.sell(limited(9, extra=METERED))
+    customer.open()
+    (folder(customer) / "ledger").write_bytes(b"damage" * 2000)
+    ((text, mend),) = found(customer)
+    assert "cannot be read" in text
+    assert mend
+
+
+def test_the_doctor_says_that_a_license_was_left_open(customer):
+    customer.sell(limited(9, extra=METERED))
+    pid = os.fork()
+    if not pid:
+        model = customer.device.open(customer.vendor)
+        model.spend(20)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    ((text, mend),) = found(customer)
+    assert "it was not closed: opening it now charges about " in text
+    assert "Open it soon" in mend
+
+
+def test_the_doctor_says_that_nothing_anchors_an_account(customer):
+    licensed(customer.vendor, customer.device, TERMS + "[limits]\ninferences = 100\n")
+    ((text, mend),) = found(customer)
+    assert "not anchored" in text
+    assert "--counted" in mend
+
+
+# ---- without the TPM ----
+
+
+def test_a_tpm_that_was_not_reached_is_why_nothing_is_known(customer, tmp_path):
+    customer.sell(limited(9, extra=METERED))
+    at, away = ("--home", customer.device.home.path), {"HWLICENSE_TPM": f"swtpm:path={tmp_path / 'nowhere'}"}
+    (entry,) = json.loads(run("device", "status", "--json", *at, env=away).stdout)["licenses"]
+    assert entry["state"] == "installed"
+    assert entry["unreached"]["reason"].startswith("TPM_")
+    assert entry["unreached"]["hint"]
+    shown = run("device", "status", *at, env=away)
+    assert "the TPM was not reached, so it is not known whether it opens" in shown.stdout
+    assert entry["unreached"]["hint"] in shown.stdout
+    assert "unknown, of 9: the TPM was not reached; enforced by: TPM" in shown.stdout
+    assert "days_left" not in shown.stdout, "it has no end"
+    assert f"hint: {entry['unreached']['hint']}" in shown.stderr
+    told = run("device", "doctor", *at, env=away, status=3).stdout
+    assert "installed, as far as is known without the TPM" in told
+
+
 # ---- what opening costs ----
 
 
@@ -191,12 +297,32 @@ def test_what_lies_in_an_instances_place_is_reported_and_the_rest_is_told(custom
     assert shown(customer)[1]["instances"]["left"] == 3
 
 
-def test_watching_gives_a_line_of_json_each_time(customer):
-    customer.sell(limited(0, require="revocable = true\n"))
-    words = [PROGRAM, "device", "status", "--home", customer.device.home.path, "--watch", "0.2", "--json"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as watching:
+def watched(customer, *more):
+    """Three pictures of `status --watch`, as lines."""
+    words = [PROGRAM, "device", "status", "--home", customer.device.home.path, "--watch", "0.2", *more]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=os.environ | {"TZ": "EST5"}) as watching:
+        lines: list[str] = []
         try:
-            lines = [watching.stdout.readline() for _ in range(3)]
+            while sum(line.startswith(("{", "license ")) for line in lines) < 3:
+                lines.append(watching.stdout.readline())
         finally:
             watching.terminate()
-    assert [json.loads(line)["licenses"][0]["state"] for line in lines] == ["installed"] * 3
+    return lines
+
+
+def test_watching_gives_a_line_of_json_each_time(customer):
+    customer.sell(limited(0, require="revocable = true\n"))
+    reports = [json.loads(line) for line in watched(customer, "--json")]
+    assert [report["licenses"][0]["state"] for report in reports] == ["installed"] * 3
+    assert now_is(datetime.datetime.fromisoformat(reports[-1]["time"]))
+
+
+def test_watching_says_the_local_time_of_each_picture(customer):
+    customer.sell(limited(0, require="revocable = true\n"))
+    times = [line for line in watched(customer) if line.endswith(" EST\n")]
+    assert len(times) == 3
+    assert now_is(datetime.datetime.fromisoformat(times[-1].replace(" EST\n", "-05:00")))
+
+
+def now_is(time):
+    return abs(time - datetime.datetime.now(datetime.UTC)) < datetime.timedelta(minutes=1)

@@ -33,22 +33,24 @@ def account(shop):
     return recovering.account_folder(shop.state, shop.granted)
 
 
+def spend_told(shop, count):
+    """In a process of its own: join, and tell of each that was spent."""
+    metering = shop.open()
+    for _ in range(count):
+        spend_patiently(metering, 1)
+        shop.tell()
+    metering.close()
+
+
 def test_nothing_that_is_written_to_files_puts_it_back(shop, tmp_path):
     """One process is stopped, all files are put back, and others join and spend."""
     first, spent = shop.open(), 0
     spent += spend_patiently(first, 10)
     shutil.copytree(shop.state, tmp_path / "saved", ignore=shutil.ignore_patterns("join"))
 
-    def work() -> None:
-        metering = shop.open()
-        for _ in range(3000):
-            spend_patiently(metering, 1)
-            shop.tell()
-        metering.close()
-
     folder = account(shop)
     for _ in range(5):
-        os.waitpid(shop.child(work), 0)
+        os.waitpid(shop.child(lambda: spend_told(shop, 3000)), 0)
         spent += len(shop.told())
         for name in ("ledger", "alive", "renewal"):  # in place: as whoever has them open sees it
             (folder / name).write_bytes((tmp_path / "saved" / folder.relative_to(shop.state) / name).read_bytes())
@@ -200,14 +202,7 @@ def test_a_child_answers_for_a_parent_that_is_gone(shop):
 
 
 def test_openings_at_once_by_twenty_processes(shop):
-    def work() -> None:
-        metering = shop.open()
-        for _ in range(50):
-            spend_patiently(metering, 1)
-            shop.tell()
-        metering.close()
-
-    children = [shop.child(work) for _ in range(20)]
+    children = [shop.child(lambda: spend_told(shop, 50)) for _ in range(20)]
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 20
     assert len(shop.told()) == 1000
     assert shop.used() == 1000

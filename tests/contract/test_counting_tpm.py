@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tpm2_pytss import ESAPI, ESYS_TR, TPM2_CC, TPM2_RC, TPM2_SE, TSS2_Exception
 
-from hwlicense.binders.tpm import TpmHardware, counting
+from hwlicense.binders.tpm import TpmHardware, clock
 from hwlicense.binders.tpm.held import Held
 from hwlicense.binders.tpm.keys import tpm_public
 from hwlicense.core.documents import License
@@ -340,7 +340,7 @@ def test_a_counter_that_was_made_and_never_counted_is_brought_to_odd(customer):
 
 
 def test_a_clock_that_is_kept_too_seldom_is_told(customer, monkeypatch):
-    monkeypatch.setattr(counting, "LONGEST_LAPSE", 1)
+    monkeypatch.setattr(clock, "LONGEST_LAPSE", 1)
     customer.sell(limited(2, hours=3))
     customer.tpm.power_cut()
     with refused("TPM_UNSUPPORTED", words="keeps its clock every 4,096 ms"):

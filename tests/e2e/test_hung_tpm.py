@@ -42,6 +42,13 @@ def stop(tpm):
     os.kill(tpm.pid, signal.SIGSTOP)
 
 
+def unanswered(hardware, tpm):
+    """A command that no answer comes to."""
+    stop(tpm)
+    with pytest.raises(HardwareError, match="gave no answer"):
+        hardware.describe(Selection())
+
+
 def go_on(tpm):
     os.kill(tpm.pid, signal.SIGCONT)
 
@@ -94,18 +101,14 @@ def test_it_serves_again_when_it_answers(hardware, hwlicense_tpm):
 
 @pytest.mark.usefixtures("impatient")
 def test_it_serves_again_when_it_was_started_anew(hardware, hwlicense_tpm):
-    stop(hwlicense_tpm)
-    with pytest.raises(HardwareError, match="gave no answer"):
-        hardware.describe(Selection())
+    unanswered(hardware, hwlicense_tpm)
     hwlicense_tpm.power_cut()
     served(hardware)
 
 
 @pytest.mark.usefixtures("impatient")
 def test_another_connection_and_a_forked_child_are_told_by_themselves(hardware, hwlicense_tpm):
-    stop(hwlicense_tpm)
-    with pytest.raises(HardwareError, match="gave no answer"):
-        hardware.describe(Selection())
+    unanswered(hardware, hwlicense_tpm)
     with TpmHardware(hwlicense_tpm.tcti) as other, pytest.raises(HardwareError, match="an earlier command"):
         other.describe(Selection())
     pid = os.fork()

@@ -183,6 +183,8 @@ def test_status_of_presence(shop):
     license_file.write_bytes(b"{}")
     (problem,) = json.loads(run("device", "status", "--home", "home", "--json").stdout)["problems"]
     assert problem["reason"] == "DOCUMENT_MALFORMED"
+    assert problem["hint"]
+    assert f"(DOCUMENT_MALFORMED)\nhint: {problem['hint']}\n" in run("device", "status", "--home", "home").stderr
 
 
 @pytest.mark.parametrize(

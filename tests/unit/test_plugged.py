@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from hwlicense.binders.pkcs11 import TokenHardware
+from hwlicense.cli.hardware import plugged_dongles
 from hwlicense.core.documents import License
 from hwlicense.core.dongle import PRODUCTS
 from hwlicense.core.envelope import unverified
-from hwlicense.core.errors import AbsentError, HwlicenseError, Reason
+from hwlicense.core.errors import AbsentError, HardwareError, HwlicenseError, Reason
 from hwlicense.core.secret import Secret
 from hwlicense.core.tpm.pcrs import Selection
 from hwlicense.core.uri import TokenUri
@@ -719,19 +720,19 @@ def test_presence_without_grace(bench, vendor, tmp_path):
     ("regain", "mend"),
     [
         ("", "See that the hardware stays plugged in: nothing gives it back."),
-        ('regain = "1h"\n', "See that the hardware stays plugged in: 3,600 s of that give all of it back."),
+        ('regain = "1h"\n', "See that the hardware stays plugged in: 1 h of that give all of it back."),
     ],
 )
 def test_presence_with_grace(bench, vendor, tmp_path, regain, mend):
     kit = Kit(bench, tmp_path / "home", [TokenPiece(bench)])
     terms = unverified(kit.license(vendor, f'{TERMS}{PRESENCE}grace = "2h"\n{regain}'), License)[0].grant.presence
     start = "its hardware is to prove every 10 s that it is here; "
-    assert presence(kit) == [("ok", f"{start}0 of 7,200 s of grace are used", "")]
+    assert presence(kit) == [("ok", f"{start}0 s of 2 h of grace are used", "")]
     used = account(kit, terms)
     used.bridge(1000, 90.4)
-    assert presence(kit) == [("ok", f"{start}90 of 7,200 s of grace are used", "")]
+    assert presence(kit) == [("ok", f"{start}1 min 30 s of 2 h of grace are used", "")]
     used.bridge(2000, 9000)
-    assert presence(kit) == [("note", f"{start}all 7,200 s of grace are used", mend)]
+    assert presence(kit) == [("note", f"{start}all 2 h of grace are used", mend)]
 
 
 @pytest.mark.parametrize("repeat", ["true", "false"])
@@ -742,6 +743,21 @@ def test_recorded_answers_that_are_used_up(bench, vendor, tmp_path, repeat):
     assert account(kit, terms).reserve_proofs() == range(grace.BLOCK)
     over = ("missing", "the recorded answers of its dongle are used up", "Ask the vendor for a new license.")
     assert presence(kit)[1:] == ([] if repeat == "true" else [over])
+
+
+def test_probe_says_of_a_dongle_that_cannot_be_asked_what_to_do(monkeypatch):
+    class Taken:
+        product = "Key"
+
+        def __enter__(self):
+            raise HardwareError(Reason.DONGLE_BUSY, "Another program has it.", "Close that program.")
+
+        def __exit__(self, *_):
+            pytest.fail("not reached")
+
+    monkeypatch.setattr("hwlicense.binders.usb.find", lambda: [Taken()])
+    said = {"problem": "Another program has it.", "reason": "DONGLE_BUSY", "hint": "Close that program."}
+    assert plugged_dongles() == [{"selector": "Key", **said}]
 
 
 def test_the_made_up_machine_forbids_by_mode(machine):

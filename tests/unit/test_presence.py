@@ -18,7 +18,7 @@ from hwlicense.core.documents import Presence as Terms
 from hwlicense.core.errors import AbsentError, HwlicenseError, Reason, RefusedError, StorageError
 from hwlicense.core.presence import Proofs
 from hwlicense.core.secret import Secret
-from hwlicense.device import grace
+from hwlicense.device import clock, grace
 from hwlicense.device.grace import Account
 from hwlicense.device.pin_turn import PinTurn
 from hwlicense.device.presence import Presence
@@ -113,7 +113,7 @@ def test_a_new_process_finds_what_was_used(tmp_path):
 def test_after_a_restart_of_the_machine_nothing_is_paid_for_and_nothing_comes_back(tmp_path, monkeypatch):
     now = time.monotonic()
     account(tmp_path).bridge(now, 45)
-    monkeypatch.setattr(grace, "_boot", lambda: "another boot")
+    monkeypatch.setattr(clock, "boot_name", lambda: "another boot")
     later = account(tmp_path)
     assert later.grace_left == pytest.approx(15, abs=0.01)
     assert later.bridge(0.5, 10) == pytest.approx(10.5, abs=0.01)
@@ -158,7 +158,7 @@ def test_times_of_another_clock_pay_for_nothing_and_are_not_credited(tmp_path, m
     assert mine.bridge(now, 10) == pytest.approx(now + 10, abs=0.01)
     assert mine.grace_left == pytest.approx(30, abs=0.01)
     for boot in ("a", "b", "c"):
-        monkeypatch.setattr(grace, "_boot", lambda boot=boot: boot)
+        monkeypatch.setattr(clock, "boot_name", lambda boot=boot: boot)
         account(tmp_path, 60, 600).credit(now - 100, now)
     assert account(tmp_path, 60, 600).grace_left == pytest.approx(30, abs=0.01)
 
@@ -364,7 +364,7 @@ def test_a_forked_child_watches_for_itself_and_leaves_the_parents_alone(watched)
     if not child:
         status = 1
         try:
-            presence.renew()
+            presence.after_fork()
             time.sleep(1.2)  # longer than the interval: what the parent proved has lapsed
             assert presence.refusal(wait=True) is None
             hardware.problem = GONE
@@ -463,21 +463,15 @@ def test_a_watch_that_fails_prints_nothing_and_leaves_no_keys_that_nobody_watche
     assert printed == []
 
 
-def test_a_payment_that_fails_prints_nothing_and_grants_nothing(watched, printed, monkeypatch):
+@pytest.mark.parametrize(
+    ("of", "name", "fails"),
+    [(Account, "bridge", unforeseen), (Presence, "_start", no_space)],
+    ids=["payment", "no thread to pay"],
+)
+def test_what_cannot_be_paid_prints_nothing_and_grants_nothing(watched, printed, monkeypatch, of, name, fails):
     presence, hardware, guarded = watched(seconds=300)
     until(lambda: presence.proofs >= 1)
-    monkeypatch.setattr(Account, "bridge", unforeseen)
-    hardware.problem = GONE
-    until(lambda: guarded.lost, 4)
-    hardware.problem = None
-    until(lambda: presence.refusal() is None)
-    assert printed == []
-
-
-def test_no_thread_to_pay_grants_nothing(watched, printed, monkeypatch):
-    presence, hardware, guarded = watched(seconds=300)
-    until(lambda: presence.proofs >= 1)
-    monkeypatch.setattr(presence, "_start", no_space)
+    monkeypatch.setattr(of, name, fails)
     hardware.problem = GONE
     until(lambda: guarded.lost, 4)
     monkeypatch.undo()

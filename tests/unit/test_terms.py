@@ -66,7 +66,7 @@ def test_what_this_release_enforces():
     )
     assert terms.validity.not_after == datetime.date(2027, 12, 31)
     assert str(terms.selection) == "sha256:4,7"
-    assert parse_terms(BASE).require.pcrs == []
+    assert str(parse_terms(BASE).selection) == ""
 
 
 @pytest.mark.parametrize("term", ["[guard]", "[guard]\nx = 1", "guard = 1"])
@@ -110,6 +110,7 @@ def test_an_unknown_term_is_an_error(term):
         BASE + "[presence]\ninterval = '10s'\nanswers = 16385\n",
         BASE + "[continuity]\nsession = '0h'\n",
         BASE + "[continuity]\n",
+        BASE + "[continuity]\nsession = '367d'\n",
         BASE + "[require]\nbindings = 'both'\n",
         BASE + "[require]\nbindings = 0\n",
         BASE + "[require]\nbindings = 9\n",
@@ -167,6 +168,107 @@ def test_what_is_wrong_is_said_in_peoples_words(term, words):
         parse_terms(BASE + term + "\n")
     assert words in caught.value.what
     assert "`" not in caught.value.what
+
+
+@pytest.mark.parametrize(
+    ("rate", "trouble", "hint"),
+    [
+        ("0/minute", "it allows nothing", "at least 1"),
+        ("000/day", "it allows nothing", "at least 1"),
+        ("10/fortnight", "there is no time frame 'fortnight'", "or a duration"),
+        ("10/minutes", "there is no time frame 'minutes'", 'Did you mean "10/minute"?'),
+        ("10/Day", "there is no time frame 'Day'", 'Did you mean "10/day"?'),
+        ("10/min", "there is no time frame 'min'", 'Did you mean "10/minute"?'),
+        ("10/hr", "there is no time frame 'hr'", 'Did you mean "10/hour"?'),
+        ("10/h", "there is no time frame 'h'", 'Did you mean "10/hour"?'),
+        ("10/", "it has no time frame", "second, minute, hour, day, week"),
+        ("60 per minute", "it has no '/' between number and time frame", 'Did you mean "60/minute"?'),
+        ("60 / minute", "it has spaces", 'Did you mean "60/minute"?'),
+        ("60", "it has no '/' between number and time frame", "'/' and a time frame"),
+        ("1.5/day", "'1.5' is no whole number", "'/' and a time frame"),
+        ("-1/day", "'-1' is no whole number", "'/' and a time frame"),
+        ("1,000/day", "'1,000' is no whole number", 'Did you mean "1000/day"?'),
+        ("/day", "it has no number", "'/' and a time frame"),
+        ("9007199254740992/day", "its number is above 9,007,199,254,740,991", "'/' and a time frame"),
+        ("1/0s", "its time frame must be from 1 s to 366 d", "'/' and a time frame"),
+        ("1/367d", "its time frame must be from 1 s to 366 d", "'/' and a time frame"),
+    ],
+)
+def test_what_is_wrong_with_a_rate(rate, trouble, hint):
+    with pytest.raises(HwlicenseError) as caught:
+        parse_terms(f"{BASE}[limits]\nrates = ['{rate}']\n")
+    assert caught.value.what == f"limits.rates has {rate!r}: {trouble}."
+    assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("given", "trouble", "hint"),
+    [
+        ("10", "it has no unit", 'Did you mean "10s"?'),
+        ("", "it is empty", "a whole number and a unit"),
+        ("10 s", "it has spaces", 'Did you mean "10s"?'),
+        ("10min", "there is no unit 'min'", 'Did you mean "10m"?'),
+        ("2 hours", "there is no unit 'hours'", 'Did you mean "2h"?'),
+        ("1w", "there is no unit 'w'", "a whole number and a unit"),
+        ("2months", "there is no unit 'months'", "a whole number and a unit"),
+        ("1.5h", "'1.5' is no whole number", "a whole number and a unit"),
+        ("-1s", "'-1' is no whole number", "a whole number and a unit"),
+        ("h", "it has no number", "a whole number and a unit"),
+        ("2d", "it must be from 1 s to 1 d", "a whole number and a unit"),
+        ("0s", "it must be from 1 s to 1 d", "a whole number and a unit"),
+        ("99999999999s", "it must be from 1 s to 1 d", "a whole number and a unit"),
+    ],
+)
+def test_what_is_wrong_with_a_duration(given, trouble, hint):
+    with pytest.raises(HwlicenseError) as caught:
+        parse_terms(f"{BASE}[presence]\ninterval = '{given}'\n")
+    assert caught.value.what == f"presence.interval is {given!r}: {trouble}."
+    assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("term", "hint"),
+    [
+        ("[limits]\ninference = 5", "Did you mean limits.inferences?"),
+        ("[limits]\nrate = ['1/day']", "Did you mean limits.rates?"),
+        ("inferences = 5", "Did you mean limits.inferences?"),
+        ("[require]\ninstances = 5", "Did you mean limits.instances?"),
+        ("[limit]\nopens = 5", "Did you mean [limits]?"),
+        ("license = 'x'", "Did you mean licensee?"),
+        ("[monitor]\naction = 'deny'", "Did you mean monitor.regularity.action or monitor.distances.action?"),
+        ("[monitor.regular]", "Did you mean [monitor.regularity]?"),
+        ("zzz = 5", "docs/terms.md"),
+    ],
+)
+def test_a_term_that_was_meant_is_named(term, hint):
+    with pytest.raises(HwlicenseError) as caught:
+        parse_terms(BASE + term + "\n")
+    assert caught.value.reason == Reason.TERM_UNKNOWN
+    assert caught.value.hint.startswith(hint) or hint == "docs/terms.md"
+    assert "docs/terms.md" in caught.value.hint
+    assert "Did you mean" in caught.value.hint or hint == "docs/terms.md"
+
+
+@pytest.mark.parametrize(
+    ("term", "hint"),
+    [
+        ("[limits]\nopens = '1000'", "without quotes"),
+        ("[limits]\ninferences = 1e6", "1_000_000"),
+        ("[limits]\ninferences = 0", "Leave the term out where nothing is to be limited."),
+        ("[limits]\ninstances = 1025", "Leave the term out where nothing is to be limited."),
+        ("[limits]\nrates = '1/day'", 'in brackets: ["..."]'),
+        ("[limits]\nopens = 1,000", "_ between thousands"),
+        ("[presence]\ninterval = 10", 'in quotes; a duration has a unit, such as "10s"'),
+        ("[validity]\nnot_after = '2027-12-31'", "without quotes"),
+        ("[require]\nanchor = 'yes'", "true or false, without quotes"),
+        ("[monitor.regularity]\naction = 'stop'", '"flag", "throttle" or "deny"'),
+    ],
+)
+def test_how_a_wrong_value_is_mended(term, hint):
+    with pytest.raises(HwlicenseError) as caught:
+        parse_terms(BASE + term + "\n")
+    assert caught.value.reason == Reason.TERM_INVALID
+    assert hint in caught.value.hint
 
 
 def test_all_of_use_is_granted():

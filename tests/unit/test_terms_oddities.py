@@ -10,6 +10,9 @@ from hwlicense.core.errors import Reason, UsageError
 from hwlicense.core.terms import oddities, parse_terms
 from tests.world import TERMS
 
+MONITOR = "[monitor]\nthrottled = '10/minute'\n[monitor.regularity]\naction = 'throttle'\n"
+REGULAR = "[monitor.regularity]\ncalls = 100\naction = 'deny'\n"
+DISTANT = "[monitor.distances]\nfeatures = 4\naction = 'deny'\n"
 TODAY = datetime.date(2026, 6, 1)
 
 
@@ -29,6 +32,25 @@ def odd(text: str) -> list[str]:
         ("[limits]\ninferences = 5\nrates = ['10/hour']", "'10/hour' never limits anything beside limits.inferences"),
         ("[limits]\ninferences = 10\nrates = ['10/hour']", "'10/hour' never limits anything beside limits.inferences"),
         ("[limits]\nopens = 5\ninstances = 10", "limits.instances = 10 are never reached by limits.opens = 5"),
+        ("[limits]\nrates = []", "limits.rates is empty: no time frame limits use."),
+        ("[features]", "features is empty: the application finds none."),
+        ("[require]\npcrs = []", "require.pcrs is empty: the license opens in any state of the platform."),
+        (MONITOR + "[limits]\nrates = ['5/minute']", "monitor.throttled: '10/minute' never limits anything beside"),
+        (
+            MONITOR + "[limits]\nrates = ['9/hour']",
+            "monitor.throttled: '10/minute' never limits anything beside '9/hour'",
+        ),
+        (REGULAR + "[limits]\ninferences = 99", "monitor.regularity.calls = 100 are never reached by limits.inf"),
+        (DISTANT + "[limits]\ninferences = 99", "monitor.distances.queries = 100 are never reached by limits.inf"),
+        ("[continuity]\nsession = '3h'\n[limits]\npowered_on_hours = 2", "continuity.session ('3h') is longer than"),
+        (
+            "[continuity]\nsession = '4d'\n[validity]\ndays_from_first_use = 2",
+            "continuity.session ('4d') is longer than",
+        ),
+        (
+            "[continuity]\nsession = '3d'\n[validity]\nnot_after = 2026-06-02",
+            "continuity.session ('3d') is longer than",
+        ),
     ],
 )
 def test_what_may_be_meant_is_pointed_out(text, words):
@@ -47,6 +69,13 @@ def test_what_may_be_meant_is_pointed_out(text, words):
         "[limits]\ninferences = 11\nrates = ['10/hour']",
         "[limits]\nopens = 10\ninstances = 10",
         "[limits]\nopens = 10\ninferences = 1",
+        MONITOR + "[limits]\nrates = ['11/minute']",
+        MONITOR + "[limits]\nrates = ['9/second']",
+        REGULAR + "[limits]\ninferences = 100",
+        DISTANT + "[limits]\ninferences = 100",
+        "[continuity]\nsession = '2h'\n[limits]\npowered_on_hours = 2",
+        "[continuity]\nsession = '3d'\n[validity]\ndays_from_first_use = 2",
+        "[continuity]\nsession = '2d'\n[validity]\nnot_after = 2026-06-02",
     ],
 )
 def test_what_is_not_odd(text):

@@ -106,7 +106,7 @@ def test_a_license_that_a_later_revision_ended(customer):
         root.increment()
         root.increment()
     assert about(customer).state == "missing"
-    assert "it is ended" in about(customer).text
+    assert "has ended this license" in about(customer).text
     with refused("LICENSE_SUPERSEDED"):
         customer.open()
 
@@ -126,7 +126,7 @@ def test_a_counter_or_index_that_was_removed(customer, place):
     customer.sell(ANCHORED)
     undefine(customer, hex(customer.binding.counter.handle + place))
     finding = about(customer)
-    assert (finding.state, "lacks its counter or an index" in finding.text) == ("missing", True)
+    assert (finding.state, "no longer has the license's counter or an index" in finding.text) == ("missing", True)
 
 
 def test_what_lets_the_device_count_is_gone(customer):
@@ -190,7 +190,7 @@ def test_a_file_whose_counter_was_never_made_is_not_spoken_of(tmp_path):
     ("found", "words"),
     [
         (Counted("current", 0, 2, 36_000_001, 36_000_000), "0.0 powered-on hours left"),
-        (Counted("unfinished", None, 2, 0, None), "installation was cut off"),
+        (Counted("unfinished", None, 2, 0, None), "was not finished"),
     ],
 )
 def test_what_else_a_tpm_may_say(customer, monkeypatch, found, words):

@@ -13,7 +13,8 @@ from hwlicense.core.documents import ClockReset
 from hwlicense.core.errors import Reason
 from hwlicense.core.limits import Limits, Monitor, Regularity, Use
 from hwlicense.core.secret import Secret
-from hwlicense.device import clock, recovering, usage
+from hwlicense.device import clock, ledger, locking, recovering, usage
+from hwlicense.device.locking import LockedFile
 from hwlicense.device.watching import Watch
 from tests.forging import refused
 from tests.metered import ISSUED, Machine, abandon, grant, limited, spend
@@ -99,6 +100,88 @@ def test_all_that_may_have_been_spent_is_seen_when_it_is_opened(machine, tmp_pat
     granted = grant(USE)
     abandon(machine.open(tmp_path, granted))
     assert usage.over(granted, read(tmp_path, granted)) is None
+
+
+# ---- what was left open ----
+
+
+def charged(machine, state, granted):
+    """What the next opening charges, by the account's own count."""
+    before = read(state, granted).account.words[Field.LOST]
+    machine.open(state, granted).close()
+    return read(state, granted).account.words[Field.LOST] - before
+
+
+def due(state, granted):
+    return usage.uncharged(granted, read(state, granted))
+
+
+@pytest.mark.parametrize("anchored", [True, False])
+@pytest.mark.parametrize("later", [0, 20, 300, 86400])
+def test_what_was_left_open_will_be_charged(machine, tmp_path, later, anchored):
+    machine.anchored, granted = anchored, grant(limited(inferences=1_000_000))
+    metering = machine.open(tmp_path, granted)
+    for _ in range(30):
+        machine.passes(1)
+        assert spend(metering, 30) == 30
+        metering._tended.tend()
+    assert due(tmp_path, granted) is None, "it is open"
+    abandon(metering)
+    machine.passes(later)
+    now, most = due(tmp_path, granted)
+    assert 0 < now <= most <= 1_000_000
+    assert charged(machine, tmp_path, granted) == now
+    assert due(tmp_path, granted) is None
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_what_a_restart_left_open_is_told_at_its_most(machine, tmp_path, cut):
+    granted = grant(limited(inferences=1_000_000))
+    metering = machine.open(tmp_path, granted)
+    assert spend(metering, 30) == 30
+    abandon(metering)
+    machine.restarts(cut=cut)
+    now, most = due(tmp_path, granted)
+    assert now is None
+    assert 0 < charged(machine, tmp_path, granted) <= most
+
+
+def test_no_more_is_to_be_charged_than_is_left(machine, tmp_path):
+    granted = grant(limited(inferences=100))
+    metering = machine.open(tmp_path, granted)
+    assert spend(metering, 95) == 95
+    abandon(metering)
+    machine.passes(600)
+    left = read(tmp_path, granted).account.remaining
+    assert due(tmp_path, granted) == (left, left)
+    assert charged(machine, tmp_path, granted) == left
+
+
+def test_a_process_that_does_not_answer_has_it_open(machine, tmp_path):
+    granted = grant(USE)
+    metering = machine.open(tmp_path, granted)
+    (recovering.account_folder(tmp_path, granted) / "join").unlink()
+    assert due(tmp_path, granted) is None
+    abandon(metering)
+    assert due(tmp_path, granted)
+
+
+def test_asking_whether_it_is_open_keeps_nobody_from_opening_it(machine, tmp_path, monkeypatch):
+    granted = grant(USE)
+    machine.open(tmp_path, granted).close()
+    folder = recovering.account_folder(tmp_path, granted)
+    file = LockedFile.opened(folder / "ledger", 0)
+    with file.locked(), monkeypatch.context() as patched:
+        looked = []
+
+        def taken(fd, path):
+            looked.append(path.name)
+            return locking.taken(fd, path)
+
+        patched.setattr(ledger, "taken", taken)
+        assert ledger.held(folder)
+        assert looked == ["ledger"], "whoever works there may be about to see whether `alive` is free"
+    file.close()
 
 
 def test_use_that_the_monitor_denies(machine, tmp_path):

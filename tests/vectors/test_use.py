@@ -105,8 +105,8 @@ def test_inspect_shows_it_all(monkeypatch, capsys):
         shown[kind] = capsys.readouterr().out
     assert "2030-01-01 12:00:00 UTC" in shown["clock reset"]
     for words in (
-        "1,000,000", "100 inferences in any 3,600 s", "8,760", "opens for 90 days", 'language = "de"', "größe = false",
-        "regularity: throttle, distances: deny, for 7,200 s; throttled: 10 inferences in any 60 s", "PCR sha256:15",
+        "1,000,000", "100/hour", "8,760", "opens for 90 days", 'language = "de"', "größe = false",
+        "regularity: throttle, distances: deny, for 2 h; throttled: 10/minute", "PCR sha256:15",
         "must be anchored",
     ):  # fmt: skip
         assert words in shown["license"]

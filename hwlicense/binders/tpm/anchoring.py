@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 from tpm2_pytss import TSS2_Exception
 
-from hwlicense.binders.tpm import counting, opening, standing
+from hwlicense.binders.tpm import clock, opening
 from hwlicense.binders.tpm.counting import GONE, Indexes
-from hwlicense.binders.tpm.failures import code
+from hwlicense.binders.tpm.failures import code, tampered
 from hwlicense.core.hardware import Reading
+from hwlicense.core.tpm import standing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -49,7 +50,7 @@ class TpmAnchor:
 
     def _reading(self, work: Work, root: ESYS_TR, steps: int, now: Time) -> Reading:
         if not self._lapse:
-            self._lapse = counting.lapse(work, root)
+            self._lapse = clock.lapse(work, root)
         return Reading(steps, now.clock, now.uptime, self._lapse)
 
     @contextmanager
@@ -62,7 +63,10 @@ class TpmAnchor:
             except TSS2_Exception as error:
                 if code(error) not in GONE:
                     raise
-                state, public = standing.of(indexes, self._sealed), self._sealed.conditions.public(self._index)
-                if state == "current" and indexes.name(public.handle) == public.name:
-                    raise standing.tampered() from error
-                raise standing.refusal(state, self._sealed) from error
+                state = indexes.standing(self._sealed.binding.counter)
+                if state != "current":
+                    raise standing.refusal(state) from error
+                public = self._sealed.conditions.public(self._index)
+                if indexes.name(public.handle) == public.name:
+                    raise tampered() from error
+                raise standing.lost(f"its index ({self._index.purpose})") from error

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from tpm2_pytss import ESYS_TR, TPM2_EO, TPM2_RC, TPM2_SE, TPMA_SESSION, TPML_DIGEST, TSS2_Exception
 
-from hwlicense.binders.tpm import capping, installing, opening, standing
-from hwlicense.binders.tpm.counting import GONE, Indexes
+from hwlicense.binders.tpm import capping, installing, opening
+from hwlicense.binders.tpm.counting import Indexes
 from hwlicense.binders.tpm.failures import code
 from hwlicense.core.secret import Secret
+from hwlicense.core.tpm import standing
 from hwlicense.core.tpm.composing import PLACES
 from hwlicense.core.tpm.nv import counter_public, limit_data
 from hwlicense.core.tpm.policy import PolicyNV, digest
@@ -47,14 +48,9 @@ class Commitment:
         Raises RefusedError: LICENSE_SUPERSEDED, COUNTER_LOST, PCR_MISMATCH, REBOOT_NEEDED; DamagedError; HardwareError.
         """
         public = counter_public(counter.handle)
-        try:
-            value = self._indexes.value(public)
-        except TSS2_Exception as error:
-            if code(error) not in GONE:
-                raise
-            raise standing.lost("its counter") from error
-        if value > counter.value:
-            raise standing.superseded()
+        value = self._indexes.found(counter)
+        if value is None or value > counter.value:
+            raise standing.refusal(standing.of(value, counter))
         if value == counter.value:
             self._check_written()
             return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import threading
@@ -10,7 +9,6 @@ import time
 import weakref
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from tpm2_pytss import (
@@ -28,7 +26,7 @@ from tpm2_pytss import (
 )
 from tpm2_pytss.TCTILdr import TCTILdr
 
-from hwlicense.binders.tpm import answering, failures
+from hwlicense.binders.tpm import answering, failures, turns
 from hwlicense.core.errors import HardwareError, Reason, UsageError
 from hwlicense.core.tpm.structures import Public
 from hwlicense.core.tpm.wire import number, sized
@@ -36,6 +34,7 @@ from hwlicense.core.tpm.wire import number, sized
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from concurrent.futures import Future
+    from contextlib import AbstractContextManager
 
     from hwlicense.core.tpm.nv import NvPublic
 
@@ -53,34 +52,6 @@ _LOCAL: Final = {"tr_set_auth", "tr_get_name", "tr_deserialize", "tr_serialize",
 
 _LOADS: Final = {"create_primary", "load", "load_external", "start_auth_session"}
 _KEY_RESOURCE, _NV_RESOURCE = 1, 2  # IESYSC_KEY_RSRC and IESYSC_NV_RSRC in the metadata that tpm2-tss serializes
-
-
-_turns: set[str] = set()  # sockets at which this process has its turn
-_inherited: set[str] = set()  # and those at which its parent had, when it was forked: the parent may wait for the child
-
-
-@contextmanager
-def _turn(tcti: str) -> Iterator[None]:
-    """Wait until no other process or connection works with the simulator at this socket.
-
-    A simulator takes commands of several clients in between each other, and has three places for objects: without turns
-    one client's objects push out another's. A device needs none: the kernel lets one in, or manages them all.
-    """
-    path = dict(option.partition("=")[::2] for option in tcti.partition(":")[2].split(",")).get("path", "")
-    try:
-        folder = os.open(Path(path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) if path else -1
-    except OSError:  # nothing is there, which connecting reports
-        folder = -1
-    try:
-        if folder >= 0 and path not in _inherited:
-            fcntl.flock(folder, fcntl.LOCK_EX)  # let go by the kernel when the process dies
-            _turns.add(path)
-        yield
-    finally:
-        _turns.discard(path)
-        if folder >= 0:
-            fcntl.flock(folder, fcntl.LOCK_UN)  # also for the copy that a child forked meanwhile may hold
-            os.close(folder)
 
 
 _connections: weakref.WeakSet[Connection] = weakref.WeakSet()
@@ -111,7 +82,7 @@ class Connection:
         same thread, and TPM_HUNG.
         """
         answering.check(self.tcti)
-        with self._alone(), _turn(self.tcti):
+        with self._alone(), turns.turn(self.tcti):
             opened = self.open()
             work = Work(*opened, self.tcti)
             try:
@@ -193,8 +164,7 @@ def _close(tcti: TCTILdr, esapi: ESAPI) -> None:
 
 
 def _forget_all() -> None:
-    _inherited.update(_turns)
-    _turns.clear()
+    turns.forget()
     answering.forget()
     for connection in tuple(_connections):
         connection.forget()
@@ -234,18 +204,9 @@ class Work:
                 else:
                     raise
 
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """For what is done once and by one program alone. With a simulator every work is alone: it has its turn."""
-        kind, _, path = self._address.partition(":")
-        node = os.open(path, os.O_RDWR | os.O_CLOEXEC) if kind == "device" else -1
-        try:
-            if node >= 0:
-                fcntl.flock(node, fcntl.LOCK_EX)
-            yield
-        finally:
-            if node >= 0:
-                os.close(node)
+    def exclusive(self) -> AbstractContextManager[None]:
+        """For what is done once and by one program alone. Raises HardwareError and AbsentError, as `turns.alone`."""
+        return turns.alone(self._address)
 
     # ---- what is loaded ----
 

@@ -6,13 +6,10 @@ index's policy, with the Name that the license fixes. Names that the TPM is mere
 
 from __future__ import annotations
 
-import secrets
 from typing import TYPE_CHECKING, Final
 
 from tpm2_pytss import (
     ESYS_TR,
-    TPM2_CAP,
-    TPM2_PT,
     TPM2_RC,
     TPM2_SE,
     TPM2B_NV_PUBLIC,
@@ -21,33 +18,28 @@ from tpm2_pytss import (
     TSS2_Exception,
 )
 
+from hwlicense.binders.tpm import clock
 from hwlicense.binders.tpm.failures import WRONG_AUTHORIZATION, code, defining_error
-from hwlicense.core.documents import TpmCounter
-from hwlicense.core.errors import DamagedError, HardwareError, Reason
-from hwlicense.core.secret import SIZE, Secret
-from hwlicense.core.tpm.composing import PLACES
+from hwlicense.core.tpm import standing
 from hwlicense.core.tpm.nv import SIZE as NV_SIZE
-from hwlicense.core.tpm.nv import NvPublic, counter_public, free_block
+from hwlicense.core.tpm.nv import NvPublic, counter_public
 from hwlicense.core.tpm.policy import NV_READ, PolicyOR
 from hwlicense.core.tpm.quote import Time, read_time
 from hwlicense.core.tpm.wire import sized
 
 if TYPE_CHECKING:
     from hwlicense.binders.tpm.connection import Work
-    from hwlicense.core.hardware import CounterStore
-
-LONGEST_LAPSE: Final = 1 << 22
-"""Milliseconds: no TPM updates the clock that it keeps over power cuts less often (Part 1, 36.3)."""
+    from hwlicense.core.documents import TpmCounter
+    from hwlicense.core.secret import Secret
+    from hwlicense.core.tpm.standing import State
 
 GONE: Final = (*WRONG_AUTHORIZATION, TPM2_RC.HANDLE, TPM2_RC.NV_UNINITIALIZED, TPM2_RC.AUTH_TYPE, TPM2_RC.POLICY_FAIL)
 """What an index answers that is not there, was never written, or is another one at the same handle."""
 
-_FIRST_INDEX: Final = 0x01000000
-_CONTINUE, _ENCRYPT, _DECRYPT, _AUDIT = (
+_CONTINUE, _ENCRYPT, _DECRYPT = (
     TPMA_SESSION.CONTINUESESSION,
     TPMA_SESSION.ENCRYPT,
     TPMA_SESSION.DECRYPT,
-    TPMA_SESSION.AUDIT,
 )
 
 
@@ -84,6 +76,19 @@ class Indexes:
         self._work.ended(session)
         return int.from_bytes(bytes(content), "big")
 
+    def standing(self, counter: TpmCounter | None) -> State:
+        """How a license with this counter stands, by the counter's value, which the TPM authenticates."""
+        return standing.of(self.found(counter), counter) if counter else "current"
+
+    def found(self, counter: TpmCounter) -> int | None:
+        """As `value`; None where it is not this device's counter."""
+        try:
+            return self.value(counter_public(counter.handle))
+        except TSS2_Exception as error:
+            if code(error) not in GONE:
+                raise
+            return None
+
     def counted(self, public: NvPublic, branches: PolicyOR) -> tuple[int, Time]:
         """How often an index was used, by the branch of its policy that does not count; and the time."""
         work = self._work
@@ -103,7 +108,7 @@ class Indexes:
         session = self._work.session(self._root, TPM2_SE.HMAC, _CONTINUE)
         index = self.handle(public)
         content = bytes(self._work.call("nv_read", index, NV_SIZE, auth_handle=index, session1=session))
-        return int.from_bytes(content[:4], "big"), _time(self._work, session)
+        return int.from_bytes(content[:4], "big"), clock.read(self._work, session)
 
     # ---- changing
 
@@ -134,121 +139,3 @@ class Indexes:
     def _authorized(self, public: NvPublic, index: ESYS_TR) -> None:
         self._work.call("tr_set_auth", index, bytes(self._auth.buffer))
         self._known[public.name] = index
-
-
-# ---- the clock ----
-
-
-def time(work: Work, root: ESYS_TR) -> Time:
-    """The TPM's time, which nobody between can change."""
-    return _time(work, work.session(root, TPM2_SE.HMAC, _CONTINUE))
-
-
-def _time(work: Work, session: ESYS_TR) -> Time:
-    work.call("trsess_set_attributes", session, TPMA_SESSION(0))
-    attested, _ = work.call("get_time", ESYS_TR.NULL, b"", session1=session, session2=ESYS_TR.PASSWORD)
-    work.ended(session)
-    return read_time(bytes(attested.attestationData))
-
-
-def lapse(work: Work, root: ESYS_TR) -> int:
-    """How many milliseconds the TPM's clock can lose at a power cut. Raises HardwareError TPM_UNSUPPORTED."""
-    session = work.session(root, TPM2_SE.HMAC, _AUDIT)
-    _, capability = work.call("get_capability", TPM2_CAP.TPM_PROPERTIES, TPM2_PT.CLOCK_UPDATE, 1, session1=session)
-    work.ended(session)
-    facts = {int(fact.property): int(fact.value) for fact in capability.data.tpmProperties}
-    found = facts.get(int(TPM2_PT.CLOCK_UPDATE), 0)
-    if not 0 < found <= LONGEST_LAPSE:
-        what = f"The TPM says that it keeps its clock every {found:,} ms, which no TPM should."
-        raise HardwareError(Reason.TPM_UNSUPPORTED, what, "Update the TPM's firmware.")
-    return found
-
-
-def make_safe(work: Work, root: ESYS_TR) -> None:
-    """After a power cut, set the clock on by as much as it can have lost: the TPM then vouches for it again at once.
-
-    Takes the owner's authorization, and at most that time from the license.
-    """
-    forward = lapse(work, root)
-    now = time(work, root)
-    if now.safe:
-        return
-    session = work.session(root, TPM2_SE.HMAC, TPMA_SESSION(0))
-    try:
-        work.call("clock_set", now.clock + forward, session1=session)
-    except TSS2_Exception as error:
-        if code(error) not in WRONG_AUTHORIZATION:
-            raise
-        what = "After a power cut the TPM's clock is to be set on, and the TPM's owner hierarchy has a password."
-        hint = f"Wait {forward / 1000:,.0f} seconds with the TPM switched on, and try again."
-        raise HardwareError(Reason.TPM_AUTHORIZATION, what, hint) from error
-    work.ended(session)
-
-
-# ---- enrolling ----
-
-
-def provide(work: Work, root: ESYS_TR, store: CounterStore) -> TpmCounter:
-    """A counter for a license to come, at an odd value: one that was made before and serves none, or a new one.
-
-    One whose license was removed serves again, after those that never had any: at the odd value that license is dead,
-    and what is left of its indexes goes when the new one is put in force. Raises HardwareError: TPM_NV_FULL,
-    TPM_AUTHORIZATION.
-    """
-    taken = set(index_handles(work))
-    for handle in sorted(store.spare(), key=lambda handle: any(handle + place in taken for place in PLACES.values())):
-        try:
-            auth = store.read(handle)
-        except DamagedError:  # nobody can use that counter any more
-            continue
-        if auth is None:
-            continue
-        with auth:
-            found = _odd(Indexes(work, root, auth), handle, made=handle in taken)
-        if found is not None:
-            return found
-    handle = free_block(taken)
-    with _auth_value() as auth:
-        store.keep(handle, auth)
-        found = _odd(Indexes(work, root, auth), handle, made=False)
-    if found is None:
-        what = "The TPM does not let its new counter be used."
-        raise HardwareError(Reason.TPM_FAILED, what, "Run `hwlicense device doctor`.")
-    return found
-
-
-def _odd(indexes: Indexes, handle: int, *, made: bool) -> TpmCounter | None:
-    """The counter at an odd value; None where another than ours lies there."""
-    public = counter_public(handle)
-    if not made:
-        indexes.define(public)
-    try:
-        if not made or indexes.name(handle) == public.unwritten.name:
-            indexes.increment(public.unwritten)
-        value = indexes.value(public)
-        if not value % 2:
-            indexes.increment(public)
-            value = indexes.value(public)
-    except TSS2_Exception as error:
-        if code(error) in GONE:
-            return None
-        raise
-    return TpmCounter(handle, value)
-
-
-def index_handles(work: Work) -> list[int]:
-    """Where NV indexes are defined."""
-    found: list[int] = []
-    more = True
-    while more:
-        first = found[-1] + 1 if found else _FIRST_INDEX
-        answer, capability = work.call("get_capability", TPM2_CAP.HANDLES, first, 254)
-        page = list(map(int, capability.data.handles))
-        found += page
-        more = bool(answer) and bool(page)
-    return found
-
-
-def _auth_value() -> Secret:
-    """TPMs drop trailing zeros of an authValue, so the last byte is none."""
-    return Secret(bytearray(secrets.token_bytes(SIZE - 1) + bytes([1 + secrets.randbelow(255)])))

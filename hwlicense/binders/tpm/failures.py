@@ -109,6 +109,12 @@ def hardware_error(error: TSS2_Exception, command: str) -> HardwareError:
     return HardwareError(reason, f"{meaning} {what}.", hint)
 
 
+def tampered() -> HardwareError:
+    """An index is what it should be, and refuses what it should take."""
+    what = "A command to the TPM was changed on its way: the TPM refuses its authentication."
+    return HardwareError(Reason.TPM_ANSWER_FORGED, what, "Inspect the device: something tampers with its TPM's bus.")
+
+
 def defining_error(error: TSS2_Exception) -> HardwareError:
     """Why an NV index could not be made."""
     match code(error):
@@ -125,9 +131,9 @@ def defining_error(error: TSS2_Exception) -> HardwareError:
     return HardwareError(reason, f"{what} (response code 0x{error.rc:x}: {error}).", hint)
 
 
-def connect_error(error: TSS2_Exception, tcti: str) -> HardwareError:
+def connect_error(error: TSS2_Exception | OSError, tcti: str) -> HardwareError:
     """Why no connection came about: the library does not say, so the file or socket is asked again."""
-    number = _errno(*tcti.split(":", 1))
+    number = error.errno if isinstance(error, OSError) else _errno(*tcti.split(":", 1))
     what = f"at {tcti} ({os.strerror(number) if number else error})"
     match number:
         case errno.EACCES | errno.EPERM:

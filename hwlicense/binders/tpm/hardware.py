@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 from tpm2_pytss import TPM2_RC, TPM2_SE, TPMA_SESSION, TSS2_Exception
 
-from hwlicense.binders.tpm import counting, installing, keys, opening, probing, standing
+from hwlicense.binders.tpm import clock, counting, installing, keys, opening, probing, providing
 from hwlicense.binders.tpm.anchoring import TpmAnchor
 from hwlicense.binders.tpm.committing import Commitment, retire
 from hwlicense.binders.tpm.connection import DEFAULT_TCTI, Connection, Work
@@ -144,7 +144,7 @@ class TpmHardware:
             raise _nowhere()
         with self._store.alone(), self._connection.work() as work:
             root, _, _ = keys.storage_root_key(work)
-            return counting.provide(work, root, self._store)
+            return providing.provide(work, root, self._store)
 
     def commit(self, binding: TpmBinding, held: bytes, approvals: Sequence[Approval]) -> None:
         """Put a revision in force. Raises as `Commitment.commit`."""
@@ -167,7 +167,7 @@ class TpmHardware:
         with self._index_auth(binding) as auth, self._connection.work() as work:
             root = opening.storage_root_key(work, kept)
             indexes = counting.Indexes(work, root, auth)
-            state, now, opens = standing.of(indexes, sealed), counting.time(work, root), None
+            state, now, opens = indexes.standing(binding.counter), clock.time(work, root), None
             index = next((index for index in binding.indexes if index.purpose == "opens"), None)
             if index is not None and state == "current":
                 asked = sealed.conditions

@@ -19,10 +19,11 @@ from tpm2_pytss import (
     TSS2_Exception,
 )
 
-from hwlicense.binders.tpm import capping, installing, keys, standing
-from hwlicense.binders.tpm.counting import GONE, Indexes, make_safe
-from hwlicense.binders.tpm.failures import NOT_ITS_OWN, WRONG_AUTHORIZATION, code
-from hwlicense.core.errors import DamagedError, ExceededError, HardwareError, Reason, RefusedError
+from hwlicense.binders.tpm import capping, clock, installing, keys
+from hwlicense.binders.tpm.counting import GONE, Indexes
+from hwlicense.binders.tpm.failures import NOT_ITS_OWN, WRONG_AUTHORIZATION, code, tampered
+from hwlicense.core.errors import DamagedError, HardwareError, Reason, RefusedError
+from hwlicense.core.tpm import standing
 from hwlicense.core.tpm.pcrs import Selection
 from hwlicense.core.tpm.policy import (
     SAFE,
@@ -160,17 +161,16 @@ class Opening:
             case PolicyNV(index) if answer == TPM2_RC.POLICY or answer in GONE:
                 raise self._outdated(index, error) from error
             case PolicyCounterTimer(offset) if answer == TPM2_RC.POLICY and offset == SAFE:
-                make_safe(self._work, self._root)
+                clock.make_safe(self._work, self._root)
                 return True
             case PolicyCounterTimer() if answer == TPM2_RC.POLICY:
-                what = "The license's hours of powered-on time are over."
-                hint = "Ask the vendor for a revision of the license with more hours."
-                raise ExceededError(Reason.HOURS_EXHAUSTED, what, hint) from error
+                raise standing.overdue() from error
             case PolicySecret(index) if answer == TPM2_RC.AUTH_UNAVAILABLE or answer in GONE:
                 if self._indexes.name(index.handle) != index.name:
                     raise standing.lost("the index of its opens") from error
                 if answer == TPM2_RC.AUTH_UNAVAILABLE:
-                    raise standing.exhausted(self._sealed) from error
+                    limits = {each.handle: each.limit for each in self._sealed.conditions.indexes}
+                    raise standing.exhausted(limits[index.handle]) from error
         if answer in WRONG_AUTHORIZATION:
             raise self._unauthorized() from error
         return False
@@ -178,13 +178,13 @@ class Opening:
     def _outdated(self, index: NvPublic, error: TSS2_Exception) -> Exception:
         if code(error) in WRONG_AUTHORIZATION and self._indexes.name(index.handle) == index.name:
             return self._unauthorized()
-        return standing.refusal(standing.of(self._indexes, self._sealed), self._sealed)
+        return standing.refusal(self._indexes.standing(self._sealed.binding.counter))
 
     def _unauthorized(self) -> RefusedError | HardwareError:
         if self._sealed.binding.pin:
             hint = "The TPM counts wrong PINs and locks after a few: be sure of the next one."
             return RefusedError(Reason.PIN_WRONG, "The PIN is wrong.", hint)
-        return standing.tampered()
+        return tampered()
 
 
 def approved_state(work: Work, session: ESYS_TR, sealed: Sealed) -> Approval | None:

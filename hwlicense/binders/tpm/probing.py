@@ -8,8 +8,8 @@ from tpm2_pytss import TPM2_CAP, TPM2_RC, TSS2_Exception
 
 from hwlicense.binders.tpm import keys
 from hwlicense.binders.tpm.connection import DEFAULT_TCTI, Connection
-from hwlicense.binders.tpm.counting import index_handles
 from hwlicense.binders.tpm.failures import code
+from hwlicense.binders.tpm.providing import index_handles
 from hwlicense.core.secret import SIZE
 from hwlicense.core.tpm.nv import FIRST, LAST
 from hwlicense.core.tpm.pcrs import BANKS

@@ -1,10 +1,10 @@
-"""`hwlicense vendor revise` and `hwlicense vendor reset-clock`: what changes a license that is in the field."""
+"""`hwlicense vendor issue`, and what changes a license that is in the field: `revise` and `reset-clock`."""
 
 from __future__ import annotations
 
 import datetime
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import click
 
@@ -36,6 +36,79 @@ from hwlicense.vendor.folder import Folder
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+@click.command()
+@vendor_option
+@click.option(
+    "--request",
+    "requests",
+    type=FILE,
+    required=True,
+    multiple=True,
+    metavar="REQ.hwreq",
+    help="The device's request; several, where its TPM, tokens and dongles were enrolled apart.",
+)
+@click.option(
+    "--package",
+    "packages",
+    type=FILE,
+    required=True,
+    multiple=True,
+    metavar="PKG.hwpkg",
+    help="A package that the license opens; may be given several times.",
+)
+@terms_option
+@trust_options
+@click.option("-o", "--output", "target", type=FILE, required=True, metavar="OUT.hwlic")
+@pin_options
+@force_option
+@secrets.passphrase_option
+def issue(
+    folder: Path,
+    requests: tuple[Path, ...],
+    packages: tuple[Path, ...],
+    terms: Path,
+    roots: tuple[str, ...],
+    recorded_keys: tuple[str, ...],
+    token_roots: tuple[Path, ...],
+    tokens: tuple[str, ...],
+    target: Path,
+    with_pin: bool,
+    pin_file: Path | None,
+    force: bool,
+    passphrase_file: Path | None,
+) -> None:
+    """Issue a license for one device.
+
+    The first request of a product line makes its first approved platform state, if the terms require PCRs. These values
+    are trusted on first use: approve golden values beforehand with `vendor approve --pcrs` where you have them.
+    """
+    place = Folder(folder)
+    agreed = agreed_terms(terms)
+    believed = trusted(place, roots, recorded_keys, token_roots, tokens)
+    parts = [part for request in requests for part in examined(request, believed).parts]
+    manifests = [read_manifest(path, place) for path in packages]
+    refuse_existing(target, force=force)
+    pin = new_pin(pin_file, with_pin=with_pin)
+    keys = secrets.unlock(place, passphrase_file)
+    # One at a time, so that a product has one first approval. The file is begun first: the folder records nothing that
+    # could not be written.
+    with storage.exclusive(place.path), storage.new_file(target, force=force) as file:
+        issued = issuing.issue(
+            place.public,
+            keys,
+            parts,
+            manifests,
+            agreed,
+            place.approvals(agreed.product),
+            today=today(),
+            pin=pin,
+            bind_dongle=partial(dongles.bind, place, keys),
+        )
+        source = revising.Sources(parts, list(map(packaged, manifests)), 1)
+        trust = _keep(place, file, issued, source)
+    output.note(f"Issued license {issued.license.grant.license} for {agreed.licensee!r} in {target}; {trust}.")
 
 
 @click.command()
@@ -129,14 +202,8 @@ def revise(
             pin=pin,
             bind_dongle=partial(dongles.bind, place, keys),
         )
-        file.write(made.raw)
-        file.flush()
-        if made.approval:
-            place.keep_approval(*made.approval)
-            output.note(f"The PCRs of the device's request are the first approved state of {agreed.product!r}.")
-        place.keep_license(made.license, made.raw, recorded(made.license, source.parts, source.packages, source.since))
+        trust = _keep(place, file, made, source)
     grant = made.license.grant
-    trust = "; ".join(why_believed(binding) for binding in made.license.bindings)
     output.note(
         f"Made revision {grant.revision} of license {grant.license} for {agreed.licensee!r} in {target}; {trust}."
     )
@@ -167,3 +234,15 @@ def reset_clock(folder: Path, licensed: Path, target: Path, force: bool, passphr
     with storage.new_file(target, force=force) as file:
         file.write(sealed)
     output.note(f"Reset the clock of license {document.grant.license} to {now:%Y-%m-%d %H:%M:%S} UTC in {target}.")
+
+
+def _keep(place: Folder, file: BinaryIO, made: issuing.Issued, source: revising.Sources) -> str:
+    """Write a license down, for the device and here. Returns why its hardware is believed."""
+    file.write(made.raw)
+    file.flush()
+    if made.approval:
+        place.keep_approval(*made.approval)
+        product = made.license.grant.product
+        output.note(f"The PCRs of the device's request are the first approved state of {product!r}.")
+    place.keep_license(made.license, made.raw, recorded(made.license, source.parts, source.packages, source.since))
+    return "; ".join(why_believed(binding) for binding in made.license.bindings)
