@@ -131,7 +131,7 @@ def _manifest(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield from [("", f"{member.size:>15,}  {member.name}") for member in files]
     if manifest.code:
         yield "code", f"for Python {', '.join(manifest.code.versions)}; {len(sealed)} files"
-        yield "", f"begins at {manifest.code.entry}" if manifest.code.entry else "no program: imported alone"
+        yield "", f"begins at {manifest.code.entry}" if manifest.code.entry else "no entry: it is imported"
         yield from [("", f"{member.size:>15,}  {member.name}") for member in sealed]
 
 

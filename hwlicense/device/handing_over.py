@@ -11,15 +11,13 @@ The file is a u32 (little-endian), so many bytes of JSON (identity, root, and na
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import sys
 import weakref
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from hwlicense.core import code
-from hwlicense.device.memory import SealedFile, forbid_dumps
+from hwlicense.device.memory import SealedFile, received
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,10 +79,7 @@ class HandedCode:
     def __init__(self, fd: int, size: int) -> None:
         from hwlicense.device.sealed_code import SUFFIXES  # noqa: PLC0415  # which imports this module
 
-        self._map = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
-        with suppress(OSError):
-            self._map.madvise(mmap.MADV_DONTDUMP)
-        self._view = memoryview(self._map)
+        self._view = memoryview(received(fd, size))
         at = 4 + int.from_bytes(self._view[:4], "little")
         head = json.loads(bytes(self._view[4:at]))
         self.identity: str = head["identity"]
@@ -120,7 +115,6 @@ def _received(passed: Any, size: int) -> str:  # noqa: ANN401  # multiprocessing
     """In the child: take the code, and let it be imported. The entry for its own children."""
     from hwlicense.device.sealed_code import Importer  # noqa: PLC0415  # which imports this module
 
-    forbid_dumps()
     fd = passed.detach()
     importer = Importer(HandedCode(fd, size))
     os.close(fd)
