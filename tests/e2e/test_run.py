@@ -68,6 +68,13 @@ def wait():
     finally:
         print("cleaned up", hwlicense.current().closed)
 
+def spend():
+    for _ in range(3):
+        hwlicense.current().spend()
+    print("spent", flush=True)
+    if sys.argv[1:] == ["wait"]:
+        time.sleep(60)
+
 def environment():
     print(json.dumps([sorted(n for n in os.environ if n.startswith(("PYTHON", "LD_"))), sys.path[0] != ""]))
 ''',
@@ -84,17 +91,23 @@ def shop(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shop")
     written(folder / "source", FILES)
     (folder / "weights.bin").write_text("made-up weights")
-    (folder / "terms.toml").write_text(TERMS)
     with Tpm() as tpm:
         run("vendor", "init", folder / "vendor", "--no-passphrase", "--name", "Acme")
         pack(folder, "--code", folder / "source" / "inspector", "--entry", "inspector.program:main")
-        run("device", "enroll", "--home", folder / "home", "--tpm", tpm.tcti, "-o", folder / "a.hwreq")
-        given = ("--request", folder / "a.hwreq", "--package", folder / "program.hwpkg")
-        terms = ("--terms", folder / "terms.toml", "--ek-root", f"virtual={tpm.ek_root}")
-        run("vendor", "issue", "--vendor", folder / "vendor", *given, *terms, "-o", folder / "a.hwlic")
-        run("device", "trust", "--home", folder / "home", folder / "vendor" / "vendor.pub.json")
-        run("device", "install", "--home", folder / "home", folder / "a.hwlic")
+        deliver(folder, tpm, "home", TERMS)
+        deliver(folder, tpm, "limited", TERMS + "[limits]\ninferences = 100\n")
         yield folder
+
+
+def deliver(folder, tpm, home, terms):
+    request, licensed, text = (folder / f"{home}{ending}" for ending in (".hwreq", ".hwlic", ".toml"))
+    text.write_text(terms)
+    run("device", "enroll", "--home", folder / home, "--tpm", tpm.tcti, "-o", request)
+    given = ("--request", request, "--package", folder / "program.hwpkg")
+    agreed = ("--terms", text, "--ek-root", f"virtual={tpm.ek_root}")
+    run("vendor", "issue", "--vendor", folder / "vendor", *given, *agreed, "-o", licensed)
+    run("device", "trust", "--home", folder / home, folder / "vendor" / "vendor.pub.json")
+    run("device", "install", "--home", folder / home, licensed)
 
 
 def pack(folder, *code, status=0, out="program.hwpkg", inputs=("weights.bin",)):
@@ -176,6 +189,23 @@ def test_signals_reach_the_program(shop, number, status):
         process.send_signal(number)
         printed, told = process.communicate(timeout=60)
     assert (process.returncode, printed) == (status, "cleaned up False\n"), told
+
+
+@pytest.mark.parametrize("arguments", [(), ("wait",)])
+def test_what_is_not_spent_is_given_back_at_the_end(shop, arguments):
+    def left():
+        shown = run("device", "status", "--json", "--home", shop / "limited").stdout
+        (limit,) = (limit for each in json.loads(shown)["licenses"] for limit in each["limits"])
+        return 100 if limit["left"] is None else limit["left"]  # not known before the first opening
+
+    before = left()
+    command = [PROGRAM, "run", "--home", shop / "limited", "--entry", "inspector.program:spend"]
+    with subprocess.Popen([*command, shop / "program.hwpkg", *arguments], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"spent\n"
+        if arguments:
+            process.terminate()
+        assert process.wait(60) == (143 if arguments else 0)
+    assert left() == before - 3
 
 
 def test_nothing_of_the_environment_gets_in(shop, tmp_path):
