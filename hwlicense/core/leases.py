@@ -72,7 +72,8 @@ def raise_reservation(account: Account, moment: Moment, demand: int = 0) -> bool
     any of it is booked.
     """
     words = account.words
-    if not due(account, moment.running, demand):
+    # By the anchor's clock, too: who runs in a namespace of its own may have set the system's on.
+    if not due(account, moment.running, demand) or not _reservations(moment.clock - words[Field.CLOCK_MS]):
         return False
     steady = moment.running - words[Field.RAISED_NS] < 2 * _NANOSECONDS
     _measure(account, moment)

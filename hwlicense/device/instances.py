@@ -23,12 +23,18 @@ _NAMED: Final = 8  # processes, at the most
 
 
 class Instance:
-    """A place among the instances, until `close`. Raises ExceededError INSTANCES_EXCEEDED, StorageError."""
+    """A place among the instances, until `close`.
+
+    Raises ExceededError INSTANCES_EXCEEDED, DamagedError HOME_DAMAGED, StorageError.
+    """
 
     def __init__(self, folder: Path, limit: int) -> None:
         self._fd, self._looked = -1, 0.0
         places = folder / "instances"
         storage.make_folders(places, 0o700)
+        if places.is_symlink():  # it may lead each process elsewhere
+            what = f"{places} is a symbolic link."
+            raise DamagedError(Reason.HOME_DAMAGED, what, "Remove it: the locks of instances are made again.")
         for _ in range(2):  # whoever counts the places holds one of them for a moment
             for number in range(limit):
                 self._path = places / str(number)

@@ -10,7 +10,6 @@ Records are authenticated by a key that comes from the license secret.
 
 from __future__ import annotations
 
-import fcntl
 import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -73,19 +72,15 @@ class Ledger:
 
     def begin(self, account: bytes) -> None:
         """Be the first that has the license open, with this account."""
-        self._enter()
+        self._alive.share()
         self._shared = sharing.Shared.made(self._folder, self._records)
         self._shared.share(account)
         self._door = sharing.opened(self._folder, self._shared, self._records)
 
     def join(self) -> None:
         """Be a further one."""
-        self._enter()
+        self._alive.share()
         self._shared, self._door = sharing.joined(self._folder, self._records)
-
-    def _enter(self) -> None:
-        with storage.reporting(self._alive.path):
-            fcntl.flock(self._alive.fd, fcntl.LOCK_SH)
 
     def serve(self) -> None:
         """Have a thread let others join. Raises StorageError where the system gives none."""
@@ -96,9 +91,16 @@ class Ledger:
         """Whether no process has the license open, this one neither: before `begin` and `join`, or after `leave`."""
         probe = LockedFile.opened(self._alive.path, 0)
         try:
-            return probe.taken_now()
+            return probe.free()
         finally:
             probe.close()
+
+    def left(self) -> bool:
+        """Whether those that this process tried to join have ended: it is among nobody, and may `begin`."""
+        if self._shared:  # it did join
+            return False
+        self._alive.unshare()
+        return self.alone()
 
     def forget(self) -> None:
         """As the last process: take the socket away."""

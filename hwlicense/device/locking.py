@@ -38,7 +38,7 @@ class Turn:
     """
 
     def __init__(self) -> None:
-        self._lock, self._holder = threading.Lock(), 0
+        self._lock, self._holder = threading.RLock(), 0
 
     def __enter__(self) -> None:
         if not self.tried(PATIENCE):
@@ -52,15 +52,26 @@ class Turn:
 
     def tried(self, patience: float = 0) -> bool:
         """Whether it is this thread's turn now, until `over`."""
-        if self._holder == threading.get_ident() or not self._lock.acquire(timeout=patience):
+        me = threading.get_ident()
+        if self._holder == me:
             return False
-        self._holder = threading.get_ident()
+        try:
+            if not self._lock.acquire(timeout=patience):
+                return False
+            self._holder = me
+        except BaseException:  # of a signal handler: maybe right after the lock was had
+            self._release()
+            raise
         return True
 
     def over(self) -> None:
         """Let others have their turn."""
         self._holder = 0
-        self._lock.release()
+        self._release()
+
+    def _release(self) -> None:
+        with suppress(RuntimeError):  # it was not had yet
+            self._lock.release()
 
 
 class LockedFile:
@@ -69,6 +80,7 @@ class LockedFile:
     def __init__(self, path: Path, fd: int) -> None:
         """`fd` is taken over."""
         self.path, self.fd, self._turn = path, fd, Turn()
+        self._left: list[int] = []  # closed while a thread had it locked, who does it then
 
     @classmethod
     def opened(cls, path: Path, size: int) -> Self:
@@ -113,13 +125,9 @@ class LockedFile:
             raise self._taken(patience)
         try:
             self._lock(patience)
-            try:
-                yield
-            finally:
-                if os.getpid() == process:  # in a child that was forked meanwhile, it is the parent's
-                    fcntl.flock(fd, fcntl.LOCK_UN)
+            yield
         finally:
-            turn.over()
+            self._unlock(turn, fd, process)
 
     @contextmanager
     def locked_now(self) -> Iterator[bool]:
@@ -129,16 +137,17 @@ class LockedFile:
             yield False
             return
         try:
-            if not self.taken_now():
-                yield False
-                return
-            try:
-                yield True
-            finally:
-                if os.getpid() == process:  # in a child that was forked meanwhile, it is the parent's
-                    fcntl.flock(fd, fcntl.LOCK_UN)
+            yield self.taken_now()
+        finally:
+            self._unlock(turn, fd, process)
+
+    def _unlock(self, turn: Turn, fd: int, process: int) -> None:
+        try:
+            if fd >= 0 and os.getpid() == process:  # in a child that was forked meanwhile, it is the parent's
+                fcntl.flock(fd, fcntl.LOCK_UN)
         finally:
             turn.over()
+            self._close_left()
 
     def _lock(self, patience: float) -> None:
         give_up, pause = 0.0, 0.00005
@@ -150,19 +159,47 @@ class LockedFile:
             time.sleep(pause)
             pause = min(2 * pause, 0.005)
 
+    def share(self, patience: float = PATIENCE) -> None:
+        """Lock it together with others, until `close`. Raises StorageError where one has it alone for too long."""
+        give_up = time.monotonic() + patience
+        while not taken(self.fd, self.path, fcntl.LOCK_SH):
+            if time.monotonic() > give_up:
+                raise self._taken(patience)
+            time.sleep(0.002)
+
+    def unshare(self) -> None:
+        """Give up what `share` took."""
+        fcntl.flock(self.fd, fcntl.LOCK_UN)
+
     def taken_now(self) -> bool:
         """Whether the file is locked for this process now. Raises StorageError where it cannot be locked at all."""
         return taken(self.fd, self.path)
+
+    def free(self) -> bool:
+        """Whether nobody has it locked. Raises StorageError as `taken_now`."""
+        if not self.taken_now():
+            return False
+        fcntl.flock(self.fd, fcntl.LOCK_UN)  # closing would not do, if a child was forked just now
+        return True
 
     def _taken(self, patience: float) -> StorageError:
         what = f"{self.path} has been locked for {patience:g} s."
         return StorageError(Reason.STORAGE, what, "See which process works there (`lsof`).")
 
     def close(self) -> None:
-        """Close the descriptor; the locks that it has end."""
+        """Close the descriptor, and with it its locks; while a thread has it locked, when that ends."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
-            os.close(fd)
+            self._left.append(fd)  # another thread's `flock` must not meet a descriptor that is something else by then
+            self._close_left()
+
+    def _close_left(self) -> None:
+        if self._left and self._turn.tried():
+            try:
+                while self._left:
+                    os.close(self._left.pop())
+            finally:
+                self._turn.over()
 
 
 def holders(files: Iterable[os.stat_result]) -> list[int]:
@@ -178,10 +215,10 @@ def holders(files: Iterable[os.stat_result]) -> list[int]:
     return sorted(found)
 
 
-def taken(fd: int, path: Path) -> bool:
+def taken(fd: int, path: Path, how: int = fcntl.LOCK_EX) -> bool:
     """Whether a file is locked for its descriptor now. Raises StorageError where it cannot be locked at all."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, how | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:

@@ -134,6 +134,8 @@ class Metering:
             raise self._lost.again()
         if self._tended.closed:
             raise ClosedError(Reason.MODEL_CLOSED, "The model was closed.", "Open it again.")
+        if self._instance and (refusal := self._instance.refusal()):
+            raise refusal
 
     def _book(self, count: int, *, throttled: bool) -> Short | None:
         with self._tended.sharing() as (account, now):
@@ -237,8 +239,8 @@ class Metering:
 
     def may_start(self, count: int) -> HwlicenseError | None:
         """Why a session that spends so many could not start now; None if it may."""
-        if self._lost:
-            return self._lost
+        if refusal := self._lost or (self._instance.refusal() if self._instance else None):
+            return refusal
         denied = self._watch.refusal(self._tended.now()) if self._watch else None
         return foremost(self._tended.refusal, denied, self._short_of(count))
 

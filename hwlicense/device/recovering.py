@@ -55,7 +55,7 @@ def open_account(folder: Path, grant: Grant, key: Secret, anchor: Anchor | None,
     try:
         opened = _Opening(grant, like, ledger, anchor, reset)
         with ledger.writing(_OPENING) as write:
-            account = opened.first(write) if ledger.alone() else opened.joined()
+            account = opened.opened(write)
         tended = Tended(grant, account, ledger, anchor, opened.clock)
         if anchor is None and use.metered:
             tended.reserve(account.first)
@@ -90,6 +90,16 @@ class _Opening:
         self._grant, self._like, self._ledger, self._anchor, self._reset = grant, like, ledger, anchor, reset
         self._boot, self._gone = clock.boot_identifier(), False
         self.clock = AnchorClock()
+
+    def opened(self, write: Callable[[bytes], None]) -> Account:
+        """The account, by the first process that has the license open or a further one."""
+        if not self._ledger.alone():
+            try:
+                return self.joined()
+            except StorageError:
+                if not self._ledger.left():  # who was there has ended meanwhile
+                    raise
+        return self.first(write)
 
     def first(self, write: Callable[[bytes], None]) -> Account:
         """No other process has the license open."""

@@ -239,7 +239,7 @@ def test_without_its_counter_or_its_index_it_opens_nothing(customer):
         with refused("COUNTER_LOST", words="index of its opens"):
             customer.open()
         root.undefine(counter.handle)
-        with refused("COUNTER_LOST", words="its counter"):
+        with refused("COUNTER_LOST", words="counter"):
             customer.open()
         assert customer.use.state == "lost"
         made = root.define(counter)

@@ -8,6 +8,8 @@ import random
 import resource
 import signal
 import struct
+import subprocess
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -20,14 +22,13 @@ from hwlicense.core.errors import (
     ExceededError,
     HwlicenseError,
     Reason,
-    RefusedError,
     StorageError,
     UsageError,
 )
 from hwlicense.core.hardware import Reading
 from hwlicense.core.limits import Limits, Rate, Use
 from hwlicense.core.secret import Secret
-from hwlicense.device import clock, recovering
+from hwlicense.device import recovering
 from hwlicense.device.metering import BATCH, Metering
 from tests.attacks.test_ledger import excess
 from tests.metered import grant
@@ -466,12 +467,39 @@ def test_a_fork_in_a_signal_handler_gives_no_batch_twice(tmp_path, anchored, mon
     assert spent + len(shop.told()) <= 3000
 
 
-def test_a_time_namespace_is_no_way_around_frames(tmp_path, monkeypatch):
-    offsets = tmp_path / "offsets"
-    offsets.write_text("monotonic 0 0\nboottime 70 0\n")
-    monkeypatch.setattr(clock, "OFFSETS", offsets)
-    with pytest.raises(RefusedError) as error:
-        clock.check_shared()
-    assert error.value.reason == Reason.CLOCK_SET_BACK
-    offsets.write_text("monotonic 0 0\nboottime 0 0\n")
+CHECK = """
+from hwlicense.device import clock
+try:
     clock.check_shared()
+except clock.RefusedError as error:
+    print(error.reason)
+else:
+    print("shared")
+"""
+
+
+@pytest.mark.parametrize(
+    ("around", "before", "said"),
+    [
+        ([], "", "shared"),
+        (["--time"], "", "shared"),  # a namespace of its own, whose clocks are the machine's
+        (["--time", "--boottime", "1000"], "", "CLOCK_SET_BACK"),
+        (["--time", "--monotonic", "1000"], "", "CLOCK_SET_BACK"),
+        (
+            ["--time", "--boottime", "1000"],
+            "mount --bind /proc/1/timens_offsets /proc/$$/timens_offsets",
+            "CLOCK_SET_BACK",
+        ),
+        (["--time", "--boottime", "1000"], "mount -t tmpfs none /proc/$$/ns", "CLOCK_SET_BACK"),
+        (["--time", "--boottime", "1000"], "mount -t tmpfs none /proc", "CLOCK_SET_BACK"),
+        ([], "mount -t tmpfs none /proc", "CLOCK_SET_BACK"),
+    ],
+)
+def test_a_time_namespace_is_no_way_around_frames(around, before, said):
+    """Hidden or not."""
+    command = ["unshare", "--user", "--map-root-user", "--mount", *around, "sh", "-ec"]
+    program = f'{before}\nexec "$0" -c "$1"'
+    done = subprocess.run(
+        [*command, program, sys.executable, CHECK], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout.strip(), done.stderr) == (said, "")
