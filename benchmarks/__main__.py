@@ -10,14 +10,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cold_start, dongles, monitor, outputs, throughput, use
+from benchmarks import cold_start, dongles, importing, monitor, outputs, throughput, use
 from benchmarks.measure import Failed, machine
 from benchmarks.scene import Scene
 from hwlicense_simulators import SimulatorError, Tpm
 
 RESULTS = Path(__file__).parent / "results"
 MEMORY = Path("/dev/shm")  # noqa: S108  # so that no disk is measured; a folder of this program's own within
-PARTS = ("cold", "throughput", "dongles", "monitor", "use", "outputs")
+PARTS = ("cold", "throughput", "importing", "dongles", "monitor", "use", "outputs")
 
 
 def main() -> int:
@@ -37,6 +37,9 @@ def main() -> int:
                 size = options.size << 20
                 found["throughput"] = throughput.measure(scene, max(5, options.runs // 3), size)
                 _show(throughput.table(found["throughput"]))
+            if options.part in {"all", "importing"}:
+                found["importing"] = importing.measure(scene, options.runs)
+                _show(importing.table(found["importing"]))
             if options.part in {"all", "dongles"}:
                 found["dongles"] = dongles.measure(scene, options.runs, options.pulls, options.seconds)
                 _show(dongles.table(found["dongles"]))

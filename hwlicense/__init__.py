@@ -47,6 +47,7 @@ __all__ = [
     "StorageError",
     "UsageError",
     "__version__",
+    "current",
     "open",
 ]
 
@@ -85,6 +86,16 @@ def open(  # noqa: A001, PLR0913  # it opens a package as the builtin opens a fi
     trusted = selecting.vendor(vendor)
     connect = selecting.hardware(place, tpm, [token] if token else [], touch)
     return open_package(Path(package), trusted, place, connect, selecting.pin(pin, last_try=last_try))
+
+
+def current() -> Model:
+    """The open model of the package that `hwlicense run` started this program from. Forked children have it, too.
+
+    Raises UsageError in any other process.
+    """
+    from hwlicense.device import running  # noqa: PLC0415  # importing the package stays cheap
+
+    return running.current()
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401  # a module's attributes are of any type

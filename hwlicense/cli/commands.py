@@ -14,6 +14,7 @@ _LAZY: Final = {
     "device": ("hwlicense.cli.device", "device", "The machine that runs the model: enroll, install, check, diagnose."),
     "exec": ("hwlicense.cli.executing", "execute", "Run a program that is not Python over an open package."),
     "inspect": ("hwlicense.cli.inspecting", "inspect", "Show what a file of the project says."),
+    "run": ("hwlicense.cli.running", "run", "Run the program that is sealed in a package."),
     "simulate": (
         "hwlicense_simulators.cli",
         "simulate",

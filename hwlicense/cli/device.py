@@ -23,7 +23,7 @@ from hwlicense.device.home import by_any, read_vendor
 from hwlicense.device.reading import PackageFile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from hwlicense.core.errors import HwlicenseError
@@ -191,8 +191,9 @@ def check(
             output.note(f"Opening spends one of the license's {opens:,} opens, of which {left:,} are left.")
         pin = secrets.pin_source(pin_file, token_pin_file, last_try=last_try)
         model = opening.open_package(package, vendor, place, connect, pin)
-        with model, output.progress("Reading", sum(model.size(name) for name in model.names)) as advance:
-            _read_all(model, advance)
+        members = file.manifest.members  # code, too
+        with model, output.progress("Reading", sum(member.size for member in members)) as advance:
+            _read_all(model, [member.name for member in members], advance)
         grant = model.grant or grant
     result = {
         "package": file.manifest.name,
@@ -290,8 +291,8 @@ def _not_checked(error: HwlicenseError) -> None:
     output.note(f"warning: not all of the license's hardware is here: {later}. {error.what} {error.hint}".rstrip())
 
 
-def _read_all(model: Model, advance: Callable[[int], None]) -> None:
-    for name in model.names:
+def _read_all(model: Model, names: Iterable[str], advance: Callable[[int], None]) -> None:
+    for name in names:
         with model.open(name) as file:
             while piece := file.read(1 << 20):
                 advance(len(piece))

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 
 from hwlicense import storage
 from hwlicense.cli import output
-from hwlicense.core import dongle, package, token
+from hwlicense.core import code, dongle, package, token
 from hwlicense.core.documents import (
     PAYLOAD_TYPES,
     Approval,
@@ -126,9 +126,14 @@ def _lines(document: Document) -> Iterator[tuple[str, str]]:
 def _manifest(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield from [("name", manifest.name), ("version", manifest.version), ("vendor", manifest.vendor)]
     yield from [("content key", manifest.content_key), ("digests", manifest.algorithm)]
-    yield "files", f"{len(manifest.members)}, {sum(m.size for m in manifest.members):,} bytes"
-    for member in manifest.members:
-        yield "", f"{member.size:>15,}  {member.name}"
+    sealed = [member for member in manifest.members if code.reserved(member.name)]
+    files = [member for member in manifest.members if not code.reserved(member.name)]
+    yield "files", f"{len(files)}, {sum(m.size for m in files):,} bytes"
+    yield from [("", f"{member.size:>15,}  {member.name}") for member in files]
+    if manifest.code:
+        yield "code", f"for Python {', '.join(manifest.code.versions)}; {len(sealed)} files"
+        yield "", f"begins at {manifest.code.entry}" if manifest.code.entry else "no entry: it is imported"
+        yield from [("", f"{member.size:>15,}  {member.name}") for member in sealed]
 
 
 def _request(request: Request) -> Iterator[tuple[str, str]]:

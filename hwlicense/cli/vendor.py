@@ -13,6 +13,8 @@ from hwlicense.cli import output, secrets
 from hwlicense.cli.vendor_hardware import dongle, token
 from hwlicense.cli.vendor_input import (
     FILE,
+    code_options,
+    compiled_code,
     examined,
     force_option,
     text,
@@ -84,26 +86,33 @@ def init(path: Path, name: str | None, classical: str, no_passphrase: bool, pass
     show_default=True,
     help="Digest of the ciphertext.",
 )
+@code_options
 @force_option
 @secrets.passphrase_option
-@click.argument("inputs", nargs=-1, required=True, type=FILE, metavar="INPUT...")
+@click.argument("inputs", nargs=-1, type=FILE, metavar="[INPUT]...")
 def pack(
     folder: Path,
     name: str,
     version: str,
     target: Path,
     algorithm: Algorithm,
+    packages: tuple[Path, ...],
+    entry: str | None,
+    pythons: tuple[str, ...],
+    optimize: int,
     force: bool,
     passphrase_file: Path | None,
     inputs: tuple[Path, ...],
 ) -> None:
     """Encrypt and sign files into a package.
 
-    An INPUT that is a folder is packed with paths relative to it; a file goes in under its own name.
+    An INPUT that is a folder is packed with paths relative to it; a file goes in under its own name. With --code,
+    Python packages go in as bytecode, data and native modules.
     """
     place = Folder(folder)
+    compiled = compiled_code(packages, name, entry, pythons, optimize)
     keys = secrets.unlock(place, passphrase_file)
-    with output.progress("Packing", packing.total_size(inputs)) as advance:
+    with output.progress("Packing", packing.total_size(inputs, compiled)) as advance:
         manifest = packing.pack(
             inputs,
             target,
@@ -115,10 +124,14 @@ def pack(
             algorithm=algorithm,
             progress=advance,
             force=force,
+            compiled=compiled,
         )
     size = sum(member.size for member in manifest.members)
     count = len(manifest.members)
     output.note(f"Packed {count} file{'s' * (count != 1)}, {size:,} bytes, into {target}.")
+    if compiled:
+        versions = ", ".join(compiled.code.versions)
+        output.note(f"Its code is for Python {versions}; {compiled.left_out:,} sources and the like stay here.")
 
 
 @vendor.command()

@@ -14,7 +14,7 @@ from hwlicense.core.documents import TpmBinding, UsbBinding
 from hwlicense.core.errors import Reason, UsageError
 from hwlicense.core.schema import FILE_LIMIT
 from hwlicense.core.terms import SIZE_LIMIT, oddities, parse_terms
-from hwlicense.vendor import certificates, evidence, packing
+from hwlicense.vendor import certificates, compiling, evidence, packing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hwlicense.core.documents import Binding, Manifest
     from hwlicense.core.secret import Secret
     from hwlicense.core.terms import Terms
+    from hwlicense.vendor.compiling import Compiled
     from hwlicense.vendor.folder import Folder
 
 FILE = click.Path(path_type=Path, readable=False)
@@ -77,6 +78,42 @@ def trust_options(function: Callable[..., Any]) -> Callable[..., Any]:
     ):
         function = option(function)
     return function
+
+
+def code_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """--code, --entry, --python and -O: Python code that goes into a package."""
+    for option in (
+        click.option("-O", "optimize", count=True, help="Leave assertions out; -OO: docstrings as well."),
+        click.option(
+            "--python",
+            "pythons",
+            multiple=True,
+            metavar="VERSION|PATH",
+            help="Compile for this Python, too: 3.12, or the path of an interpreter.  [default: the running one alone]",
+        ),
+        click.option("--entry", metavar="MODULE:FUNCTION", help="Where the program begins that the code is."),
+        click.option(
+            "--code",
+            "packages",
+            multiple=True,
+            type=FILE,
+            metavar="PACKAGE_DIR",
+            help="The folder of a Python package, or a module. Its sources stay here.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def compiled_code(
+    packages: tuple[Path, ...], name: str, entry: str | None, pythons: tuple[str, ...], optimize: int
+) -> Compiled | None:
+    """What --code and its companions ask for; None without --code. Raises UsageError."""
+    if packages:
+        return compiling.compile_code(packages, name, entry, pythons, min(optimize, 2))
+    if entry or pythons or optimize:
+        raise UsageError(Reason.USAGE, "--entry, --python and -O are about code.", "Give --code PACKAGE_DIR with them.")
+    return None
 
 
 def pin_options(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 
+from hwlicense.core.code import ENTRY, VERSION
 from hwlicense.core.limits import Use
 from hwlicense.core.process import Application, Guard  # noqa: TC001  # as above
 from hwlicense.core.schema import (
@@ -348,8 +349,18 @@ class Member(Document, frozen=True):
     digests: bytes
 
 
-class Manifest(Document, frozen=True):
-    """What a package holds, in its order. `table` is the digest of the encrypted table of chunk keys."""
+class Code(Document, frozen=True):
+    """The Python code of a package: where its program begins, if it is one, and the versions of Python it is for."""
+
+    entry: Annotated[str, msgspec.Meta(max_length=400, pattern=ENTRY)] | None
+    versions: Annotated[list[Annotated[str, msgspec.Meta(pattern=VERSION)]], msgspec.Meta(min_length=1, max_length=20)]
+
+
+class Manifest(Document, frozen=True, omit_defaults=True):
+    """What a package holds, in its order. `table` is the digest of the encrypted table of chunk keys.
+
+    `code` is left out of the encoding where there is none: manifests from before it stay as they are.
+    """
 
     schema: int
     name: Name
@@ -361,6 +372,7 @@ class Manifest(Document, frozen=True):
     chunk_size: Annotated[int, msgspec.Meta(ge=4096, le=1 << 26)]
     table: Digest
     members: Annotated[list[Member], msgspec.Meta(min_length=1, max_length=100_000)]
+    code: Code | None = None
 
 
 class VendorPublic(Document, frozen=True):

@@ -37,6 +37,7 @@ from blake3 import blake3
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from hwlicense.core import code
 from hwlicense.core.errors import DamagedError, Reason, UsageError
 from hwlicense.core.keys import NONCE, TAG_SIZE
 from hwlicense.core.secret import SIZE, Secret, derive
@@ -88,6 +89,7 @@ class Layout:
         check_manifest(manifest)
         self.manifest = manifest
         self.members = {member.name: member for member in manifest.members}
+        self.names = tuple(name for name in self.members if not code.reserved(name))
         self.chunk_count = sum(len(member.digests) for member in manifest.members) // DIGEST_SIZE
         self.table_offset = HEADER_SIZE + envelope_size
         self.table_size = self.chunk_count * SIZE + TAG_SIZE
@@ -144,7 +146,7 @@ def envelope_of(file: Readable) -> bytes:
 
 def check_manifest(manifest: Manifest) -> None:
     """Refuse a manifest that contradicts itself. Raises DamagedError PACKAGE_DAMAGED."""
-    if fault := _fault([member.name for member in manifest.members]):
+    if fault := _fault([member.name for member in manifest.members]) or code.fault(manifest):
         raise damaged(f"The manifest is wrong: {fault}.")
     for member in manifest.members:
         if len(member.digests) != chunk_count(member.size, manifest.chunk_size) * DIGEST_SIZE:

@@ -314,6 +314,14 @@ def _locked_file(fd: int, size: int) -> tuple[mmap.mmap | None, int]:
     return (locked if locked_by else None), locked_by
 
 
+def received(fd: int, size: int) -> mmap.mmap:
+    """The content of a `SealedFile` of another process, which handed its descriptor over. Raises StorageError."""
+    forbid_dumps()
+    made = _mapped(fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
+    _lock(_address_of(made), size)  # locks do not pass on
+    return made
+
+
 def _lock(address: int, size: int, flags: int = 0) -> int:
     """The process that locked the pages, or 0 where the limit forbids it."""
     if flags and hasattr(_libc, "mlock2"):

@@ -20,7 +20,6 @@ from hwlicense.device.streaming import MemberReader
 if TYPE_CHECKING:
     import ctypes
     from collections.abc import Callable, Iterator, Sequence
-    from types import TracebackType
 
     from hwlicense.core import package
     from hwlicense.core.documents import Grant, Member
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from hwlicense.device.presence import Presence
     from hwlicense.device.reading import PackageFile
     from hwlicense.device.recorder import Recorder
+    from hwlicense.device.sealed_code import Importer
 
 THREADED: Final = 8  # chunks from which on several threads are worth their start
 
@@ -84,7 +84,7 @@ class Model(Licensed):
     def names(self) -> tuple[str, ...]:
         """The members' relative paths, as packed."""
         self._check_open()
-        return tuple(self._layout.members)
+        return self._layout.names
 
     def size(self, name: str) -> int:
         """Bytes of a member. Raises UsageError MEMBER_ABSENT."""
@@ -135,6 +135,12 @@ class Model(Licensed):
             if name not in self._sealed:
                 self._sealed[name] = SealedFile(member.size, lambda view: self._decrypt(member, view))
             return self._sealed[name].path
+
+    def importer(self) -> Importer:
+        """What imports the package's code while it is installed, as in a `with` block. Raises UsageError."""
+        from hwlicense.device import sealed_code  # noqa: PLC0415  # most packages hold no code
+
+        return sealed_code.Importer(sealed_code.ModelCode(self, self._layout.manifest))
 
     @property
     def enclosure(self) -> memoryview:
@@ -278,9 +284,7 @@ class Model(Licensed):
         self._check()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
 
     def __del__(self) -> None:

@@ -11,10 +11,11 @@ from __future__ import annotations
 import os
 import re
 import secrets
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from hwlicense.core import package
+from hwlicense.core import code, package
 from hwlicense.core.documents import Manifest, Member
 from hwlicense.core.envelope import seal, verified
 from hwlicense.core.errors import DamagedError, Reason, RefusedError, StorageError, UsageError
@@ -26,9 +27,11 @@ from hwlicense.vendor.folder import KEYS, PUBLIC
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from hwlicense.core.documents import VendorPublic
     from hwlicense.core.envelope import Signer
+    from hwlicense.vendor.compiling import Compiled
 
 CHUNK_SIZES: Final = range(4096, (1 << 26) + 1)
 MEMBER_LIMIT: Final = 100_000
@@ -37,11 +40,15 @@ _SURROGATE: Final = re.compile("[\ud800-\udfff]")  # what Python makes of argume
 
 
 class Source(NamedTuple):
-    """A file to pack. `stamp` tells whether it was changed since it was found: size, time (ns), inode, device."""
+    """A file to pack. `stamp` tells whether it was changed since it was found: size, time (ns), inode, device.
+
+    With `content`, that is packed in the file's place: what was made from it.
+    """
 
     name: str
     path: Path
     stamp: tuple[int, int, int, int]
+    content: bytes | None = None
 
     @property
     def size(self) -> int:
@@ -49,8 +56,15 @@ class Source(NamedTuple):
         return self.stamp[0]
 
 
-def sources(inputs: Sequence[Path]) -> list[Source]:
+def made(name: str, path: Path, content: bytes) -> Source:
+    """What was made in memory, from the file at `path`."""
+    return Source(name, path, (len(content), 0, 0, 0), content)
+
+
+def sources(inputs: Sequence[Path], compiled: Compiled | None = None) -> list[Source]:
     """What `inputs` hold, in the order of their names: a folder's files relative to it, a file under its own name.
+
+    And `compiled`, below the folder that is reserved for code.
 
     Hidden files are packed as others are. Symbolic links to files are followed unless they lead out of the folder;
     links to folders, sockets, devices and other things that are no files are refused, rather than left out in silence.
@@ -61,11 +75,17 @@ def sources(inputs: Sequence[Path]) -> list[Source]:
         with reporting(given):
             root = given.resolve() if given.is_dir() else None
         if root:
-            found += [_source(path.relative_to(root).as_posix(), path, root) for path in _walk(root)]
+            found += [source_of(path.relative_to(root).as_posix(), path, root) for path in walk(root)]
         else:
-            found.append(_source(given.name, given, None))
+            found.append(source_of(given.name, given, None))
         if len(found) > MEMBER_LIMIT:
             raise UsageError(Reason.USAGE, f"There are more than {MEMBER_LIMIT:,} files.", "Pack fewer, or an archive.")
+    for source in found:
+        if code.reserved(source.name):
+            what = f"{source.path} would be packed as {source.name!r}, and {code.FOLDER} is for code alone."
+            raise UsageError(Reason.MEMBER_NAME, what, "Rename the folder; code is packed with --code.")
+    if compiled:
+        found += compiled.sources
     if not found:
         raise UsageError(Reason.USAGE, "There is nothing to pack.", "Give files, or folders with files in them.")
     for source in found:  # `pack .` beside a vendor folder would send the private keys to the customer
@@ -77,9 +97,9 @@ def sources(inputs: Sequence[Path]) -> list[Source]:
     return found
 
 
-def total_size(inputs: Sequence[Path]) -> int:
+def total_size(inputs: Sequence[Path], compiled: Compiled | None = None) -> int:
     """Bytes that `pack` will report to its `progress`."""
-    return sum(source.size for source in sources(inputs))
+    return sum(source.size for source in sources(inputs, compiled))
 
 
 def pack(  # noqa: PLR0913  # what a package says, and who says it
@@ -95,8 +115,11 @@ def pack(  # noqa: PLR0913  # what a package says, and who says it
     algorithm: package.Algorithm = "blake3",
     progress: Callable[[int], None] | None = None,
     force: bool = False,
+    compiled: Compiled | None = None,
 ) -> Manifest:
-    """Pack `inputs` into `out` under a new content key, which `wrap_content_key` wraps for the vendor's later use.
+    """Pack `inputs` and `compiled` code into `out`, under a new content key.
+
+    `wrap_content_key` wraps that key for the vendor's later use.
 
     `progress` gets the bytes done since its last call. `out` appears when it is complete and on the disk; after any
     failure, interruption or kill what was there before is still there. Needs memory for a chunk and 64 bytes for each.
@@ -108,7 +131,7 @@ def pack(  # noqa: PLR0913  # what a package says, and who says it
     if not all(1 <= len(text) <= NAME_LIMIT and not _SURROGATE.search(text) for text in (name, version)):
         what = f"Name and version must have 1 to {NAME_LIMIT} characters, in UTF-8."
         raise UsageError(Reason.USAGE, what, "Shorten them, or check the terminal's encoding.")
-    found = sources(inputs)
+    found = sources(inputs, compiled)
     if os.path.realpath(out) in {os.path.realpath(source.path) for source in found}:
         raise UsageError(
             Reason.USAGE, f"{out} is also one of the inputs.", "Write the package outside of what it packs."
@@ -132,6 +155,7 @@ def pack(  # noqa: PLR0913  # what a package says, and who says it
                 chunk_size=chunk_size,
                 table=package.digest(table, algorithm),
                 members=members,
+                code=compiled.code if compiled else None,
             )
             envelope = seal(manifest, signers)
             _check(envelope, vendor)
@@ -179,7 +203,7 @@ class _Packer:
 
     def seal(self, source: Source) -> Iterator[tuple[bytes, memoryview]]:
         """Digest and ciphertext of each chunk; the ciphertext is good until the next is asked for."""
-        with OpenFile(source.path) as file:
+        with _opened(source) as file:
             _check_unchanged(source, file)
             for start in range(0, source.size, len(self._plain)):
                 size = min(len(self._plain), source.size - start)
@@ -194,14 +218,31 @@ class _Packer:
             _check_unchanged(source, file)
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    """Every entry below `root` that is not a folder."""
+class _Made:
+    """What was made in memory, read as a file is."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+
+    def read_into(self, buffer: memoryview, offset: int) -> int:
+        piece = self._content[offset : offset + len(buffer)]
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+
+def _opened(source: Source) -> AbstractContextManager[OpenFile | _Made]:
+    return OpenFile(source.path) if source.content is None else nullcontext(_Made(source.content))
+
+
+def walk(root: Path, left_out: Callable[[str], bool] = lambda _name: False) -> Iterator[Path]:
+    """Every entry below `root` that is not a folder, without folders whose name is `left_out`. Raises UsageError."""
 
     def refuse(error: OSError) -> None:
         raise error
 
     with reporting(root):
         for folder, folders, files in os.walk(root, onerror=refuse):
+            folders[:] = [name for name in folders if not left_out(name)]
             for name in folders:
                 if Path(folder, name).is_symlink():
                     what = f"{Path(folder, name)} is a symbolic link to a folder."
@@ -211,7 +252,8 @@ def _walk(root: Path) -> Iterator[Path]:
             yield from (Path(folder, name) for name in files)
 
 
-def _source(name: str, path: Path, root: Path | None) -> Source:
+def source_of(name: str, path: Path, root: Path | None) -> Source:
+    """A file to pack under `name`. Raises UsageError for a link that leads out of `root` and for what is no file."""
     if root and path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root):
         what = f"{path} is a symbolic link that leads out of {root}."
         raise UsageError(Reason.USAGE, what, "Put the file itself there, or pack it as an input of its own.")
@@ -224,8 +266,8 @@ def _stamp(file: OpenFile) -> tuple[int, int, int, int]:
     return status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev
 
 
-def _check_unchanged(source: Source, file: OpenFile) -> None:
-    if _stamp(file) != source.stamp:
+def _check_unchanged(source: Source, file: OpenFile | _Made) -> None:
+    if isinstance(file, OpenFile) and _stamp(file) != source.stamp:
         raise _changed(source)
 
 

@@ -48,6 +48,14 @@ def test_weights_under_a_c_program(tmp_path):
     assert told.splitlines()[-4:] == ["6 22 38", "3 7 11", "0 4 8", "refused: RATE_EXCEEDED"]
 
 
+def test_a_program_that_is_sealed(tmp_path):
+    with Tpm() as tpm:
+        told = run(ROOT / "examples" / "sealed" / "story.sh", cwd=tmp_path, env=os.environ | tpm.environment)
+    assert told.endswith("grey 170: scratched (0.27)\ngrey 250: broken (0.59)\nexit status 1\n")
+    assert "secret.cpython-" in told
+    assert "secret.cpython-311.pyc" not in told
+
+
 def test_a_product_tests_itself_with_the_plugin():
     folder = ROOT / "examples" / "ci"
     command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -59,7 +60,7 @@ def test_each_chunk_and_package_has_fresh_keys(vendor, tmp_path):
     assert bytes(CHUNK // 4) not in raw
 
 
-@pytest.mark.parametrize("version", [1])
+@pytest.mark.parametrize("version", [1, 2])
 def test_frozen_packages_open_for_ever(version):
     said = json.loads((VECTORS / f"package-{version}.json").read_text())
     path = VECTORS / f"package-{version}.hwpkg"
@@ -68,7 +69,9 @@ def test_frozen_packages_open_for_ever(version):
     with PackageFile(path, vendor) as file:
         file.verify()
         with Model(file, nothing_enclosed(Secret(bytearray.fromhex(said["content_key"])))) as model:
-            assert {name: bytes(model.read(name)) for name in model.names} == expected
+            assert {name: bytes(model.read(name)) for name in file.layout.members} == expected
+            assert set(model.names) == {name for name in expected if not name.startswith(".code/")}
+    assert msgspec.to_builtins(file.manifest.code) == said.get("code")
     assert decrypt(path.read_bytes(), bytes.fromhex(said["content_key"])) == expected
 
 

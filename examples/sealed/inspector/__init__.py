@@ -1,0 +1,1 @@
+"""An inspection program that is sold sealed: it, its labels and its model travel in one package."""

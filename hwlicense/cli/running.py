@@ -1,0 +1,132 @@
+"""`hwlicense run`: a sealed program, in an interpreter that takes nothing from the user's environment."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import sys
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Final, NoReturn
+
+import click
+
+from hwlicense.cli import output, secrets
+from hwlicense.cli.options import FILE, place_options, token_option, tpm_option
+from hwlicense.core.errors import HwlicenseError, Reason, UsageError
+from hwlicense.device import opening, running, selecting
+from hwlicense.device.home import by_any
+from hwlicense.device.reading import PackageFile
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hwlicense.core.code import Entry
+
+_INTERRUPTED: Final = 130
+_PRELOADS: Final = ("LD_PRELOAD", "LD_AUDIT")
+
+
+@click.command(context_settings={"allow_interspersed_args": False})
+@place_options
+@tpm_option
+@token_option
+@secrets.pin_options
+@secrets.token_pin_option
+@click.option("--entry", metavar="MODULE:FUNCTION", help="Where to begin.  [default: as the vendor packed it]")
+@click.argument("package", type=FILE, metavar="PACKAGE.hwpkg")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[--] [ARGS]...")
+def run(
+    home: Path | None,
+    state: Path | None,
+    tpm: str | None,
+    tokens: tuple[str, ...],
+    pin_file: Path | None,
+    token_pin_file: Path | None,
+    last_try: bool,
+    entry: str | None,
+    package: Path,
+    arguments: tuple[str, ...],
+) -> NoReturn:
+    """Run the program in a package, under its license. Nothing of it is written to a disk.
+
+    Python starts isolated (as by -I): without the variables PYTHON*, LD_PRELOAD and LD_AUDIT, the user's site folder
+    and modules of the current folder. ARGS are the program's; its exit status is this command's.
+    """
+    isolate()
+    place = selecting.home(home, state)
+    with output.naming(package):
+        file, vendor = by_any(place.trusted(), lambda vendor: PackageFile(package, vendor))
+        with file:
+            begin = running.entry_of(file.manifest, entry)
+    connect = selecting.hardware(place, tpm, tokens, output.note)
+    pin = secrets.pin_source(pin_file, token_pin_file, last_try=last_try)
+    with ExitStack() as stack:
+        model = stack.enter_context(opening.open_package(package, vendor, place, connect, pin))
+        stack.enter_context(model.importer())
+        stack.enter_context(running.started(model))
+        # After threads and exit handlers of the program: they may still need the model
+        atexit.register(_close, stack.pop_all())
+    _terminate_children_at_once()
+    sys.argv = [str(package), *(arguments[1:] if arguments[:1] == ("--",) else arguments)]
+    sys.exit(_status(begin))
+
+
+def isolate() -> None:
+    """Start anew, isolated, unless that is so already. No secret is there yet. Raises UsageError."""
+    clean = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTHON") and name not in _PRELOADS
+    }
+    if sys.flags.isolated and len(clean) == len(os.environ):
+        return
+    if not sys.executable:
+        raise UsageError(Reason.USAGE, "Python does not know its own path.", "Start it by its full path.")
+    os.execve(sys.executable, [sys.executable, "-I", "-m", "hwlicense", *sys.argv[1:]], clean)  # noqa: S606  # no shell
+
+
+def _status(begin: Entry) -> int | str | None:
+    """Run the program to its end; its exit status, as sys.exit takes it."""
+    try:
+        status = running.begin(begin)
+    except SystemExit as end:
+        return end.code
+    except HwlicenseError as error:
+        output.failure(error.reason, error.what, error.hint)
+        return error.exit_status
+    except BaseException as error:  # noqa: BLE001  # the program's own, shown as Python shows it
+        trace = error.__traceback__
+        while trace and trace.tb_frame.f_globals["__name__"].startswith((__name__, running.__name__, "importlib")):
+            trace = trace.tb_next
+        shown = error.with_traceback(trace)
+        sys.excepthook(type(shown), shown, trace)
+        return _INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
+    return status if isinstance(status, int | str) else None if status is None else str(status)
+
+
+def _close(stack: ExitStack) -> None:
+    try:
+        stack.close()
+    except HwlicenseError as error:
+        output.failure(error.reason, error.what, error.hint)
+
+
+def _terminate_children_at_once() -> None:
+    """SIGTERM ends a child that the program forks at once, as the parent expects that terminates it.
+
+    Blocked meanwhile: the exception that it is in this process would come in the midst of other handlers of forking.
+    """
+    before: list[set[signal.Signals]] = []
+
+    def block() -> None:
+        before.append({signal.Signals(n) for n in signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})})
+
+    def unblock() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before.pop())
+
+    def in_child() -> None:
+        if signal.getsignal(signal.SIGTERM) is ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        unblock()
+
+    ours = signal.getsignal(signal.SIGTERM)
+    os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=in_child)
