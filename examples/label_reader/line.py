@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 from PIL import Image
-from reader import LabelReader
 from vendor_keys import VENDOR
 from weights import CLS, DET, REC
 
@@ -20,7 +19,9 @@ import hwlicense
 def main(package: str, picture: str, stop: str) -> None:
     """Read `picture` again and again until the file `stop` appears; say what changes."""
     said = None
-    with hwlicense.open(package, vendor=VENDOR) as model, Image.open(picture) as part:
+    with hwlicense.open(package, vendor=VENDOR) as model, model.importer(), Image.open(picture) as part:
+        from reader import LabelReader  # noqa: PLC0415  # sealed: there is none on the disk
+
         reader = LabelReader(*(model.path(name) for name in (DET, CLS, REC)))
         while not Path(stop).exists():
             try:

@@ -92,7 +92,7 @@ def build_application() -> None:
     """What the vendor ships beside the package: code, with the vendor's public keys inside."""
     target = FOLDER / "application"
     target.mkdir()
-    for name in ("application.py", "line.py", "reader.py", "weights.py"):
+    for name in ("application.py", "line.py", "weights.py"):
         shutil.copy(HERE / name, target)
     public = (FOLDER / "vendor" / "vendor.pub.json").read_text(encoding="utf-8")
     (target / "vendor_keys.py").write_text(
@@ -132,10 +132,10 @@ def story(a: Tpm, b: Tpm) -> None:
     run([sys.executable, HERE / "picture.py", "part.png"])
     weights = run([sys.executable, HERE / "weights.py"]).split()
 
-    tell("2. The vendor makes keys, encrypts and signs the networks into a package, and builds the product.")
+    tell("2. The vendor makes keys, encrypts and signs networks and the code around them, and builds the product.")
     run([PROGRAM, "vendor", "init", "vendor", "--no-passphrase", "--name", "Example Vision"])
     pack = ["vendor", "pack", "--vendor", "vendor", "--name", "label-reader", "--version", "1.0"]
-    run([PROGRAM, *pack, "-o", "label-reader.hwpkg", *weights])
+    run([PROGRAM, *pack, "--code", HERE / "reader.py", "-o", "label-reader.hwpkg", *weights])
     build_application()
 
     tell("3. Device A, a robot controller, asks for a license: its TPM says who it is and in which state it booted.")
