@@ -34,6 +34,7 @@ _START = """
 import sys
 from pathlib import Path
 from hwlicense.core.documents import VendorPublic
+from hwlicense.core.keys import Content
 from hwlicense.core.schema import decode
 from hwlicense.core.secret import Secret
 from hwlicense.device.model import Model
@@ -41,7 +42,7 @@ from hwlicense.device.reading import PackageFile
 
 def opened():
     vendor = decode(Path(sys.argv[2]).read_bytes(), VendorPublic, spaced=True)
-    return Model(PackageFile(Path(sys.argv[1]), vendor), Secret(bytearray.fromhex(sys.argv[3])))
+    return Model(PackageFile(Path(sys.argv[1]), vendor), Content(Secret(bytearray.fromhex(sys.argv[3])), Secret(bytearray())))
 
 """
 
