@@ -148,7 +148,7 @@ if __name__ == "__main__":
     with opened() as model, model.importer() as importer:
         file = importer.handed.to(object.__new__(type("Popen", (), {})))
         raw = Path(file.path).read_bytes()
-        print(b"a marker in the docstring" in raw, b"weights" in raw, bytes(model._keys.view) in raw)
+        print(b"a marker in the docstring" in raw, b"weights" in raw, bytes(model._keys.memory.view) in raw)
         try:
             os.pwrite(os.open(file.path, os.O_RDWR), b"x", 0)
         except PermissionError:
