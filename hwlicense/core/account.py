@@ -176,11 +176,15 @@ class Account:
 
     def _wait(self, window: Window, now: int, count: int) -> int | None:
         """Nanoseconds until `count` would fit in a window, if nothing more is booked; None where they never do."""
-        words, taken = self.words, self._held + min(self.words[Field.DOUBTED], window.limit)
+        words, doubted = self.words, min(self.words[Field.DOUBTED], window.limit)
+        taken = self._held + doubted
         if count > window.limit or not taken or count + taken <= window.limit:
             return window.wait(words, now, count + taken)
         ends = [words[at] for at in _SESSIONS_AT if words[at + 1]]
-        return max(1, max(ends, default=0) - now, words[Field.DOUBTED_NS] - now)
+        if doubted:  # it counts from then on
+            until = words[Field.DOUBTED_NS]
+            ends.append(until if count + doubted <= window.limit else window.forgotten(until))
+        return max(1, max(ends) - now)
 
     def book(self, now: int, least: int, most: int, *, throttled: bool = False) -> Booked | Short:
         """Book from `least` to `most` allowances, or none."""
