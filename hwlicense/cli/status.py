@@ -99,8 +99,10 @@ def _rows(entry: dict[str, Any], unreached: dict[str, str] | None) -> Iterator[t
         entry["account"] = _ACCOUNT[entry["account"]].format(folder)
     if "uncharged" in entry:
         entry["uncharged"] = usage.left_open(**entry["uncharged"])
-    if "for_seconds" in entry.get("monitor", ()):
-        entry["monitor"]["for"] = waiting(entry["monitor"].pop("for_seconds"))
+    monitor = entry.get("monitor", {})
+    for key, name in (("refills_in", "more in"), ("for_seconds", "for")):
+        if key in monitor:
+            monitor[name] = waiting(monitor.pop(key))
     entry |= {key: spelled(entry[key]) for key in _SECONDS if key in entry}
     for key, value in entry.items():
         if key != "days_left" or value is not None:  # without an end there are none

@@ -157,16 +157,22 @@ class Account:
         for window in self._windows:
             window.book(self.words, window.slot(when), min(count, window.limit))
 
-    def check(self, now: int, count: int, *, throttled: bool = False) -> Short | None:
-        """Why `count` allowances could not be booked now; None if they could."""
+    def check(self, now: int, count: int, *, throttled: int = 0) -> Short | None:
+        """Why `count` allowances could not be booked now; None if they could.
+
+        `throttled` is until when the throttle is in force, by the meter; 0 where it is not.
+        """
         words = self.words
         if self.total is not None and words[Field.USED] + count > self.total:
             return Short(None, None, exhausted=True)
         shorts = [
             Short(rate, self._wait(window, now, count))
-            for rate, window in self._in_force(throttled=throttled)
+            for rate, window in self._in_force(throttled=False)
             if self._room(window) < count
         ]
+        if throttled and self._throttle and self._room(self._windows[-1]) < count:
+            wait, left = self._wait(self._windows[-1], now, count), max(1, throttled - now)
+            shorts.append(Short(self._throttle, left if wait is None else min(wait, left)))
         if shorts:  # that which says no for longest
             return max(shorts, key=lambda short: FOREVER if short.wait is None else short.wait)
         return Short() if words[Field.LEFT] < count or words[Field.FRESH_NS] <= now else None
@@ -186,13 +192,13 @@ class Account:
             ends.append(until if count + doubted <= window.limit else window.forgotten(until))
         return max(1, max(ends) - now)
 
-    def book(self, now: int, least: int, most: int, *, throttled: bool = False) -> Booked | Short:
-        """Book from `least` to `most` allowances, or none."""
+    def book(self, now: int, least: int, most: int, *, throttled: int = 0) -> Booked | Short:
+        """Book from `least` to `most` allowances, or none. `throttled` is as in `check`."""
         if short := self.check(now, least, throttled=throttled):
             return short
         words = self.words
         free, end = words[Field.LEFT], words[Field.FRESH_NS]
-        for _, window in self._in_force(throttled=throttled):
+        for _, window in self._in_force(throttled=bool(throttled)):
             free, end = min(free, self._room(window)), min(end, window.end(now))
         taken = max(least, min(most, free // 4))  # near the limit, others get a share
         slots = tuple(window.slot(now) for window in self._windows)
@@ -242,9 +248,9 @@ class Account:
             for window in self._windows:
                 window.book(words, words[window.at], min(count, window.limit))
 
-    def rooms(self, now: int) -> Iterator[tuple[Rate, int, int]]:
-        """Each rate of the license, how much of it is left, and nanoseconds until there is more."""
-        for rate, window in self._in_force(throttled=False):
+    def rooms(self, now: int, *, throttled: bool = False) -> Iterator[tuple[Rate, int, int]]:
+        """Each rate of the license, how much of it is left, and nanoseconds until there is more; the throttle last."""
+        for rate, window in self._in_force(throttled=throttled):
             room = max(0, self._room(window))
             yield rate, room, self._wait(window, now, room + 1) or 0
 

@@ -119,7 +119,7 @@ def left_open(now: int | None, most: int, kept_free_for: int | None) -> str:
     """What `Uncharged` means."""
     text = f"charges up to {most:,} more" if now is None else f"now charges about {now:,} more, later up to {most:,}"
     if kept_free_for:
-        text += f"; frames of rates have no room for these for {spelled(kept_free_for)} from then on, and then count them"
+        text += f"; frames of rates have no room for these for {spelled(kept_free_for)}, and count them from then on"
     elif kept_free_for is not None:
         text += "; frames of rates count these from then on"
     return f"it was not closed: opening it {text}"
@@ -282,5 +282,12 @@ def _monitor(reading: Reading) -> dict[str, Any]:
     verdict, account = reading.verdict, reading.account
     found: dict[str, Any] = {"in_force": verdict.action, "found_by": list(verdict.detectors)}
     if account and verdict.until is not None:
-        found["for_seconds"] = round((verdict.until - account.words[Field.NEWEST_NS] // _MILLION) / 1000, 1)
+        now = account.words[Field.NEWEST_NS]
+        lasting = round((verdict.until - now // _MILLION) / 1000, 1)
+        if verdict.action == "throttle":
+            rate, room, wait = list(account.rooms(now, throttled=True))[-1]
+            found |= {"throttled": of_rate(rate), "left": room}
+            if room < rate.count:
+                found["refills_in"] = min(round(wait / 1e9, 1), lasting)
+        found["for_seconds"] = lasting
     return found

@@ -150,7 +150,7 @@ def test_what_a_restart_left_open_is_told_at_its_most(machine, tmp_path, cut):
 @pytest.mark.parametrize(
     ("anchored", "restarted", "kept_free_for", "words"),
     [
-        (True, False, 320, "frames of rates have no room for these for 5 min 20 s from then on, and then count them"),
+        (True, False, 320, "frames of rates have no room for these for 5 min 20 s, and count them from then on"),
         (False, False, 0, "frames of rates count these from then on"),
         (True, True, 0, "frames of rates count these from then on"),
     ],
