@@ -239,6 +239,8 @@ class Account:
         words = self.words
         if self.total is not None:
             count = min(count, max(0, self.total - words[Field.USED]))
+        else:
+            count = min(count, max((window.limit for window in self._windows), default=0))
         words[Field.USED] = min(words[Field.USED] + count, _MOST)
         words[Field.LOST] = min(words[Field.LOST] + count, _MOST)
         if until > words[Field.NEWEST_NS]:

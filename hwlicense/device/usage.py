@@ -279,7 +279,10 @@ def _verdict(folder: Path, grant: Grant, account: Account) -> monitoring.Verdict
 
 
 def _monitor(reading: Reading) -> dict[str, Any]:
+    """`in_force` and `found_by` are None where that is not known."""
     verdict, account = reading.verdict, reading.account
+    if account is None and reading.state != "unused":
+        return {"in_force": None, "found_by": None}
     found: dict[str, Any] = {"in_force": verdict.action, "found_by": list(verdict.detectors)}
     if account and verdict.until is not None:
         now = account.words[Field.NEWEST_NS]

@@ -266,6 +266,26 @@ def test_a_tpm_that_was_not_reached_is_why_nothing_is_known(customer, tmp_path):
     assert "installed, as far as is known without the TPM" in told
 
 
+def test_what_a_monitor_found_is_said_in_words(customer):
+    customer.sell(limited(9, extra=METERED + "[monitor.regularity]\n"))
+    assert shown(customer)[2]["monitor"] == "nothing found"
+    customer.open()
+    shutil.rmtree(folder(customer))
+    entry, _, text, _ = shown(customer)
+    assert entry["monitor"]["in_force"] is None
+    assert text["monitor"] == "unknown: see account"
+
+
+def test_what_was_charged_has_separators(customer):
+    customer.sell(limited(9, extra="inferences = 2000\n"))
+    customer.open()
+    shutil.rmtree(folder(customer))
+    customer.open()
+    entry, _, text, _ = shown(customer)
+    assert entry["charged_in_doubt"] == 2000
+    assert text["charged_in_doubt"] == "2,000"
+
+
 def test_a_home_on_another_board_is_refused_not_unreached(customer, hwlicense_tpms):
     customer.sell(limited(9, extra=METERED))
     at, other = ("--home", customer.device.home.path), {"HWLICENSE_TPM": hwlicense_tpms().tcti}

@@ -11,6 +11,7 @@ from hwlicense.core import calendar
 from hwlicense.core.account import Field
 from hwlicense.core.documents import ClockReset
 from hwlicense.core.errors import Reason
+from hwlicense.core.hardware import Counted
 from hwlicense.core.limits import Limits, Monitor, Regularity, Use
 from hwlicense.core.secret import Secret
 from hwlicense.device import clock, ledger, locking, recovering, usage
@@ -100,6 +101,38 @@ def test_all_that_may_have_been_spent_is_seen_when_it_is_opened(machine, tmp_pat
     granted = grant(USE)
     abandon(machine.open(tmp_path, granted))
     assert usage.over(granted, read(tmp_path, granted)) is None
+
+
+def test_what_the_monitor_found_is_unknown_without_an_account(machine, tmp_path):
+    regular = Regularity(64, 250, 30_000, "flag")
+    granted = grant(Use(limits=Limits(inferences=10_000), monitor=Monitor(3600, regular)))
+    unknown = {"in_force": None, "found_by": None}
+    assert usage._monitor(read(tmp_path, granted)) == unknown, "absent"
+    machine.open(tmp_path, granted).close()
+    assert usage._monitor(read(tmp_path, granted)) == {"in_force": "none", "found_by": []}
+    ledger_file = next(tmp_path.rglob("ledger"))
+    ledger_file.write_bytes(b"x" * ledger_file.stat().st_size)
+    assert read(tmp_path, granted).state == "unreadable"
+    assert usage._monitor(read(tmp_path, granted)) == unknown
+    ledger_file.unlink()
+    counted = Counted("current", 3, 9, 0, None)
+    missing = usage.read(tmp_path, granted, counted, None, calendar.day(clock.wall()))
+    assert (missing.state, usage._monitor(missing)) == ("missing", unknown)
+    never = usage.read(tmp_path, granted, counted._replace(opens=0), None, calendar.day(clock.wall()))
+    assert usage._monitor(never)["in_force"] == "none"
+
+
+@pytest.mark.parametrize("rates", [((100, 60), (1000, 3600)), ()])
+def test_no_more_is_charged_in_doubt_than_could_be_spent(machine, tmp_path, rates):
+    regular = Regularity(64, 250, 30_000, "flag")
+    granted = grant(Use(limits=limited(*rates).limits, monitor=Monitor(3600, regular)))
+    machine.open(tmp_path, granted).close()
+    for path in tmp_path.rglob("ledger"):
+        path.unlink()
+    machine.open(tmp_path, granted).close()
+    account = read(tmp_path, granted).account
+    assert account.words[Field.LOST] == (1000 if rates else 0)
+    assert all(room == 0 for _, room, _ in account.rooms(account.words[Field.NEWEST_NS]))
 
 
 # ---- what was left open ----
