@@ -267,6 +267,10 @@ def test_what_nobody_waits_for_any_more_takes_no_leases(machine, tmp_path):
 def test_what_cannot_be_written_down_is_not_asked_of_the_anchor(machine, tmp_path, monkeypatch):
     metering = machine.open(tmp_path, grant(limited(inferences=10**6)))
     spend(metering, 20)
+    for _ in range(6):  # the lease is settled: the next thing to do is a step
+        machine.passes(10)
+        metering._tended.tend()
+    assert metering._tended.snapshot()[0].words[Field.SETTLED]
     steps = machine.steps
 
     def full(_ledger, _record):
