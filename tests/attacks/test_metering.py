@@ -136,15 +136,16 @@ def test_a_child_that_leaves_a_session_gives_nothing_back(tmp_path, anchored):
 
     def work() -> None:
         session.finish()
-        for _ in range(1000):
-            metering.spend()
-            shop.tell()
+        os.write(shop.ends[1], _RECORD.pack(spend_patiently(metering, 900)))
+        metering.close()
 
-    os.waitpid(shop.child(work), 0)
+    assert os.waitpid(shop.child(work), 0)[1] == 0
+    child, held = sum(shop.told()), 0
     while metering._spend_held(1):
-        shop.tell()
-    spend_patiently(metering, 1000)
-    assert len(shop.told()) <= 1000
+        held += 1
+    rest = spend_patiently(metering, 1000)
+    assert (child, held, child + held + rest) == (900, 40, 1000)
+    metering.close()
 
 
 @pytest.mark.parametrize("anchored", [True, False])
