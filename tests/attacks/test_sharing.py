@@ -102,6 +102,11 @@ def test_an_answer_is_good_for_one_question(shop):
     with sharing._asking(account(shop)) as asking:
         nonce, mine = asking.recv(32), os.urandom(32)
         said = mine + records.code(b"join" + nonce + mine)
+        asking.send(said)
+        _, given, _, _ = socket.recv_fds(asking, 32, 2)
+        assert len(given) == 2
+    for fd in given:
+        os.close(fd)
     with sharing._asking(account(shop)) as asking:
         asking.recv(32)
         asking.send(said)
