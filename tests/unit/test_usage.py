@@ -96,12 +96,6 @@ def test_frames_run_out_while_the_device_is_off(machine, tmp_path):
     assert left() == 100
 
 
-def test_all_that_may_have_been_spent_is_seen_when_it_is_opened(machine, tmp_path):
-    granted = grant(USE)
-    abandon(machine.open(tmp_path, granted))
-    assert usage.over(granted, read(tmp_path, granted)) is None
-
-
 # ---- what was left open ----
 
 
