@@ -73,6 +73,7 @@ def test_a_stopped_process_keeps_others_out_and_says_so(shop, monkeypatch):
     child = shop.child(work)
     os.read(ready[0], 1)
     os.kill(child, signal.SIGSTOP)
+    os.waitpid(child, os.WUNTRACED)  # until then it may answer yet
     with pytest.raises(StorageError) as error:
         shop.open()
     assert "does not answer" in error.value.what
@@ -268,6 +269,7 @@ def test_who_joins_one_that_is_killed_opens_alone(shop):
     first = shop.child(work)
     os.read(ready[0], 1)
     os.kill(first, signal.SIGSTOP)
+    os.waitpid(first, os.WUNTRACED)
     killing = threading.Timer(0.5, os.kill, (first, signal.SIGKILL))
     killing.start()
     shop.open().close()

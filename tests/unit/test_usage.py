@@ -7,13 +7,14 @@ from contextlib import nullcontext
 
 import pytest
 
+from hwlicense import storage
 from hwlicense.core import calendar
 from hwlicense.core.account import Field
 from hwlicense.core.documents import ClockReset
 from hwlicense.core.errors import Reason
 from hwlicense.core.limits import Limits, Monitor, Regularity, Use
 from hwlicense.core.secret import Secret
-from hwlicense.device import clock, ledger, locking, recovering, usage
+from hwlicense.device import clock, ledger, recovering, usage
 from hwlicense.device.locking import LockedFile
 from hwlicense.device.watching import Watch
 from tests.forging import refused
@@ -166,13 +167,13 @@ def test_asking_whether_it_is_open_keeps_nobody_from_opening_it(machine, tmp_pat
     folder = recovering.account_folder(tmp_path, granted)
     file = LockedFile.opened(folder / "ledger", 0)
     with file.locked(), monkeypatch.context() as patched:
-        looked = []
+        looked, tried = [], storage.taken
 
         def taken(fd, path):
             looked.append(path.name)
-            return locking.taken(fd, path)
+            return tried(fd, path)
 
-        patched.setattr(ledger, "taken", taken)
+        patched.setattr(storage, "taken", taken)
         assert ledger.held(folder)
         assert looked == ["ledger"], "whoever works there may be about to see whether `alive` is free"
     file.close()
