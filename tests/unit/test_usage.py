@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 
+from hwlicense import storage
 from hwlicense.core import calendar
 from hwlicense.core.account import Field
 from hwlicense.core.documents import ClockReset
@@ -14,7 +15,7 @@ from hwlicense.core.errors import Reason
 from hwlicense.core.hardware import Counted
 from hwlicense.core.limits import Limits, Monitor, Regularity, Use
 from hwlicense.core.secret import Secret
-from hwlicense.device import clock, ledger, locking, recovering, usage
+from hwlicense.device import clock, ledger, recovering, usage
 from hwlicense.device.locking import LockedFile
 from hwlicense.device.watching import Watch
 from tests.forging import refused
@@ -95,12 +96,6 @@ def test_frames_run_out_while_the_device_is_off(machine, tmp_path):
     assert left() == 0
     machine.restarts(off=4000)
     assert left() == 100
-
-
-def test_all_that_may_have_been_spent_is_seen_when_it_is_opened(machine, tmp_path):
-    granted = grant(USE)
-    abandon(machine.open(tmp_path, granted))
-    assert usage.over(granted, read(tmp_path, granted)) is None
 
 
 def test_what_the_monitor_found_is_unknown_without_an_account(machine, tmp_path):
@@ -239,13 +234,13 @@ def test_asking_whether_it_is_open_keeps_nobody_from_opening_it(machine, tmp_pat
     folder = recovering.account_folder(tmp_path, granted)
     file = LockedFile.opened(folder / "ledger", 0)
     with file.locked(), monkeypatch.context() as patched:
-        looked = []
+        looked, tried = [], storage.taken
 
         def taken(fd, path):
             looked.append(path.name)
-            return locking.taken(fd, path)
+            return tried(fd, path)
 
-        patched.setattr(ledger, "taken", taken)
+        patched.setattr(storage, "taken", taken)
         assert ledger.held(folder)
         assert looked == ["ledger"], "whoever works there may be about to see whether `alive` is free"
     file.close()
