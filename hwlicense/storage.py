@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, BinaryIO, Final, Self
 from hwlicense.core.errors import DamagedError, Reason, StorageError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from types import TracebackType
 
 HINTS: Final = {
@@ -36,7 +36,6 @@ HINTS: Final = {
     errno.ENAMETOOLONG: "Choose a shorter name.",
 }
 _STANDARD_ERROR: Final = 2
-_POLL: Final = 0.01
 _NO_UNNAMED_FILES: Final = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL}
 _NO_LINKS: Final = {errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS}
 
@@ -195,16 +194,15 @@ def make_folders(path: Path, mode: int = 0o700) -> None:
 def exclusive(path: Path, seconds: float | None = None) -> Iterator[None]:
     """Let one process at a time work in the folder `path`; others wait. The kernel lets go when a process dies.
 
-    Raises StorageError where it took longer than so many `seconds`.
+    Raises StorageError where it took longer than so many `seconds`, or cannot be locked at all.
     """
     with reporting(path):
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        try:
-            _lock(fd, path, seconds)
-        except OSError as error:
-            hint = "Keep it on a local disk: some network file systems do not lock folders."
-            raise StorageError(Reason.STORAGE, f"{path} cannot be locked: {error.strerror}.", hint) from error
+        if seconds is None:
+            taken(fd, path, wait=True)
+        elif not patiently(lambda: taken(fd, path), seconds):
+            raise busy(path, seconds)
         try:
             yield
         finally:
@@ -213,21 +211,35 @@ def exclusive(path: Path, seconds: float | None = None) -> Iterator[None]:
         os.close(fd)
 
 
-def _lock(fd: int, path: Path, seconds: float | None) -> None:
-    if seconds is None:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        return
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > end:
-                what = f"{path} has been locked by another process for {seconds:g} s."
-                raise StorageError(Reason.STORAGE, what, "See which process works there (`lsof`).") from None
-            time.sleep(_POLL)
-        else:
-            return
+def taken(fd: int, path: Path, how: int = fcntl.LOCK_EX, *, wait: bool = False) -> bool:
+    """Whether a file is locked for its descriptor now. Raises StorageError where it cannot be locked at all."""
+    try:
+        fcntl.flock(fd, how if wait else how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        hint = "Keep it on a local disk: some network file systems lock no files or folders."
+        raise StorageError(Reason.STORAGE, f"{path} cannot be locked: {error.strerror}.", hint) from error
+    return True
+
+
+def patiently(tried: Callable[[], bool], seconds: float) -> bool:
+    """Whether `tried` gave True within so many seconds; without any, at once."""
+    give_up, pause = 0.0, 0.00005
+    while not tried():
+        now = time.monotonic()
+        give_up = give_up or now + seconds
+        if now >= give_up:
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, 0.005)
+    return True
+
+
+def busy(path: Path, seconds: float) -> StorageError:
+    """What is said of a file or folder that another has locked for so long."""
+    what = f"{path} has been locked for {seconds:g} s."
+    return StorageError(Reason.STORAGE, what, "See which process works there (`lsof`).")
 
 
 def remove(path: Path) -> None:

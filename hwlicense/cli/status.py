@@ -99,8 +99,10 @@ def _rows(entry: dict[str, Any], unreached: dict[str, str] | None) -> Iterator[t
         entry["account"] = _ACCOUNT[entry["account"]].format(folder)
     if "uncharged" in entry:
         entry["uncharged"] = usage.left_open(**entry["uncharged"])
-    if "for_seconds" in entry.get("monitor", ()):
-        entry["monitor"]["for"] = waiting(entry["monitor"].pop("for_seconds"))
+    if "monitor" in entry:
+        entry["monitor"] = "; ".join(_monitored(entry["monitor"]))
+    if "charged_in_doubt" in entry:
+        entry["charged_in_doubt"] = f"{entry['charged_in_doubt']:,}"
     entry |= {key: spelled(entry[key]) for key in _SECONDS if key in entry}
     for key, value in entry.items():
         if key != "days_left" or value is not None:  # without an end there are none
@@ -110,6 +112,18 @@ def _rows(entry: dict[str, Any], unreached: dict[str, str] | None) -> Iterator[t
         if key == "state" and unreached:
             why = f"{unreached['what']} {unreached['hint']}"
             yield "", f"the TPM was not reached, so it is not known whether it opens: {why}"
+
+
+def _monitored(found: dict[str, Any]) -> Iterator[str]:
+    if not found["found_by"]:
+        yield "unknown: see account" if found["in_force"] is None else "nothing found"
+        return
+    yield f"{found['in_force']}, found by {output.shown(found['found_by'])}"
+    if "throttled" in found:
+        more = f", more in {waiting(found['refills_in'])}" if "refills_in" in found else ""
+        yield f"{found['left']:,} left of {found['throttled']}{more}"
+    if "for_seconds" in found:
+        yield f"for {waiting(found['for_seconds'])}"
 
 
 def _left(row: dict[str, Any], unreached: dict[str, str] | None) -> str:

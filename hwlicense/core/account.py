@@ -157,16 +157,22 @@ class Account:
         for window in self._windows:
             window.book(self.words, window.slot(when), min(count, window.limit))
 
-    def check(self, now: int, count: int, *, throttled: bool = False) -> Short | None:
-        """Why `count` allowances could not be booked now; None if they could."""
+    def check(self, now: int, count: int, *, throttled: int = 0) -> Short | None:
+        """Why `count` allowances could not be booked now; None if they could.
+
+        `throttled` is until when the throttle is in force, by the meter; 0 where it is not.
+        """
         words = self.words
         if self.total is not None and words[Field.USED] + count > self.total:
             return Short(None, None, exhausted=True)
         shorts = [
             Short(rate, self._wait(window, now, count))
-            for rate, window in self._in_force(throttled=throttled)
+            for rate, window in self._in_force(throttled=False)
             if self._room(window) < count
         ]
+        if throttled and self._throttle and self._room(self._windows[-1]) < count:
+            wait, left = self._wait(self._windows[-1], now, count), max(1, throttled - now)
+            shorts.append(Short(self._throttle, left if wait is None else min(wait, left)))
         if shorts:  # that which says no for longest
             return max(shorts, key=lambda short: FOREVER if short.wait is None else short.wait)
         return Short() if words[Field.LEFT] < count or words[Field.FRESH_NS] <= now else None
@@ -176,19 +182,23 @@ class Account:
 
     def _wait(self, window: Window, now: int, count: int) -> int | None:
         """Nanoseconds until `count` would fit in a window, if nothing more is booked; None where they never do."""
-        words, taken = self.words, self._held + min(self.words[Field.DOUBTED], window.limit)
+        words, doubted = self.words, min(self.words[Field.DOUBTED], window.limit)
+        taken = self._held + doubted
         if count > window.limit or not taken or count + taken <= window.limit:
             return window.wait(words, now, count + taken)
         ends = [words[at] for at in _SESSIONS_AT if words[at + 1]]
-        return max(1, max(ends, default=0) - now, words[Field.DOUBTED_NS] - now)
+        if doubted:  # it counts from then on
+            until = words[Field.DOUBTED_NS]
+            ends.append(until if count + doubted <= window.limit else window.forgotten(until))
+        return max(1, max(ends) - now)
 
-    def book(self, now: int, least: int, most: int, *, throttled: bool = False) -> Booked | Short:
-        """Book from `least` to `most` allowances, or none."""
+    def book(self, now: int, least: int, most: int, *, throttled: int = 0) -> Booked | Short:
+        """Book from `least` to `most` allowances, or none. `throttled` is as in `check`."""
         if short := self.check(now, least, throttled=throttled):
             return short
         words = self.words
         free, end = words[Field.LEFT], words[Field.FRESH_NS]
-        for _, window in self._in_force(throttled=throttled):
+        for _, window in self._in_force(throttled=bool(throttled)):
             free, end = min(free, self._room(window)), min(end, window.end(now))
         taken = max(least, min(most, free // 4))  # near the limit, others get a share
         slots = tuple(window.slot(now) for window in self._windows)
@@ -233,6 +243,8 @@ class Account:
         words = self.words
         if self.total is not None:
             count = min(count, max(0, self.total - words[Field.USED]))
+        else:
+            count = min(count, max((window.limit for window in self._windows), default=0))
         words[Field.USED] = min(words[Field.USED] + count, _MOST)
         words[Field.LOST] = min(words[Field.LOST] + count, _MOST)
         if until > words[Field.NEWEST_NS]:
@@ -242,9 +254,9 @@ class Account:
             for window in self._windows:
                 window.book(words, words[window.at], min(count, window.limit))
 
-    def rooms(self, now: int) -> Iterator[tuple[Rate, int, int]]:
-        """Each rate of the license, how much of it is left, and nanoseconds until there is more."""
-        for rate, window in self._in_force(throttled=False):
+    def rooms(self, now: int, *, throttled: bool = False) -> Iterator[tuple[Rate, int, int]]:
+        """Each rate of the license, how much of it is left, and nanoseconds until there is more; the throttle last."""
+        for rate, window in self._in_force(throttled=throttled):
             room = max(0, self._room(window))
             yield rate, room, self._wait(window, now, room + 1) or 0
 

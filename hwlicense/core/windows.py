@@ -35,6 +35,10 @@ class Window(NamedTuple):
         """When the slot of `now` is over."""
         return (now // self.width + 1) * self.width
 
+    def forgotten(self, when: int) -> int:
+        """From when on what is booked at a time does not count any more."""
+        return (when // self.width + _RING) * self.width
+
     def advance(self, words: MutableSequence[int], now: int) -> None:
         """Forget what is older than the window."""
         slot, newest = self.slot(now), words[self.at]

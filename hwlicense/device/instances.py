@@ -13,7 +13,7 @@ from typing import Final
 
 from hwlicense import storage
 from hwlicense.core.errors import DamagedError, ExceededError, HwlicenseError, Reason
-from hwlicense.device.locking import holders, taken
+from hwlicense.device.locking import holders
 
 PERIOD: Final = 1.0
 """Seconds between two looks at a place, where each inference may ask."""
@@ -40,7 +40,7 @@ class Instance:
                 self._path = places / str(number)
                 self._fd = _open(self._path)
                 try:
-                    if taken(self._fd, self._path):
+                    if storage.taken(self._fd, self._path):
                         return
                 except BaseException:
                     self.close()
@@ -109,7 +109,7 @@ def running(folder: Path, limit: int) -> int:
                 continue
         fd = _open(path)
         try:
-            count += not taken(fd, path)
+            count += not storage.taken(fd, path)
         finally:
             os.close(fd)
     return count

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from hwlicense import storage
 from hwlicense.core.errors import DamagedError, HwlicenseError, Reason
 from hwlicense.device import sharing
-from hwlicense.device.locking import PATIENCE, LockedFile, taken
+from hwlicense.device.locking import PATIENCE, LockedFile
 from hwlicense.device.records import Records, place, unchecked
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def held(folder: Path) -> bool:
     """
     try:
         with storage.OpenFile(folder / "ledger") as ledger, storage.OpenFile(folder / "alive") as alive:
-            return not (taken(ledger.fd, ledger.path) and taken(alive.fd, alive.path))
+            return not (storage.taken(ledger.fd, ledger.path) and storage.taken(alive.fd, alive.path))
     except HwlicenseError:
         return True
 

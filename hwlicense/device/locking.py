@@ -6,7 +6,6 @@ import fcntl
 import os
 import re
 import threading
-import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
@@ -16,6 +15,7 @@ from hwlicense.core.errors import Reason, StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from contextlib import AbstractContextManager
     from types import TracebackType
 
 PATIENCE: Final = 5.0
@@ -121,52 +121,36 @@ class LockedFile:
     @contextmanager
     def locked(self, patience: float = PATIENCE) -> Iterator[None]:
         """Let no other process or thread in. Raises StorageError where that took longer than `patience` seconds."""
-        turn, fd, process = self._turn, self.fd, os.getpid()
-        if not turn.tried(patience):
-            raise self._taken(patience)
-        try:
-            self._lock(patience)
+        with self._alone(patience) as had:
+            if not had:
+                raise storage.busy(self.path, patience)
             yield
-        finally:
-            self._unlock(turn, fd, process)
+
+    def locked_now(self) -> AbstractContextManager[bool]:
+        """Let no other process or thread in, if none is there now; gives whether that is so."""
+        return self._alone(0)
 
     @contextmanager
-    def locked_now(self) -> Iterator[bool]:
-        """Let no other process or thread in, if none is there now; gives whether that is so."""
+    def _alone(self, patience: float) -> Iterator[bool]:
+        """Whether the lock was had within so many seconds."""
         turn, fd, process = self._turn, self.fd, os.getpid()
-        if not turn.tried():
+        if not turn.tried(patience):
             yield False
             return
         try:
-            yield self.taken_now()
+            yield storage.patiently(self.taken_now, patience)
         finally:
-            self._unlock(turn, fd, process)
-
-    def _unlock(self, turn: Turn, fd: int, process: int) -> None:
-        try:
-            if fd >= 0 and os.getpid() == process:  # in a child that was forked meanwhile, it is the parent's
-                fcntl.flock(fd, fcntl.LOCK_UN)
-        finally:
-            turn.over()
-            self._close_left()
-
-    def _lock(self, patience: float) -> None:
-        give_up, pause = 0.0, 0.00005
-        while not self.taken_now():
-            now = time.monotonic()
-            give_up = give_up or now + patience
-            if now > give_up:
-                raise self._taken(patience)
-            time.sleep(pause)
-            pause = min(2 * pause, 0.005)
+            try:
+                if fd >= 0 and os.getpid() == process:  # in a child that was forked meanwhile, it is the parent's
+                    fcntl.flock(fd, fcntl.LOCK_UN)
+            finally:
+                turn.over()
+                self._close_left()
 
     def share(self, patience: float = PATIENCE) -> None:
         """Lock it together with others, until `close`. Raises StorageError where one has it alone for too long."""
-        give_up = time.monotonic() + patience
-        while not taken(self.fd, self.path, fcntl.LOCK_SH):
-            if time.monotonic() > give_up:
-                raise self._taken(patience)
-            time.sleep(0.002)
+        if not storage.patiently(lambda: storage.taken(self.fd, self.path, fcntl.LOCK_SH), patience):
+            raise storage.busy(self.path, patience)
 
     def unshare(self) -> None:
         """Give up what `share` took."""
@@ -174,7 +158,7 @@ class LockedFile:
 
     def taken_now(self) -> bool:
         """Whether the file is locked for this process now. Raises StorageError where it cannot be locked at all."""
-        return taken(self.fd, self.path)
+        return storage.taken(self.fd, self.path)
 
     def free(self) -> bool:
         """Whether nobody has it locked. Raises StorageError as `taken_now`."""
@@ -182,10 +166,6 @@ class LockedFile:
             return False
         fcntl.flock(self.fd, fcntl.LOCK_UN)  # closing would not do, if a child was forked just now
         return True
-
-    def _taken(self, patience: float) -> StorageError:
-        what = f"{self.path} has been locked for {patience:g} s."
-        return StorageError(Reason.STORAGE, what, "See which process works there (`lsof`).")
 
     def close(self) -> None:
         """Close the descriptor, and with it its locks; while a thread has it locked, when that ends."""
@@ -214,15 +194,3 @@ def holders(files: Iterable[os.stat_result]) -> list[int]:
                 if place in wanted:
                     found.add(int(match["pid"]))
     return sorted(found)
-
-
-def taken(fd: int, path: Path, how: int = fcntl.LOCK_EX) -> bool:
-    """Whether a file is locked for its descriptor now. Raises StorageError where it cannot be locked at all."""
-    try:
-        fcntl.flock(fd, how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        what = f"{path} cannot be locked: {error.strerror}."
-        raise StorageError(Reason.STORAGE, what, "Keep the state folder on a local disk.") from error
-    return True

@@ -107,25 +107,25 @@ class Metering:
         if refusal is None:
             tickets, end = self._tickets
             if throttled or count != 1 or now - self._offset >= end or not next(tickets, False):
-                self._refill(count, throttled=throttled)
+                self._refill(count, throttled)
         elif not self._spend_held(count):
             raise refusal
         watch.saw(seen)
 
-    def _refill(self, count: int, *, throttled: bool = False) -> None:
-        """The slow way: spend, and book the next batch."""
+    def _refill(self, count: int, throttled: int = 0) -> None:
+        """The slow way: spend, and book the next batch. `throttled` is until when the monitor holds use to its rate."""
         check_count(count)
         self._tended.start()
         with self._turn:
             for _ in range(3):
                 self._check_open()
-                short = self._book(count, throttled=throttled)
+                short = self._book(count, throttled)
                 if short is None:
                     return
                 if self._spend_held(count):
                     return
                 if short.rate or short.exhausted or short.wait:
-                    raise self._exceeded(short, count)
+                    raise self._exceeded(short, count, throttled=bool(throttled))
                 if not self._tended.reserve(count):
                     break
             raise self._pending()
@@ -138,7 +138,7 @@ class Metering:
         if self._instance and (refusal := self._instance.refusal()):
             raise refusal
 
-    def _book(self, count: int, *, throttled: bool) -> Short | None:
+    def _book(self, count: int, throttled: int) -> Short | None:
         with self._tended.sharing() as (account, now):
             self._take_back(account)
             result = account.book(now, count, count if count > 1 or throttled else self._batch, throttled=throttled)
@@ -165,20 +165,18 @@ class Metering:
             account.give_back(self._booked, left)
         self._booked = None
 
-    def _exceeded(self, short: Short, count: int) -> ExceededError:
+    def _exceeded(self, short: Short, count: int, *, throttled: bool = False) -> ExceededError:
         if short.exhausted:
-            total = self._grant.terms_of_use.limits.inferences or 0
-            left = min(self._tended.snapshot()[0].remaining or 0, count - 1)  # others may have given some back since
-            if left:
-                what = f"{left:,} of the license's {total:,} inferences are left; {count:,} were asked for."
-                hint = f"Ask for {left:,} or fewer, or ask the vendor for a revision with more."
-                return ExceededError(Reason.INFERENCES_EXHAUSTED, what, hint)
-            return used_up(total)
+            return self._too_few(count)
         wait = None if short.wait is None else short.wait / 1e9
         if short.rate is None:
             what = "Too many sessions with reserved inferences are under way."
             return ExceededError(Reason.RATE_EXCEEDED, what, "Wait until one of them ends.", wait)
         each = of_rate(short.rate)
+        if throttled and wait is not None and short.rate not in self._grant.terms_of_use.limits.rates:
+            what = f"Use is abnormal, so the monitor holds it to {each}; the next is allowed in {waiting(wait)}."
+            hint = "Wait that long, or ask the vendor for a revision with other terms."
+            return ExceededError(Reason.RATE_EXCEEDED, what, hint, wait)
         if wait is None:
             what = f"{count:,} inferences at once are more than the license ever allows ({each})."
             return ExceededError(Reason.RATE_EXCEEDED, what, f"Ask for {short.rate.count:,} at a time, or fewer.")
@@ -190,6 +188,17 @@ class Metering:
         return ExceededError(
             Reason.RATE_EXCEEDED, what, "Wait that long, or ask for a license with a higher rate.", wait
         )
+
+    def _too_few(self, count: int) -> ExceededError:
+        limits = self._grant.terms_of_use.limits
+        total = limits.inferences or 0
+        left = min(self._tended.snapshot()[0].remaining or 0, count - 1)  # others may have given some back since
+        if not left:
+            return used_up(total)
+        what = f"{left:,} of the license's {total:,} inferences are left; {count:,} were asked for."
+        at_once = min([left, *(rate.count for rate in limits.rates)])
+        hint = f"Ask for {at_once:,} or fewer{' at once' if at_once < left else ''}, or ask the vendor for a revision"
+        return ExceededError(Reason.INFERENCES_EXHAUSTED, what, f"{hint} with more.")
 
     def _pending(self) -> ExceededError:
         if self._tended.problem:

@@ -31,14 +31,16 @@ def status(
     licenses, problems = home.licenses(home.trusted())
     entries = []
     for installed in licenses:
-        counted, unreached = None, None
+        counted, unreached, refused = None, None, None
         if connect and usage.counts(installed.license):
             try:
                 counted = _asked(home, installed.license, connect)
+            except (RefusedError, DamagedError) as error:  # the TPM's own word, or what it cannot be asked without
+                refused = error
             except HwlicenseError as error:
                 unreached = error
                 problems.append(error)
-        entry, further = _entry(home, installed, today, counted)
+        entry, further = _entry(home, installed, today, counted, refused)
         if unreached:
             entry["unreached"] = _told(unreached)
         entries.append(entry)
@@ -94,11 +96,11 @@ def _refusal(
 
 
 def _entry(
-    home: Home, installed: Installed, today: datetime.date, counted: Counted | None
+    home: Home, installed: Installed, today: datetime.date, counted: Counted | None, refused: HwlicenseError | None
 ) -> tuple[dict[str, Any], list[HwlicenseError]]:
     licensed, vendor = installed
     grant, reading = licensed.grant, _reading(home, installed, today, counted)
-    refusal = _refusal(home, installed, counted, reading) or usage.over(grant, reading)
+    refusal = _refusal(home, installed, counted, reading) or refused or usage.over(grant, reading)
     state = "installed"
     if refusal:
         state = f"{'refused' if isinstance(refusal, RefusedError) else 'damaged'}: {refusal.reason}"

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 
 from hwlicense import storage
 from hwlicense.core.errors import DamagedError, HwlicenseError, Reason, StorageError, UsageError
-from hwlicense.device.locking import LockedFile, holders, taken
+from hwlicense.device.locking import LockedFile, holders
 from hwlicense.device.memory import memory_file
 from hwlicense.device.records import PAGE, Records
 
@@ -220,7 +220,7 @@ def check_answered(alive: Path) -> None:
     while True:
         try:
             with storage.OpenFile(alive) as file:
-                if taken(file.fd, alive) or seen(alive.parent) is not None:
+                if storage.taken(file.fd, alive) or seen(alive.parent) is not None:
                     return
         except UsageError:  # there is no such file: nobody has
             return

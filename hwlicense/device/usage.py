@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from hwlicense.core import calendar, leases, monitoring
 from hwlicense.core.account import Account, Field
-from hwlicense.core.durations import of_rate
+from hwlicense.core.durations import of_rate, spelled
 from hwlicense.core.errors import HwlicenseError, RefusedError
 from hwlicense.core.terms import check_validity
 from hwlicense.device import clock, instances, recovering, watching
 from hwlicense.device.ledger import begun, held
 from hwlicense.device.plugged import Finding
 from hwlicense.device.starting import used_up
+from hwlicense.device.tending import longest_session
 
 if TYPE_CHECKING:
     import datetime
@@ -87,13 +88,16 @@ class Uncharged(NamedTuple):
     """How many inferences the next opening charges, as the account was left open: if it is `now`, and at `most`.
 
     `now` is None where that is not known: after a restart. By the account's own word, which the TPM may know better.
+    `kept_free_for` is for how many seconds from then on frames of rates have no room for it, before it counts in them;
+    None without rates.
     """
 
     now: int | None
     most: int
+    kept_free_for: int | None
 
 
-def uncharged(grant: Grant, reading: Reading) -> Uncharged | None:
+def uncharged(grant: Grant, reading: Reading, *, with_anchor: bool) -> Uncharged | None:
     """What is charged beside what the account says; None where nothing is, or a process has it open."""
     limited, account = grant.terms_of_use.limits, reading.account
     counts = [rate.count for rate in limited.rates]
@@ -105,16 +109,20 @@ def uncharged(grant: Grant, reading: Reading) -> Uncharged | None:
         return None
     words = account.words
     if (words[Field.BOOT_HIGH], words[Field.BOOT_LOW]) != clock.boot_identifier():
-        return Uncharged(None, most)
+        return Uncharged(None, most, 0 if counts else None)
+    doubted = (leases.LASTING + longest_session(grant)) // 10**9 if with_anchor else 0
     passed = (clock.running_time() - words[Field.RAISED_NS]) // _MILLION
-    return Uncharged(min(bound, leases.unsettled(account, passed)), most)
+    return Uncharged(min(bound, leases.unsettled(account, passed)), most, doubted if counts else None)
 
 
-def left_open(now: int | None, most: int) -> str:
+def left_open(now: int | None, most: int, kept_free_for: int | None) -> str:
     """What `Uncharged` means."""
-    if now is None:
-        return f"it was not closed: opening it charges up to {most:,} more"
-    return f"it was not closed: opening it now charges about {now:,} more, later up to {most:,}"
+    text = f"charges up to {most:,} more" if now is None else f"now charges about {now:,} more, later up to {most:,}"
+    if kept_free_for:
+        text += f"; frames of rates have no room for these for {spelled(kept_free_for)}, and count them from then on"
+    elif kept_free_for is not None:
+        text += "; frames of rates count these from then on"
+    return f"it was not closed: opening it {text}"
 
 
 def doubts(entry: dict[str, Any]) -> Iterator[Finding]:
@@ -166,8 +174,8 @@ def limits(licensed: License, counted: Counted | None, reading: Reading) -> tupl
         found["monitor"] = _monitor(reading)
     if account and use.metered:
         found["charged_in_doubt"] = account.words[Field.LOST]
-    if left_open := uncharged(licensed.grant, reading):
-        found["uncharged"] = left_open._asdict()
+    if more := uncharged(licensed.grant, reading, with_anchor=anchored(licensed)):
+        found["uncharged"] = more._asdict()
     if account and account.words[Field.UNSET]:
         found["clock"] = "not set: time goes on from when the license was issued"
     return found, problems
@@ -271,8 +279,18 @@ def _verdict(folder: Path, grant: Grant, account: Account) -> monitoring.Verdict
 
 
 def _monitor(reading: Reading) -> dict[str, Any]:
+    """`in_force` and `found_by` are None where that is not known."""
     verdict, account = reading.verdict, reading.account
+    if account is None and reading.state != "unused":
+        return {"in_force": None, "found_by": None}
     found: dict[str, Any] = {"in_force": verdict.action, "found_by": list(verdict.detectors)}
     if account and verdict.until is not None:
-        found["for_seconds"] = round((verdict.until - account.words[Field.NEWEST_NS] // _MILLION) / 1000, 1)
+        now = account.words[Field.NEWEST_NS]
+        lasting = round((verdict.until - now // _MILLION) / 1000, 1)
+        if verdict.action == "throttle":
+            rate, room, wait = list(account.rooms(now, throttled=True))[-1]
+            found |= {"throttled": of_rate(rate), "left": room}
+            if room < rate.count:
+                found["refills_in"] = min(round(wait / 1e9, 1), lasting)
+        found["for_seconds"] = lasting
     return found

@@ -75,17 +75,14 @@ class Watch:
         elif len(self._waiting) >= MOST:  # nobody looks after it: so be it here
             self._look()
 
-    def throttled(self, now: int) -> bool:
-        """Whether use is throttled now."""
-        return self._in_force(now // _MILLION) == "throttle"
+    def throttled(self, now: int) -> int:
+        """Until when use is throttled, `now` and then in nanoseconds of the meter's clock; 0 where it is not."""
+        until = (self.verdict.until or 0) * _MILLION
+        return until if self.verdict.action == "throttle" and until > now else 0
 
     def refusal(self, now: int) -> ExceededError | None:
         """Why use is denied now; None if it is not."""
         return denied(self.verdict, now // _MILLION)
-
-    def _in_force(self, millis: int) -> str:
-        verdict = self.verdict
-        return verdict.action if verdict.until is not None and millis < verdict.until else "none"
 
     def present(self) -> Verdict:
         """What has been found and is in force now."""

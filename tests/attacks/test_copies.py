@@ -34,6 +34,7 @@ def spend_all(machine, copies, *, rounds, each, seconds):
             with suppress(HwlicenseError):
                 metering._tended.tend()
             times.append((machine.boot, spend(metering, each)))
+    assert sum(count for _, count in times) > 0
     return times
 
 
@@ -46,6 +47,7 @@ def spend_beside(machine, copy, rounds, since, drawn):
         times.append((machine.boot, spend(copy, 60)))
         if second >= since:
             times.append((machine.boot, int(drawn())))
+    assert sum(count for _, count in times) > 0
     return times
 
 
@@ -61,7 +63,7 @@ def test_copies_that_are_held_open_spend_no_more_together(machine, tmp_path, eac
     assert sum(count for _, count in times) <= TOTAL
 
 
-@pytest.mark.parametrize("wait", [0, 60, 290, 310, 400])
+@pytest.mark.parametrize("wait", [0, 60, 140])
 def test_copies_that_are_held_open_keep_to_the_rates_together(machine, tmp_path, wait):
     granted = grant(limited((60, 60)))
     save(tmp_path / "0", tmp_path / "0")
@@ -74,7 +76,7 @@ def test_copies_that_are_held_open_keep_to_the_rates_together(machine, tmp_path,
     assert excess([(when, count) for when, count in times if count], 60, 60 * SECOND) <= 0
 
 
-@pytest.mark.parametrize("since", [0, 30, 310, 400])
+@pytest.mark.parametrize("since", [0, 30, 1000])
 def test_one_that_was_stopped_does_not_spend_what_it_had_while_a_copy_goes_on(machine, tmp_path, since):
     """The copy's frames are kept free of what the other has reserved, for as long as that can be spent."""
     granted = grant(limited((60, 60)))
@@ -88,7 +90,7 @@ def test_one_that_was_stopped_does_not_spend_what_it_had_while_a_copy_goes_on(ma
             return True
         return False
 
-    times = spend_beside(machine, copy, 550, since, drawn)
+    times = spend_beside(machine, copy, 1300, since, drawn)
     assert excess(times, 60, 60 * SECOND) <= 0
 
 
@@ -265,6 +267,10 @@ def test_what_nobody_waits_for_any_more_takes_no_leases(machine, tmp_path):
 def test_what_cannot_be_written_down_is_not_asked_of_the_anchor(machine, tmp_path, monkeypatch):
     metering = machine.open(tmp_path, grant(limited(inferences=10**6)))
     spend(metering, 20)
+    for _ in range(6):  # the lease is settled: the next thing to do is a step
+        machine.passes(10)
+        metering._tended.tend()
+    assert metering._tended.snapshot()[0].words[Field.SETTLED]
     steps = machine.steps
 
     def full(_ledger, _record):

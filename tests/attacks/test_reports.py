@@ -266,6 +266,49 @@ def test_a_tpm_that_was_not_reached_is_why_nothing_is_known(customer, tmp_path):
     assert "installed, as far as is known without the TPM" in told
 
 
+def test_what_a_monitor_found_is_said_in_words(customer):
+    customer.sell(limited(9, extra=METERED + "[monitor.regularity]\n"))
+    assert shown(customer)[2]["monitor"] == "nothing found"
+    customer.open()
+    shutil.rmtree(folder(customer))
+    entry, _, text, _ = shown(customer)
+    assert entry["monitor"]["in_force"] is None
+    assert text["monitor"] == "unknown: see account"
+
+
+def test_what_was_charged_has_separators(customer):
+    customer.sell(limited(9, extra="inferences = 2000\n"))
+    customer.open()
+    shutil.rmtree(folder(customer))
+    customer.open()
+    entry, _, text, _ = shown(customer)
+    assert entry["charged_in_doubt"] == 2000
+    assert text["charged_in_doubt"] == "2,000"
+
+
+def test_a_home_on_another_board_is_refused_not_unreached(customer, hwlicense_tpms):
+    customer.sell(limited(9, extra=METERED))
+    at, other = ("--home", customer.device.home.path), {"HWLICENSE_TPM": hwlicense_tpms().tcti}
+    (entry,) = json.loads(run("device", "status", "--json", *at, env=other).stdout)["licenses"]
+    assert entry["state"] == "refused: WRONG_DEVICE"
+    assert entry["refusal"]["reason"] == "WRONG_DEVICE"
+    assert "unreached" not in entry
+    out = run("device", "status", *at, env=other).stdout
+    assert "not reached" not in out
+    assert "unknown, of 9; enforced by: TPM" in out
+    told = run("device", "doctor", *at, env=other, status=3).stdout
+    assert "missing license: " in told
+    assert ": refused: WRONG_DEVICE. " in told
+
+
+def test_what_lets_the_device_count_is_damaged_not_unreached(customer):
+    customer.sell(limited(9))
+    next((customer.device.home.path / "counters").iterdir()).write_bytes(b"short")
+    entry, _, _, _ = shown(customer)
+    assert entry["state"] == "damaged: HOME_DAMAGED"
+    assert "unreached" not in entry
+
+
 # ---- what opening costs ----
 
 

@@ -74,6 +74,7 @@ def test_a_stopped_process_keeps_others_out_and_says_so(shop, monkeypatch):
     child = shop.child(work)
     os.read(ready[0], 1)
     os.kill(child, signal.SIGSTOP)
+    os.waitpid(child, os.WUNTRACED)  # until then it may answer yet
     with pytest.raises(StorageError) as error:
         shop.open()
     assert f"does not answer (process {child})" in error.value.what
@@ -106,6 +107,11 @@ def test_an_answer_is_good_for_one_question(shop):
     with sharing._asking(account(shop)) as asking:
         nonce, mine = asking.recv(32), os.urandom(32)
         said = mine + records.code(b"join" + nonce + mine)
+        asking.send(said)
+        _, given, _, _ = socket.recv_fds(asking, 32, 2)
+        assert len(given) == 2
+    for fd in given:
+        os.close(fd)
     with sharing._asking(account(shop)) as asking:
         asking.recv(32)
         asking.send(said)
@@ -267,6 +273,7 @@ def test_who_joins_one_that_is_killed_opens_alone(shop):
     first = shop.child(work)
     os.read(ready[0], 1)
     os.kill(first, signal.SIGSTOP)
+    os.waitpid(first, os.WUNTRACED)
     killing = threading.Timer(0.5, os.kill, (first, signal.SIGKILL))
     killing.start()
     shop.open().close()

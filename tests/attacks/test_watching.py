@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import shutil
 from contextlib import suppress
+from typing import Any
 
 import pytest
 
+from hwlicense.core.account import Account
 from hwlicense.core.errors import ExceededError, Reason, UsageError
 from hwlicense.core.limits import Distances, Limits, Monitor, Rate, Regularity, Use
 from hwlicense.core.secret import Secret
-from hwlicense.device import recovering
+from hwlicense.device import recovering, usage
 from hwlicense.device.metering import Metering
 from hwlicense.device.watching import Watch
-from tests.metered import Machine, grant
+from tests.metered import Machine, abandon, grant
 
 REGULAR = Regularity(64, 250, 30_000, "deny")
 
@@ -122,6 +124,74 @@ def test_throttled_it_goes_on_slowly(machine, tmp_path):
         metering.spend()
     assert error.value.reason == Reason.RATE_EXCEEDED
     metering.close()
+
+
+def throttled(machine, state, *rates) -> tuple[Metering, Any]:
+    """A license that is throttled to 3 in 10 s, for 15 s; in a process that was killed, and opened again."""
+    regular = Regularity(REGULAR.calls, REGULAR.variation, REGULAR.pause, "throttle")
+    granted = grant(Use(limits=Limits(rates=list(rates)), monitor=Monitor(15, regular, None, Rate(3, 10))))
+    metering = opened(machine, state, granted)
+    for _ in range(80):
+        run(machine, metering, 1)
+        if metering._watch.verdict.action == "throttle":
+            break
+    return metering, granted
+
+
+def test_a_wait_is_no_longer_than_the_throttle_and_says_whose_rate_it_is(machine, tmp_path):
+    metering, granted = throttled(machine, tmp_path, Rate(100_000, 3600))
+    abandon(metering)
+    metering = opened(machine, tmp_path, granted)
+    assert metering.verdict.action == "throttle"
+    with pytest.raises(ExceededError) as error:
+        metering.spend()
+    assert error.value.reason == Reason.RATE_EXCEEDED
+    assert "the monitor holds it to 3/10s" in error.value.what
+    assert "higher rate" not in error.value.hint
+    wait = error.value.wait
+    assert wait is not None
+    assert 0 < wait <= 15
+    machine.passes(wait)
+    metering._tended.tend()
+    metering.spend()
+    metering.close()
+
+
+def test_more_at_once_than_the_throttle_allows_waits_for_its_end(machine, tmp_path):
+    metering, _ = throttled(machine, tmp_path, Rate(100_000, 3600))
+    with pytest.raises(ExceededError) as error:
+        metering.spend(4)
+    wait = error.value.wait
+    assert wait is not None
+    assert 0 < wait <= 15
+    machine.passes(wait)
+    metering._tended.tend()
+    metering.spend(4)
+    metering.close()
+
+
+def test_a_rate_that_says_no_for_longer_than_the_throttle_is_what_is_said():
+    hourly, throttle, now = Rate(1, 3600), Rate(3, 10), 10**12
+    account = Account(Limits(rates=[hourly]), throttle)
+    account.advance(now)
+    account.charge(1)
+    assert account.check(now, 1, throttled=now + 15 * 10**9).rate is hourly
+    account = Account(Limits(rates=[Rate(100, 3600)]), throttle)
+    account.advance(now)
+    account.charge(3)
+    short = account.check(now, 1, throttled=now + 4 * 10**9)
+    assert (short.rate, short.wait) == (throttle, 4 * 10**9)
+
+
+def test_reports_show_the_throttled_rate(machine, tmp_path):
+    metering, granted = throttled(machine, tmp_path, Rate(100_000, 3600))
+    run(machine, metering, 2, seconds=5)
+    metering.close()
+    found = usage._monitor(usage.read(tmp_path, granted, None, None, granted.issued))
+    assert found["in_force"] == "throttle"
+    assert found["throttled"] == "3/10s"
+    assert 0 <= found["left"] < 3
+    assert 0 < found["refills_in"] <= found["for_seconds"] <= 15
 
 
 def test_flagged_it_goes_on_and_says_so(machine, tmp_path):

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import termios
+import time
 
 import pytest
 
@@ -32,6 +33,7 @@ def test_while_the_tpm_is_asked(own_vendor, device):
         asked = [PROGRAM, "device", "status", "--watch", "--home", device.home.path, "--tpm", wire.tcti]
         with subprocess.Popen(asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as watching:
             until(lambda: len(wire.commands) >= 2)
+            time.sleep(1)  # until the third is under way: cleaning up before it would be waited for
             watching.send_signal(signal.SIGINT)
             assert watching.communicate(timeout=20) == ("", "")
     assert watching.returncode == 130

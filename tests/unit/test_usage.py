@@ -7,13 +7,15 @@ from contextlib import nullcontext
 
 import pytest
 
+from hwlicense import storage
 from hwlicense.core import calendar
 from hwlicense.core.account import Field
 from hwlicense.core.documents import ClockReset
 from hwlicense.core.errors import Reason
+from hwlicense.core.hardware import Counted
 from hwlicense.core.limits import Limits, Monitor, Regularity, Use
 from hwlicense.core.secret import Secret
-from hwlicense.device import clock, ledger, locking, recovering, usage
+from hwlicense.device import clock, ledger, recovering, usage
 from hwlicense.device.locking import LockedFile
 from hwlicense.device.watching import Watch
 from tests.forging import refused
@@ -96,10 +98,36 @@ def test_frames_run_out_while_the_device_is_off(machine, tmp_path):
     assert left() == 100
 
 
-def test_all_that_may_have_been_spent_is_seen_when_it_is_opened(machine, tmp_path):
-    granted = grant(USE)
-    abandon(machine.open(tmp_path, granted))
-    assert usage.over(granted, read(tmp_path, granted)) is None
+def test_what_the_monitor_found_is_unknown_without_an_account(machine, tmp_path):
+    regular = Regularity(64, 250, 30_000, "flag")
+    granted = grant(Use(limits=Limits(inferences=10_000), monitor=Monitor(3600, regular)))
+    unknown = {"in_force": None, "found_by": None}
+    assert usage._monitor(read(tmp_path, granted)) == unknown, "absent"
+    machine.open(tmp_path, granted).close()
+    assert usage._monitor(read(tmp_path, granted)) == {"in_force": "none", "found_by": []}
+    ledger_file = next(tmp_path.rglob("ledger"))
+    ledger_file.write_bytes(b"x" * ledger_file.stat().st_size)
+    assert read(tmp_path, granted).state == "unreadable"
+    assert usage._monitor(read(tmp_path, granted)) == unknown
+    ledger_file.unlink()
+    counted = Counted("current", 3, 9, 0, None)
+    missing = usage.read(tmp_path, granted, counted, None, calendar.day(clock.wall()))
+    assert (missing.state, usage._monitor(missing)) == ("missing", unknown)
+    never = usage.read(tmp_path, granted, counted._replace(opens=0), None, calendar.day(clock.wall()))
+    assert usage._monitor(never)["in_force"] == "none"
+
+
+@pytest.mark.parametrize("rates", [((100, 60), (1000, 3600)), ()])
+def test_no_more_is_charged_in_doubt_than_could_be_spent(machine, tmp_path, rates):
+    regular = Regularity(64, 250, 30_000, "flag")
+    granted = grant(Use(limits=limited(*rates).limits, monitor=Monitor(3600, regular)))
+    machine.open(tmp_path, granted).close()
+    for path in tmp_path.rglob("ledger"):
+        path.unlink()
+    machine.open(tmp_path, granted).close()
+    account = read(tmp_path, granted).account
+    assert account.words[Field.LOST] == (1000 if rates else 0)
+    assert all(room == 0 for _, room, _ in account.rooms(account.words[Field.NEWEST_NS]))
 
 
 # ---- what was left open ----
@@ -112,8 +140,8 @@ def charged(machine, state, granted):
     return read(state, granted).account.words[Field.LOST] - before
 
 
-def due(state, granted):
-    return usage.uncharged(granted, read(state, granted))
+def due(state, granted, *, anchored=True):
+    return usage.uncharged(granted, read(state, granted), with_anchor=anchored)
 
 
 @pytest.mark.parametrize("anchored", [True, False])
@@ -128,8 +156,9 @@ def test_what_was_left_open_will_be_charged(machine, tmp_path, later, anchored):
     assert due(tmp_path, granted) is None, "it is open"
     abandon(metering)
     machine.passes(later)
-    now, most = due(tmp_path, granted)
+    now, most, kept_free_for = due(tmp_path, granted)
     assert 0 < now <= most <= 1_000_000
+    assert kept_free_for is None, "it has no rates"
     assert charged(machine, tmp_path, granted) == now
     assert due(tmp_path, granted) is None
 
@@ -141,9 +170,42 @@ def test_what_a_restart_left_open_is_told_at_its_most(machine, tmp_path, cut):
     assert spend(metering, 30) == 30
     abandon(metering)
     machine.restarts(cut=cut)
-    now, most = due(tmp_path, granted)
+    now, most, _ = due(tmp_path, granted)
     assert now is None
     assert 0 < charged(machine, tmp_path, granted) <= most
+
+
+@pytest.mark.parametrize(
+    ("anchored", "restarted", "kept_free_for", "words"),
+    [
+        (True, False, 320, "frames of rates have no room for these for 5 min 20 s, and count them from then on"),
+        (False, False, 0, "frames of rates count these from then on"),
+        (True, True, 0, "frames of rates count these from then on"),
+    ],
+)
+def test_what_becomes_of_the_rates_is_told_before(machine, tmp_path, anchored, restarted, kept_free_for, words):
+    machine.anchored, granted = anchored, grant(limited((600, 60), inferences=5_000), continuity=20)
+    metering = machine.open(tmp_path, granted)
+    for _ in range(30):
+        machine.passes(1)
+        assert spend(metering, 9) == 9
+        metering._tended.tend()
+    abandon(metering)
+    machine.restarts() if restarted else machine.passes(200)
+    found = due(tmp_path, granted, anchored=anchored)
+    assert found.kept_free_for == kept_free_for
+    assert words in usage.left_open(*found)
+    machine.open(tmp_path, granted).close()
+    account = read(tmp_path, granted).account
+    assert bool(account.words[Field.DOUBTED]) == bool(kept_free_for)
+    ((_, room, wait),) = account.rooms(account.words[Field.NEWEST_NS])
+    if kept_free_for:
+        assert room == 0
+        assert wait >= (kept_free_for + 60) * 10**9, "when they are over, they count in the frame for its length"
+    machine.passes(wait / 1e9)
+    metering = machine.open(tmp_path, granted)
+    assert spend(metering, 1) == 1
+    metering.close()
 
 
 def test_no_more_is_to_be_charged_than_is_left(machine, tmp_path):
@@ -153,7 +215,7 @@ def test_no_more_is_to_be_charged_than_is_left(machine, tmp_path):
     abandon(metering)
     machine.passes(600)
     left = read(tmp_path, granted).account.remaining
-    assert due(tmp_path, granted) == (left, left)
+    assert due(tmp_path, granted) == (left, left, None)
     assert charged(machine, tmp_path, granted) == left
 
 
@@ -172,13 +234,13 @@ def test_asking_whether_it_is_open_keeps_nobody_from_opening_it(machine, tmp_pat
     folder = recovering.account_folder(tmp_path, granted)
     file = LockedFile.opened(folder / "ledger", 0)
     with file.locked(), monkeypatch.context() as patched:
-        looked = []
+        looked, tried = [], storage.taken
 
         def taken(fd, path):
             looked.append(path.name)
-            return locking.taken(fd, path)
+            return tried(fd, path)
 
-        patched.setattr(ledger, "taken", taken)
+        patched.setattr(storage, "taken", taken)
         assert ledger.held(folder)
         assert looked == ["ledger"], "whoever works there may be about to see whether `alive` is free"
     file.close()
