@@ -42,7 +42,8 @@ from hwlicense.device.reading import PackageFile
 
 def opened():
     vendor = decode(Path(sys.argv[2]).read_bytes(), VendorPublic, spaced=True)
-    return Model(PackageFile(Path(sys.argv[1]), vendor), Content(Secret(bytearray.fromhex(sys.argv[3])), Secret(bytearray())))
+    content = Content(Secret(bytearray.fromhex(sys.argv[3])), Secret(bytearray()))
+    return Model(PackageFile(Path(sys.argv[1]), vendor), content)
 
 """
 

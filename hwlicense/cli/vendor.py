@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 @click.group()
 def vendor() -> None:
     """The issuing side: keys, packages, licenses, approvals."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # passphrase and private keys are in memory from here on
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))  # passphrase and private keys are in memory from here on
 
 
 for command in (dongle, issue, measure, reset_clock, revise, token, verify_outputs):
