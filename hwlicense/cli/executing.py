@@ -82,7 +82,7 @@ def execute(
     with output.naming(package):
         file, vendor = by_any(place.trusted(), lambda vendor: PackageFile(package, vendor))
         with file:
-            members = file.manifest.members
+            members = [file.layout.members[name] for name in file.layout.names]  # its code is not for programs
     try:
         executing.check_command(command[0], at, executable=executable)
         mount = executing.mount(at, members, executable=executable) if at else None

@@ -15,6 +15,7 @@ import pytest
 
 import hwlicense
 from tests.programs import READY, children, shop, until
+from tests.sealed import Sealed
 from tests.world import MEMBERS, PROGRAM, run
 
 FD = ["--fd"]
@@ -44,6 +45,15 @@ def test_at_a_folder(here):
     assert done.stderr == ""
     digest = here.exec("sha256sum", here.at / "weights.bin").stdout
     assert digest == run_with(["sha256sum"], MEMBERS["weights.bin"]).replace("-", str(here.at / "weights.bin"))
+
+
+def test_a_packages_code_is_not_for_programs(own_vendor, tmp_path):
+    sealed = Sealed(own_vendor, tmp_path)
+    own_vendor.package, own_vendor.manifest = sealed.package, sealed.manifest
+    with shop(own_vendor, tmp_path) as found:
+        assert found.exec("cat", "{weights.bin}", given=FD).stdout == "weights"
+        script = "find at -type f; echo $HWLICENSE_FDS"
+        assert found.exec("sh", "-c", script).stdout.split() == ["at/weights.bin"]
 
 
 def run_with(words, data):
