@@ -174,7 +174,7 @@ def check(
     """Verify a package and its license without key and hardware; with --open, open it and read everything."""
     place = selecting.home(home, state)
     with output.naming(package):
-        file, vendor = by_any(place.trusted(), lambda vendor: PackageFile(package, vendor))
+        file, vendor = by_any(place.trusted(), lambda vendor: PackageFile(package, vendor), place.path)
     with file:
         if not fully:  # which verifies every chunk on its way
             with output.progress("Verifying", file.size) as advance:

@@ -75,12 +75,14 @@ def execute(
     The exit status is COMMAND's, 128+N where signal N ended it, 127 where it is not found, 126 where it cannot be run.
     Where the license asks for presence and the hardware is gone, COMMAND gets SIGTERM, and ten seconds later SIGKILL.
     """
-    if (at is None) != as_fds or (executable and as_fds):
-        what = "COMMAND gets the files in one way, and --executable is about a folder."
-        raise UsageError(Reason.USAGE, what, "Give --at DIR or --fd, and --executable only with --at.")
+    if (at is None) != as_fds:
+        what = "--at and --fd exclude each other." if at else "How is COMMAND to get the files?"
+        raise UsageError(Reason.USAGE, what, "Give --at DIR, or --fd.")
+    if executable and as_fds:
+        raise UsageError(Reason.USAGE, "--executable is about the folder of --at.", "Leave it out with --fd.")
     place = selecting.home(home, state)
     with output.naming(package):
-        file, vendor = by_any(place.trusted(), lambda vendor: PackageFile(package, vendor))
+        file, vendor = by_any(place.trusted(), lambda vendor: PackageFile(package, vendor), place.path)
         with file:
             members = [file.layout.members[name] for name in file.layout.names]  # its code is not for programs
     try:

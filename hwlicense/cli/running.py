@@ -36,7 +36,9 @@ _PRELOADS: Final = ("LD_PRELOAD", "LD_AUDIT")
 @click.option("--entry", metavar="MODULE:FUNCTION", help="Where to begin.  [default: as the vendor packed it]")
 @click.argument("package", type=FILE, metavar="PACKAGE.hwpkg")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[--] [ARGS]...")
+@click.pass_context
 def run(
+    context: click.Context,
     home: Path | None,
     state: Path | None,
     tpm: str | None,
@@ -53,10 +55,14 @@ def run(
     Python starts isolated (as by -I): without the variables PYTHON*, LD_PRELOAD and LD_AUDIT, the user's site folder
     and modules of the current folder. ARGS are the program's; its exit status is this command's.
     """
+    own = {option for parameter in context.command.params for option in parameter.opts if option.startswith("-")}
+    if arguments and arguments[0].partition("=")[0] in own | {"--help"}:
+        what = f"{arguments[0]} follows the package, so that it would be the program's."
+        raise UsageError(Reason.USAGE, what, "Put it before the package; or `--` before it, if it is the program's.")
     isolate()
     place = selecting.home(home, state)
     with output.naming(package):
-        file, vendor = by_any(place.trusted(), lambda vendor: PackageFile(package, vendor))
+        file, vendor = by_any(place.trusted(), lambda vendor: PackageFile(package, vendor), place.path)
         with file:
             begin = running.entry_of(file.manifest, entry)
     connect = selecting.hardware(place, tpm, tokens, output.note)

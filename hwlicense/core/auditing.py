@@ -117,7 +117,7 @@ class Audit:
                 self._sensors[name] = Sensor(name, key)
             except HwlicenseError as error:
                 self._fault("forged", 0, where, error.what)
-        self._hardware = type(start.certificate).__name__
+        self._hardware = "nothing that holds"
         self._check_start(start, where)
 
     def add(self, line: bytes, where: str) -> None:
@@ -310,7 +310,8 @@ class Audit:
             self._fault("note", record.number, where, what)
 
     def _fault(self, severity: Severity, record: int | None, where: str, what: str) -> None:
-        if len(self._faults) < FAULT_LIMIT or (severity != "note" and self._faults[-1].severity == "note"):
+        # Of each severity by itself: no number of lesser faults hides a worse one
+        if sum(fault.severity == severity for fault in self._faults) < FAULT_LIMIT:
             self._faults.append(Fault(severity, self._statement.recording, record, where, what))
 
 

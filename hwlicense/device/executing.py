@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import shutil
 import signal
@@ -41,7 +42,7 @@ def mount(path: Path, members: Sequence[Member], *, executable: bool) -> Mount:
     """What `path` must hold. Raises UsageError where it is no empty folder."""
     with reporting(path):
         if not stat.S_ISDIR(path.lstat().st_mode):
-            raise UsageError(Reason.USAGE, f"{path} is not a folder, or a link to one.", "Give an empty folder.")
+            raise UsageError(Reason.USAGE, f"{path} is no folder; a link to one will not do.", "Give an empty folder.")
         if any(path.iterdir()):
             raise UsageError(Reason.USAGE, f"{path} is not empty: its files would be hidden.", "Give an empty folder.")
     page = os.sysconf("SC_PAGE_SIZE")
@@ -57,8 +58,11 @@ def check_command(name: str, at: Path | None, *, executable: bool) -> None:
     """
     if at and "/" in name and Path(os.path.abspath(name)).is_relative_to(os.path.abspath(at)):  # noqa: PTH100  # ".." goes
         if not executable:
-            raise unusable(name, "what lies in DIR is not to be run")
+            raise unusable(name, f"what lies in {at} is not to be run")
         return
+    if at is None and re.fullmatch(r"\{.+\}", name):
+        what = f"With --fd, COMMAND itself cannot come from the package ({name})."
+        raise UsageError(Reason.COMMAND_ABSENT, what, "Use --at and --executable.")
     if shutil.which(name) is None:
         raise unusable(name, "no program, or no permission") if "/" in name and Path(name).exists() else absent(name)
 

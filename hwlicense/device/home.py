@@ -265,7 +265,9 @@ D = TypeVar("D", License, Approval)
 R = TypeVar("R")
 
 
-def by_any(vendors: Sequence[VendorPublic], attempt: Callable[[VendorPublic], R]) -> tuple[R, VendorPublic]:
+def by_any(
+    vendors: Sequence[VendorPublic], attempt: Callable[[VendorPublic], R], home: Path | None = None
+) -> tuple[R, VendorPublic]:
     """What `attempt` gives for the vendor that signed, and that vendor. Raises RefusedError VENDOR_UNTRUSTED."""
     for vendor in vendors:
         try:
@@ -273,7 +275,8 @@ def by_any(vendors: Sequence[VendorPublic], attempt: Callable[[VendorPublic], R]
         except RefusedError:
             continue  # not signed by this one; the next may have
     names = ", ".join(repr(vendor.name) for vendor in vendors) or "none yet"
-    what = f"The file is not signed by a vendor that this device trusts ({names})."
+    whose = f"the home {home}{'' if home.exists() else ', which does not exist,'}" if home else "this device"
+    what = f"The file is not signed by a vendor that {whose} trusts ({names})."
     hint = "If you know the vendor, run `hwlicense device trust` with its vendor.pub.json."
     raise RefusedError(Reason.VENDOR_UNTRUSTED, what, hint)
 

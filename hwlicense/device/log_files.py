@@ -70,22 +70,30 @@ class LogFiles:
         if self._fd >= 0 and self._sync != "never":
             self._to_disk()
         path = path_of(self._folder, self._recording, link.part)
-        with storage.new_file(path, 0o600) as file:  # whole or not at all: what has a name says what it belongs to
-            file.write(link.line + b"\n")
+        fd = -1
+        try:
+            with storage.new_file(path, 0o600) as file:  # whole or not at all: what has a name says what it belongs to
+                file.write(link.line + b"\n")
+                with storage.reporting(path):
+                    fd = storage.above_standard(os.dup(file.fileno()))  # before it has a name: to be tried again
+        except BaseException:
+            if fd >= 0:
+                os.close(fd)
+            raise
         self.close()
-        with storage.reporting(path):
-            self._fd = storage.above_standard(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW))
+        self._fd = fd
         self._path, self._size = path, len(link.line) + 1
         self.number = self.durable = link.number
 
     def _append(self, data: bytes) -> None:
         """All or nothing: after a failure the next try begins where the last whole line ended."""
-        view = memoryview(data)
+        view, at = memoryview(data), self._size
         with storage.reporting(self._path):
             try:
-                os.ftruncate(self._fd, self._size)
+                os.ftruncate(self._fd, at)
                 while view:
-                    view = view[os.write(self._fd, view) :]
+                    done = os.pwrite(self._fd, view, at)
+                    view, at = view[done:], at + done
             except OSError:
                 with suppress(OSError):  # of a disk that fails altogether; then the next try does it
                     os.ftruncate(self._fd, self._size)

@@ -118,7 +118,11 @@ class Memory:
         if not self.secret:
             return
         before = self.view
-        self._take(secret=True)
+        try:
+            self._take(secret=True)
+        except StorageError:  # it stays the parent's, who wipes it: here it is read, and left alone
+            self._wiped = True
+            return
         self.view[:] = self._spare.view if self._spare else before
         self.forget_copy()
 
@@ -170,6 +174,7 @@ class SealedFile:
         forbid_dumps()
         try:
             self.fd = memory_file()
+            self.inode = os.fstat(self.fd).st_ino
             _fill(self.fd, size, fill)
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
             self._map, self.locked_by = _locked_file(self.fd, size)
@@ -282,7 +287,7 @@ def sealed_inodes() -> frozenset[int]:
     """The inodes of the sealed files that this process holds: what is mapped of them came out of a package."""
     with _guard:
         alive = list(_alive)
-    return frozenset(os.fstat(one.fd).st_ino for one in alive if isinstance(one, SealedFile) and one.fd >= 0)
+    return frozenset(one.inode for one in alive if isinstance(one, SealedFile))
 
 
 def memory_file() -> int:

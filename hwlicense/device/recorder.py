@@ -110,7 +110,7 @@ class Recorder:
                 recording,
                 previous,
                 chain.key,
-                "{:016x}{:016x}".format(*clock.boot_identifier()),
+                clock.boot_name().replace("-", ""),
                 heartbeat,
                 self._anchor.read().steps if self._anchor else None,
                 keys,

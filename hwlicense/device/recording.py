@@ -29,6 +29,7 @@ from hwlicense.core.chain import (
 )
 from hwlicense.core.errors import ClosedError, HwlicenseError, Reason, StorageError, UsageError
 from hwlicense.device import clock
+from hwlicense.device.sharing import begin
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -90,8 +91,9 @@ class Outputs:
         self._busy = False
         self._renew()
         self._thread = threading.Thread(target=self._write_on, name="hwlicense-outputs", daemon=True)
+        self._give_up = 0.0
+        begin(self._thread)
         _open.add(self)
-        self._thread.start()
 
     def append(
         self,
@@ -162,10 +164,10 @@ class Outputs:
         with self._turn():
             self._chain.end(certificate, str(refusal.reason) if refusal else None, *now())
             target = self._chain.last.number
-            self._stopping = True
+            self._stopping, self._give_up = True, time.monotonic() + _PATIENCE
         self._wake.set()
         try:
-            self._thread.join(_PATIENCE)
+            self._thread.join(_PATIENCE + _AGAIN)
             written = self._files.durable >= target
             self._ended(self._chain.last.head if written else None)
             if not written:
@@ -258,6 +260,21 @@ class Outputs:
     # ---- the writer's thread
 
     def _write_on(self) -> None:
+        try:
+            self._keep_writing()
+        except Exception as error:  # noqa: BLE001  # whoever waits for the disk must hear of it
+            what = f"The recording's writer failed ({type(error).__name__}: {error})."
+            self.problem = StorageError(Reason.INTERNAL, what, "Begin another recording; report it.")
+            self.problem.__cause__ = error
+            self._finish()
+
+    def _finish(self) -> None:
+        self._files.close()
+        with self._done:
+            self._finished = True
+            self._done.notify_all()
+
+    def _keep_writing(self) -> None:
         waiting: list[Link] = []
         checked = heard = time.monotonic()
         while True:
@@ -268,8 +285,6 @@ class Outputs:
                 self._wake.clear()
                 if not self._stopping:
                     time.sleep(_GATHERING)
-            if self._foreign:
-                return
             moment = time.monotonic()
             with self._turn():
                 last, stopping = self._chain.last, self._stopping
@@ -285,11 +300,8 @@ class Outputs:
             if last.closed == last.number:
                 checked = heard = moment
             waiting = self._written_of(waiting)
-            if stopping:
-                self._files.close()
-                with self._done:
-                    self._finished = True
-                    self._done.notify_all()
+            if stopping and (not waiting or time.monotonic() > self._give_up):
+                self._finish()
                 return
 
     def _written_of(self, waiting: list[Link]) -> list[Link]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ def entry_of(manifest: Manifest, given: str | None = None) -> code.Entry:
     Raises UsageError: CODE_ABSENT, PYTHON_UNSUPPORTED, ENTRY_ABSENT.
     """
     sealed_code.check_python(manifest)
-    text = given or (manifest.code.entry if manifest.code else None)
+    text = given if given is not None else manifest.code.entry if manifest.code else None
     if text is None:
         raise UsageError(Reason.ENTRY_ABSENT, f"The package {manifest.name!r} says no place to begin.", _HINT)
     entry = code.parse_entry(text)
@@ -47,6 +48,13 @@ def begin(entry: code.Entry) -> Any:  # noqa: ANN401  # whatever the program ret
         except AttributeError:
             what = f"The module {entry.module!r} has no {entry.function!r} to begin with."
             raise UsageError(Reason.ENTRY_ABSENT, what, _HINT) from None
+    try:
+        inspect.signature(found).bind()
+    except TypeError as error:
+        what = f"The program begins in {entry.module}:{entry.function}, which cannot be called: {error}."
+        raise UsageError(Reason.ENTRY_ABSENT, what, "It must be a function without arguments that it needs.") from None
+    except ValueError:  # one that does not say what it takes
+        pass
     return found()
 
 

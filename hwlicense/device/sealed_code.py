@@ -263,4 +263,5 @@ def _below(path: str, root: str) -> bool:
 
 def _shadowed(top: str, how: str) -> UsageError:
     what = f"The sealed code has a module {top!r}, which is {how}."
-    return UsageError(Reason.MODULE_SHADOWED, what, "Take that other one away: sealed and other modules hide nothing.")
+    hint = "Take that other one away, or ask the vendor to rename the sealed one: neither may hide the other."
+    return UsageError(Reason.MODULE_SHADOWED, what, hint)

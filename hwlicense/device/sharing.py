@@ -7,6 +7,7 @@ writing a file, and it is gone with the last process. One that is killed leaves 
 
 from __future__ import annotations
 
+import array
 import errno
 import fcntl
 import hmac
@@ -29,6 +30,7 @@ from hwlicense.device.records import PAGE, Records
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_FD: Final = array.array("i").itemsize
 PATIENCE: Final = 10.0
 """Seconds to wait for the memory."""
 
@@ -188,8 +190,12 @@ def joined(folder: Path, records: Records) -> tuple[Shared, Door]:
         with storage.reporting(folder / _NAME), suppress(*_NOT_NOW), _asking(folder) as asking:
             nonce, mine = asking.recv(_NONCE), secrets.token_bytes(_NONCE)
             asking.send(mine + records.code(b"join" + nonce + mine))
-            code, given, _, _ = socket.recv_fds(asking, _NONCE, 2, socket.MSG_CMSG_CLOEXEC)
-            fds = [storage.above_standard(fd) for fd in given]
+            # Not recv_fds, which drops its flags in Python 3.11: the descriptors would outlast an execve
+            code, given, _, _ = asking.recvmsg(_NONCE, socket.CMSG_SPACE(2 * _FD), socket.MSG_CMSG_CLOEXEC)
+            numbers = array.array("i")
+            for _, _, data in given:
+                numbers.frombytes(data[: len(data) - len(data) % _FD])
+            fds = [storage.above_standard(fd) for fd in numbers]
             if len(fds) == 2 and hmac.compare_digest(code, records.code(b"joined" + nonce + mine)):  # noqa: PLR2004
                 return _taken(folder, fds, records)
             for fd in fds:

@@ -217,7 +217,7 @@ def _interpreters(pythons: Sequence[str]) -> Iterator[str]:
         if "/" in given:
             yield given
         elif not re.search(code.VERSION, given):
-            what = f"{given!r} is no version of Python."
+            what = f"{given!r} is no version of Python that hwlicense compiles for."
             raise UsageError(Reason.PYTHON_UNSUPPORTED, what, "Give --python 3.12, or the path of an interpreter.")
         elif given != running:
             found = shutil.which(f"python{given}")
@@ -239,8 +239,10 @@ def _compiled(python: str, modules: Sequence[_Module], package: str, optimize: i
     version, _, records = done.stdout.partition(b"\n")
     made = list(_records(records))
     if done.returncode or not re.fullmatch(rb"3\.[0-9]{1,3}", version) or len(made) != len(modules):
-        what = f"{python} did not compile the code; it is no CPython, or failed."
-        raise UsageError(Reason.PYTHON_UNSUPPORTED, what, "Give --python a CPython interpreter.")
+        said = done.stderr.decode(errors="replace").strip().splitlines()
+        what = f"{python} did not compile the code{': ' + said[0] if said else '; it is no CPython, or failed'}."
+        hint = "Give --python a CPython interpreter, by its full path where the one on PATH is a stand-in."
+        raise UsageError(Reason.PYTHON_UNSUPPORTED, what, hint)
     text = version.decode()
     if tuple(map(int, text.split("."))) < _OLDEST:
         what = f"{python} is Python {text}; hwlicense runs on {'.'.join(map(str, _OLDEST))} and newer."
@@ -248,7 +250,8 @@ def _compiled(python: str, modules: Sequence[_Module], package: str, optimize: i
     for module, raw in zip(modules, made, strict=True):
         if raw[:1] != b"\0":
             what = f"{module.path} is no module for Python {text}: {raw[1:].decode(errors='replace')}."
-            raise UsageError(Reason.CODE_INVALID, what, "Mend it, or leave that version out.")
+            hint = "Mend it." if python == sys.executable else "Mend it, or leave that version out."
+            raise UsageError(Reason.CODE_INVALID, what, hint)
     return text, [raw[1:] for raw in made]
 
 

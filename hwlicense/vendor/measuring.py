@@ -13,6 +13,7 @@ from hwlicense import loaded
 from hwlicense.core.errors import Reason, UsageError
 from hwlicense.core.process import FILE_LIMIT
 from hwlicense.loaded import Loaded
+from hwlicense.storage import reporting
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -58,7 +59,8 @@ def files_in(path: Path) -> Iterator[Loaded]:
     inside = sorted(path.rglob("*")) if path.is_dir() else [path]
     for each in inside:
         if each.is_file() and each.parent.name != "__pycache__":
-            yield Loaded(str(each.resolve()), loaded.file_digest(each))
+            with reporting(each):
+                yield Loaded(str(each.resolve()), loaded.file_digest(each))
 
 
 def mapped_by(process: int) -> tuple[Loaded, list[Loaded]]:
@@ -70,7 +72,11 @@ def mapped_by(process: int) -> tuple[Loaded, list[Loaded]]:
         what = f"The process {process} cannot be looked at ({error.strerror})."
         hint = "Give a running process of your own; one that has opened a model can be looked at by root alone."
         raise UsageError(Reason.USAGE, what, hint) from error
-    return next(one for one in found if one.name == program), found
+    named = next((one for one in found if one.name == program.removesuffix(" (deleted)")), None)
+    if named is None:
+        what = f"The program of process {process}, {program}, is not among what it has mapped."
+        raise UsageError(Reason.USAGE, what, "Start it anew: it was replaced since, as a rule.")
+    return named, found
 
 
 def run(python: str, arguments: Sequence[str]) -> tuple[list[Loaded], list[Loaded]]:

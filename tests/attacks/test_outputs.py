@@ -28,6 +28,7 @@ from hwlicense.core.envelope import verified
 from hwlicense.core.errors import ClosedError, DamagedError, HwlicenseError, RefusedError, StorageError, UsageError
 from hwlicense.core.schema import encode
 from hwlicense.core.tpm.pcrs import Selection
+from hwlicense.device import recording
 from hwlicense.device.home import Home
 from hwlicense.device.recording import now
 from hwlicense.vendor import logs
@@ -470,16 +471,16 @@ def test_a_closed_recording_takes_nothing(scene):
 
 
 class FullDisk:
-    """write(2) for files of logs: `room` bytes are taken, then there is no space, until room is made."""
+    """pwrite(2) for files of logs: `room` bytes are taken, then there is no space, until room is made."""
 
     def __init__(self, monkeypatch, room) -> None:
-        self.room, self._write = room, os.write
-        monkeypatch.setattr("hwlicense.device.log_files.os.write", self)
+        self.room, self._write = room, os.pwrite
+        monkeypatch.setattr("hwlicense.device.log_files.os.pwrite", self)
 
-    def __call__(self, fd, data):
+    def __call__(self, fd, data, at):
         if self.room <= 0:
             raise OSError(28, "No space left on device")
-        done = self._write(fd, bytes(data)[: self.room])
+        done = self._write(fd, bytes(data)[: self.room], at)
         self.room -= done
         return done
 
@@ -517,7 +518,38 @@ def test_a_disk_that_is_full_in_the_middle_of_a_record(scene, monkeypatch, full)
     assert recording.outputs == 22 - refused
 
 
+def test_a_disk_that_is_full_for_a_moment_at_the_end_loses_nothing(scene, monkeypatch):
+    monkeypatch.setattr(recording, "_AGAIN", 0.1)
+    with scene.open() as model:
+        outputs = model.outputs(scene.folder)
+        outputs.append("before")
+        outputs.flush()
+        disk = FullDisk(monkeypatch, 100)
+        outputs.append("kept")
+        room = threading.Timer(1.0, setattr, (disk, "room", 1 << 20))
+        room.start()
+        outputs.close()
+    assert scene.said() == []
+
+
+def test_a_writer_that_fails_is_told(scene, monkeypatch):
+    with scene.open() as model:
+        outputs = model.outputs(scene.folder)
+
+        def fails(_self, _links):
+            raise ValueError("unforeseen")
+
+        monkeypatch.setattr("hwlicense.device.log_files.LogFiles.write", fails)
+        outputs.append("lost")
+        with pytest.raises(StorageError, match="unforeseen"):
+            outputs.flush()
+        with pytest.raises(StorageError):
+            outputs.close()
+
+
 def test_a_disk_that_stays_full_is_told_at_the_end(scene, monkeypatch):
+    monkeypatch.setattr(recording, "_AGAIN", 0.1)
+    monkeypatch.setattr(recording, "_PATIENCE", 1.0)
     with scene.open() as model:
         outputs = model.outputs(scene.folder)
         outputs.append("before")

@@ -1,6 +1,8 @@
 """Recordings and their audit, over a key in software: all that is done to one shows, and nothing else does."""
 
 from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
@@ -425,3 +427,13 @@ def test_an_end_is_the_end():
     assert isinstance(parse(lines[-1]), End)
     assert "There are records after the end." in what(audited([*lines, lines[-2]]))
     assert SIGNER.public
+
+
+def test_no_number_of_lesser_faults_hides_a_worse_one():
+    audit: Any = auditing.Audit.__new__(auditing.Audit)
+    audit._faults, audit._statement = [], SimpleNamespace(recording=1)
+    for severity in ("note", "cut", "forged"):
+        for number in range(2 * auditing.FAULT_LIMIT):
+            audit._fault(severity, number, "here", "it is so")
+    assert {fault.severity for fault in audit._faults} == {"note", "cut", "forged"}
+    assert len(audit._faults) == 3 * auditing.FAULT_LIMIT
