@@ -114,6 +114,10 @@ def issue(
         )
         source = revising.Sources(parts, list(map(packaged, manifests)), 1)
         trust = _keep(place, file, issued, source, enclosing.recorded(enclosure, issued.license.grant.license, keys))
+        others = place.of_one_counter(issued.license)
+    if others:
+        what = f"the license {', '.join(others)} was made from a request with the same counter, which serves one"
+        output.note(f"warning: {what}. For another, enroll again with --counted; for other terms, use `vendor revise`.")
     output.note(f"Issued license {issued.license.grant.license} for {agreed.licensee!r} in {target}; {trust}.")
 
 

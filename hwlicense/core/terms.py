@@ -365,8 +365,11 @@ def _rates(texts: list[str]) -> list[Rate]:
     rates = [rate("limits.rates", text) for text in texts]
     for one, text in zip(rates, texts, strict=True):
         for other, against in zip(rates, texts, strict=True):
-            # A longer frame with no more in it says no first, each time.
-            if one is not other and one.seconds <= other.seconds and one.count >= other.count:
+            # So many of the shorter frames cover the longer: together they allow no more than that does.
+            full = other.count * -(-one.seconds // other.seconds)
+            # And a longer frame with no more in it says no first, each time.
+            longer = one.seconds <= other.seconds and one.count >= other.count
+            if one is not other and (longer or (one.seconds > other.seconds and one.count >= full)):
                 what = f"limits.rates: {text!r} never limits anything beside {against!r}."
                 raise UsageError(Reason.TERM_INVALID, what, "Leave one of them out, or mend the numbers.")
     return rates

@@ -13,17 +13,19 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Final, Literal, Self, TypeVar
 
 import msgspec
 
 from hwlicense import storage
-from hwlicense.core.documents import Approval, License, Product, Serial, Uri, VendorPublic
-from hwlicense.core.envelope import verified
+from hwlicense.core.documents import Approval, License, Product, Serial, TpmBinding, Uri, VendorPublic
+from hwlicense.core.envelope import unverified, verified
 from hwlicense.core.errors import DamagedError, Reason, RefusedError, UsageError
 from hwlicense.core.schema import FILE_LIMIT, Blob, Count, Digest, Identifier, check, decode, encode
+from hwlicense.core.tpm.structures import Public
 from hwlicense.vendor import signing
-from hwlicense.vendor.basis import Basis
+from hwlicense.vendor.basis import Basis, TpmBasis
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -174,6 +176,25 @@ class Folder:
             found = path.is_file()
         return self._record(path, Basis) if found else None
 
+    def of_one_counter(self, licensed: License) -> list[str]:
+        """Other licenses that a TPM counts, made from a request with the counter of this one: it serves one of them."""
+        ours = next((each for each in licensed.bindings if isinstance(each, TpmBinding) and each.counter), None)
+        found = set[str]()
+        for path in sorted((self.path / "issued").glob("*-r*.json")) if ours else ():
+            identifier = path.stem.rpartition("-r")[0]
+            if identifier == licensed.grant.license or identifier in found:
+                continue
+            # A damaged record is said where it is needed, for a revision: no other license suffers from it.
+            with suppress(DamagedError):
+                if _names_counter(self._record(path, Basis), ours) and self._counted(path.with_suffix(".hwlic")):
+                    found.add(identifier)
+        return sorted(found)
+
+    @staticmethod
+    def _counted(path: Path) -> bool:
+        other = unverified(storage.read_limited(path, FILE_LIMIT), License)[0]
+        return any(isinstance(each, TpmBinding) and each.counter for each in other.bindings)
+
     def _issued(self, identifier: str, revision: int) -> Path:
         return self.path / "issued" / f"{identifier}-r{revision}.hwlic"
 
@@ -231,6 +252,20 @@ class Folder:
 
 
 R = TypeVar("R", TokenRecord, DongleRecord, Basis)
+
+
+def _names_counter(basis: Basis, binding: TpmBinding | None) -> bool:
+    """Whether the request that a license was made from has the counter of `binding`, a new license's, at its value."""
+    if binding is None or binding.counter is None:
+        return False
+    handle, value = binding.counter.handle, binding.counter.value - 1
+    return any(
+        part.evidence.counter is not None
+        and (part.evidence.counter.handle, part.evidence.counter.value) == (handle, value)
+        and Public.parse(part.evidence.storage_root_key).name == binding.storage_root_key
+        for part in basis.parts
+        if isinstance(part, TpmBasis)
+    )
 
 
 def _slug(product: str) -> str:

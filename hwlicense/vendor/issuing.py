@@ -189,6 +189,9 @@ def _needed(parts: Sequence[Part], terms: Terms, pin: Secret | None) -> int:
     if pin and not any(isinstance(part, TpmPart) for part in parts):
         what = "A license's PIN is checked by the TPM, and no request names one; a token has a PIN of its own."
         raise UsageError(Reason.USAGE, what, "Leave --pin and --pin-file out.")
+    if terms.require.pcrs and need == len(parts) and not _pcrs(parts) and any(isinstance(p, TpmPart) for p in parts):
+        what = f"The terms require the PCRs {terms.selection}; the TPM was enrolled without any."
+        raise UsageError(Reason.TERM_INVALID, what, f"Enroll it again with --pcrs {terms.selection}.")
     if terms.require.pcrs and (need < len(parts) or not _pcrs(parts)):
         what = "The terms require PCRs, to which only a TPM holds a license: it must be among the bindings, and needed."
         raise UsageError(Reason.TERM_INVALID, what, 'Enroll the TPM with --pcrs, and require.bindings = "all".')

@@ -252,6 +252,15 @@ def test_without_its_counter_or_its_index_it_opens_nothing(customer):
         customer.install(customer.files[0])
 
 
+def test_a_second_license_from_one_request(customer):
+    """Holds: the counter and its indexes are the first one's. Nothing was removed, and that is not said."""
+    request = customer.device.request(counted=True)
+    customer.install(customer.issue(limited(3), request=request))
+    with refused("COUNTER_LOST", words="The license's index (opens) in the TPM is another's"):
+        customer.install(customer.issue(limited(3), request=request))
+    customer.open()
+
+
 def test_an_ordinary_index_at_the_counters_handle(customer):
     """Holds: the policy holds the Name that the vendor computed, in which type and attributes are."""
     customer.sell(limited(0, hours=9))

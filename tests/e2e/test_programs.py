@@ -217,9 +217,23 @@ def test_a_folder_that_will_not_do(here, tmp_path):
     refused(here.exec("true", given=["--at", f"{link}/"], status=2), "USAGE")
 
 
-@pytest.mark.parametrize("given", [[], ["--fd", "--at", "at"], ["--fd", "--executable"], ["--executable"]])
-def test_options_that_do_not_go_together(here, given):
-    refused(here.exec("true", given=given, status=2), "USAGE", "Give --at DIR or --fd")
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([], "How is COMMAND to get the files?"),
+        (["--fd", "--at", "at"], "exclude each other"),
+        (["--fd", "--executable"], "about the folder of --at"),
+        (["--executable"], "How is COMMAND to get the files?"),
+    ],
+)
+def test_options_that_do_not_go_together(here, given, words):
+    done = here.exec("true", given=given, status=2)
+    refused(done, "USAGE")
+    assert words in done.stderr
+
+
+def test_the_program_itself_is_not_in_the_package_with_fd(here):
+    refused(here.exec("{weights.bin}", given=FD, status=127), "COMMAND_ABSENT", "Use --at and --executable")
 
 
 def test_no_command(here):

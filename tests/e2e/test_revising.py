@@ -152,6 +152,19 @@ def test_what_is_no_license(desk, content):
     assert listing(desk.folder / "vendor") == before
 
 
+def test_a_second_license_from_one_counted_request_is_pointed_out(desk):
+    warned = "was made from a request with the same counter, which serves one"
+    assert warned not in desk.issue("plain.hwlic").stderr, "it has no counter"
+    desk.device("enroll", "--counted", "--pcrs", "sha256:0,7", "-o", "counted.hwreq")
+    (desk.folder / "counted.hwreq").replace(desk.folder / "board.hwreq")
+    desk.terms("terms.toml", WITH_PCRS + "[limits]\nopens = 3\n")
+    assert warned not in desk.issue("first.hwlic").stderr
+    assert warned not in desk.revise("first.hwlic", "first-2.hwlic").stderr, "a revision is meant to"
+    second = desk.issue("second.hwlic").stderr
+    assert second.count(warned) == 1
+    assert "vendor revise" in second
+
+
 def test_terms_that_say_something_in_vain(desk):
     desk.terms("terms.toml", odd := TERMS + "[limits]\ninferences = 5\nrates = ['10/hour']\n")
     for done in (desk.revise("1.hwlic", "2.hwlic", odd), desk.issue("other.hwlic")):

@@ -100,7 +100,7 @@ def test_other_versions(tmp_path, monkeypatch):
         ("three", "no version of Python"),
         ("2.7", "no version of Python"),
         ("/bin/true", "no CPython"),
-        ("/bin/cat", "no CPython"),
+        ("/bin/cat", "did not compile the code: /bin/cat"),
         ("/nowhere/python", "could not compile"),
         ("old", "is Python 3.9"),
     ],

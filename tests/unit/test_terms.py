@@ -1,6 +1,7 @@
 """Terms: what is not enforced is not issued."""
 
 import datetime
+import math
 
 import msgspec
 import pytest
@@ -287,14 +288,14 @@ def test_all_of_use_is_granted():
         BASE
         + "[validity]\ndays_from_first_use = 30\n"
         + "[require]\nanchor = true\nrevocable = true\ncap_pcr = 11\n"
-        + "[limits]\nopens = 1000\ninferences = 1_000_000\nrates = ['100/hour', '1_000/day', '5/90s', '9000/2d']\n"
+        + "[limits]\nopens = 1000\ninferences = 1_000_000\nrates = ['100/hour', '1_000/day', '5/90s', '1900/2d']\n"
         + "powered_on_hours = 8760\ninstances = 2\n"
         + "[features]\nlanguage = 'en'\ncameras = 4\noverlay = true\n"
         + "[monitor]\nlasting = '2h'\nthrottled = '10/minute'\n"
         + "[monitor.regularity]\naction = 'throttle'\ncalls = 300\nvariation = 0.2\npause = '500ms'\n"
         + "[monitor.distances]\nfeatures = 16\naction = 'deny'\nqueries = 200\nnormality = 0.85\n"
     )
-    rates = [Rate(100, 3600), Rate(1000, 86400), Rate(5, 90), Rate(9000, 2 * 86400)]
+    rates = [Rate(100, 3600), Rate(1000, 86400), Rate(5, 90), Rate(1900, 2 * 86400)]
     monitor = Monitor(7200, Regularity(300, 200, 500, "throttle"), Distances(200, 850, 16, "deny"), Rate(10, 60))
     use = Use(
         limits=Limits(1000, 1_000_000, rates, 8760, 2),
@@ -413,7 +414,9 @@ def test_accepted_terms_give_a_grant_that_is_read_as_it_was_written(
     text += "[limits]\n" + "".join(f"{key} = {value}\n" for key, value in limits.items())
     text += f"rates = {[rate for rate, _ in rates]}\n[features]\n"
     text += "".join(f"{quoted(key)} = {written(value)}\n" for key, value in features.items())
-    idle = any(a is not b and a.seconds <= b.seconds and a.count >= b.count for _, a in rates for _, b in rates)
+    each = [(a, b) for i, (_, a) in enumerate(rates) for j, (_, b) in enumerate(rates) if i != j]
+    idle = any(a.seconds <= b.seconds and a.count >= b.count for a, b in each)
+    idle = idle or any(a.seconds > b.seconds and a.count >= b.count * math.ceil(a.seconds / b.seconds) for a, b in each)
     if idle or (cap is not None and not anchor and "opens" not in limits):
         assert refusal(text) == Reason.TERM_INVALID
         return

@@ -21,6 +21,26 @@ def odd(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
+    ("rates", "vain"),
+    [
+        (("10/minute", "100000/hour"), "100000/hour"),
+        (("1/second", "100000/day"), "100000/day"),
+        (("10/minute", "601/hour"), "601/hour"),
+        (("10/minute", "600/hour"), "600/hour"),
+        (("10/7s", "20/10s"), "20/10s"),
+    ],
+)
+def test_a_longer_rate_that_shorter_ones_never_fill(rates, vain):
+    for given in (rates, rates[::-1]):
+        with pytest.raises(UsageError) as error:
+            odd(f"[limits]\nrates = {list(given)}")
+        assert error.value.reason == Reason.TERM_INVALID
+        assert f"{vain!r} never limits anything" in error.value.what
+    assert not odd("[limits]\nrates = ['10/minute', '599/hour']")
+    assert not odd("[limits]\nrates = ['10/7s', '19/10s']")
+
+
+@pytest.mark.parametrize(
     ("text", "words"),
     [
         ("[validity]\nnot_after = 2026-05-31", "ends before it is issued (2026-05-31)"),

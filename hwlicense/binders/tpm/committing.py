@@ -65,10 +65,13 @@ class Commitment:
         self._indexes.increment(public)
 
     def _check_written(self) -> None:
-        """That no index was taken away since: nothing can be written any more."""
+        """That no index was taken away since, and all are its own: nothing can be written any more."""
         for index in self._sealed.conditions.indexes:
-            if self._indexes.name(index.handle) != self._sealed.conditions.public(index).name:
+            name = self._indexes.name(index.handle)
+            if name is None:
                 raise standing.lost(f"its index ({index.purpose})")
+            if name != self._sealed.conditions.public(index).name:
+                raise standing.taken(f"The license's index ({index.purpose})")
 
     def _check_state(self) -> None:
         self._sealed.check_writes()

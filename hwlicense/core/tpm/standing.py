@@ -44,6 +44,13 @@ def lost(what: str) -> RefusedError:
     )
 
 
+def taken(what: str) -> RefusedError:
+    """The counter is at the license's value, and yet what lies beside it is not its own."""
+    text = f"{what} in the TPM is another's: of a license that was made from the same request, as a rule."
+    hint = "A request made with --counted is for one license: enroll again (--counted) and ask for one for that."
+    return RefusedError(Reason.COUNTER_LOST, text, hint)
+
+
 def exhausted(limit: int) -> ExceededError:
     """All opens are spent. Nothing was spent by asking."""
     what = f"All {limit:,} opens of the license are spent."
