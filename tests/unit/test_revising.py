@@ -409,3 +409,8 @@ def test_names_in_the_folder_that_mean_nothing(own_vendor):
 def test_tpm_basis_keeps_the_clock():
     basis = TpmBasis(COUNTED.evidence, COUNTED.endorsement_key.raw, RECORDED, COUNTED.clock)
     assert Public.parse(basis.endorsement_key) == COUNTED.endorsement_key
+
+
+def test_pcrs_of_a_tpm_that_was_enrolled_without_any(own_vendor):
+    with refused("TERM_INVALID", words="the TPM was enrolled without any"):
+        issue(own_vendor, WITH_PCRS, [tpm_part(pcrs=())])
