@@ -11,6 +11,7 @@ import resource
 import select
 import signal
 import socket
+import stat
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -121,8 +122,13 @@ class _Keeper:
         within = os.path.samestat(os.fstat(here), os.fstat(below))
         os.close(here)
         outside = namespaces.mount_memory(below, mount.size, mount.files, executable=mount.executable)
-        os.close(below)
         self._folder = os.open(mount.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        covered, found = os.fstat(below), os.fstat(self._folder)
+        os.close(below)
+        # The path may lead elsewhere by now: nothing is decrypted into what is not the memory that was mounted
+        own = (stat.S_IMODE(found.st_mode), found.st_uid) == (0o700, os.geteuid())
+        if found.st_dev == covered.st_dev or not own or not namespaces.in_memory(self._folder):
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         if within:
             os.fchdir(self._folder)
         return outside

@@ -14,6 +14,7 @@ _REMOUNT, _RECURSIVE, _PRIVATE = 0x20, 0x4000, 0x40000
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_CHILD_SUBREAPER: Final = 36
 
+_TMPFS: Final = 0x01021994
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.unshare.argtypes = [ctypes.c_int]
 _libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
@@ -94,3 +95,10 @@ def _checked(result: int) -> None:
     if result:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
+
+
+def in_memory(fd: int) -> bool:
+    """Whether a descriptor is of a tmpfs: `f_type` of struct statfs, its first field."""
+    found = ctypes.create_string_buffer(256)  # larger than the structure of any architecture
+    _checked(_libc.fstatfs(fd, found))
+    return bool(ctypes.cast(found, ctypes.POINTER(ctypes.c_ulong))[0] == _TMPFS)
