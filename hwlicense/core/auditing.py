@@ -345,6 +345,9 @@ def check_order(recordings: Sequence[Recorded], first: int) -> list[Fault]:
         if before is not None:
             _check_succession(before, each, fault)
         before = each
+    if before is not None and before.statement.recording < first:
+        last = before.statement.recording
+        faults.append(Fault("cut", last, None, f"recording {last}", f"Recording {first}, which is due, was not given."))
     return faults
 
 

@@ -263,6 +263,7 @@ def test_recordings_follow_one_another():
     assert ordered(recordings) == []
     assert ordered(recordings[1:]) == ["cut 2: Recordings 1 to 1 were not given."]
     assert ordered(recordings[1:], first=2) == []
+    assert ordered(recordings, first=4) == ["cut 3: Recording 4, which is due, was not given."]
     assert ordered([recordings[0], recordings[2]]) == ["forged 3: Recordings 2 to 2 are missing."]
 
 
