@@ -211,6 +211,10 @@ def compressed():
     return bytes.fromhex("3039301306072a8648ce3d020106082a8648ce3d030107032200") + point
 
 
+def last_bit_flipped(raw):
+    return raw[:-1] + bytes([raw[-1] ^ 1])
+
+
 WEAK = {
     "P-384": lambda: der(ec.generate_private_key(ec.SECP384R1()).public_key()),
     "secp256k1": lambda: der(ec.generate_private_key(ec.SECP256K1()).public_key()),
@@ -223,7 +227,7 @@ WEAK = {
     "nothing": lambda: b"",
     "no key": lambda: bytes(91),
     "a byte more": lambda: der(Pretender().public) + b"\0",
-    "a point that is not on the curve": lambda: der(Pretender().public)[:-1] + b"\0",
+    "a point that is not on the curve": lambda: last_bit_flipped(der(Pretender().public)),
     "the point at infinity": lambda: der(Pretender().public)[:-65] + bytes(65),
 }
 

@@ -229,7 +229,7 @@ def test_approvals_of_other_products_generations_and_keys_do_not_open(machine):
     for forged in (
         OrderDesk().approve(pcrs, PRODUCT, 2),
         msgspec.structs.replace(good, pcrs=[state, *pcrs[1:]]),
-        msgspec.structs.replace(good, signature=good.signature[:-1] + b"\0"),
+        msgspec.structs.replace(good, signature=good.signature[:-1] + bytes([good.signature[-1] ^ 1])),
     ):
         for action in (machine.hardware.unwrap, machine.hardware.admit):
             with pytest.raises(DamagedError) as caught:

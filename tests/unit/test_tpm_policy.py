@@ -165,7 +165,7 @@ class Signer:
         (lambda attest: attest[:4] + b"\x80\x17" + attest[6:], "not a quote made by a TPM"),  # TPM2_Certify
         (lambda attest: attest + b"\0", "1 bytes follow its end"),
         (lambda attest: attest[:-1], "ends too early"),
-        (lambda attest: attest[:-1] + b"\0", "PCR values are not those"),
+        (lambda attest: attest[:-1] + bytes([attest[-1] ^ 1]), "PCR values are not those"),
     ],
 )
 def test_what_is_signed_but_no_quote_of_this_is_refused(change, why):
