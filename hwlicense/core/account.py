@@ -108,17 +108,22 @@ class Account:
         self.words = array("q", raw or bytes(8 * (_WINDOWS_AT + len(self._windows) * WORDS)))
         small = [rate.count for rate in limits.rates if rate.seconds >= _FREQUENT]
         smallest = min([*small, self.total or _SMALL * _PARTS])
-        self.first = max(1, min(_SMALL, smallest))
+        self.first_step = max(1, min(_SMALL, smallest))
+        """Allowances of the first reservation."""
         # What a crash of an idle process may cost: a thousandth of the total, and yet enough for a first few calls.
-        self.least = max(1, min(_SMALL, max(smallest // _PARTS, min(_FEW, smallest // 8))))
+        self.kept_idle = max(1, min(_SMALL, max(smallest // _PARTS, min(_FEW, smallest // 8))))
+        """Allowances that stay reserved at a pause in use."""
         # Of any lease, whoever took it: so a lease of which nothing else is known is bounded.
         bounds = [
             -(-_AHEAD * rate.count // rate.seconds) if rate.seconds < _AHEAD else rate.count for rate in limits.rates
         ]
-        self.most = max(self.first, min([LARGEST // RESERVATIONS, (self.total or LARGEST) // _LEASED, *bounds]))
+        self.largest_step = max(
+            self.first_step, min([LARGEST // RESERVATIONS, (self.total or LARGEST) // _LEASED, *bounds])
+        )
+        """Allowances of the largest reservation."""
         if raw is None:
             self.words[Field.LAYOUT] = _LAYOUT
-            self.words[Field.STEP] = self.least
+            self.words[Field.STEP] = self.kept_idle
 
     def encode(self) -> bytes:
         """The numbers as bytes of this machine's order: the account never leaves the device."""
@@ -178,7 +183,7 @@ class Account:
         return Short() if words[Field.LEFT] < count or words[Field.FRESH_NS] <= now else None
 
     def _room(self, window: Window) -> int:
-        return window.room(self.words) - self._held - min(self.words[Field.DOUBTED], window.limit)
+        return window.room(self.words) - self._reserved_by_sessions - min(self.words[Field.DOUBTED], window.limit)
 
     def _wait(self, window: Window, now: int, count: int) -> int | None:
         """Nanoseconds until `count` would fit in a window, if nothing more is booked; None where they never do."""
@@ -200,7 +205,7 @@ class Account:
         free, end = words[Field.LEFT], words[Field.FRESH_NS]
         for _, window in self._in_force(throttled=bool(throttled)):
             free, end = min(free, self._room(window)), min(end, window.end(now))
-        taken = max(least, min(most, free // 4))  # near the limit, others get a share
+        taken = max(at_least, min(at_most, free // 4))  # near the limit, others get a share
         slots = tuple(window.slot(now) for window in self._windows)
         self._book(taken, slots)
         return Booked(taken, end, slots)
@@ -272,7 +277,7 @@ class Account:
         return bool(self._windows)
 
     @property
-    def _held(self) -> int:
+    def _reserved_by_sessions(self) -> int:
         return sum(self.words[at + 1] for at in _SESSIONS_AT)
 
     def _in_force(self, *, throttled: bool) -> list[tuple[Rate, Window]]:

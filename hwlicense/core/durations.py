@@ -53,7 +53,7 @@ def of_rate(rate: Rate) -> str:
 # ---- what terms say
 
 
-def rate(term: str, text: str) -> Rate:
+def parse_rate(term: str, text: str) -> Rate:
     """Raises UsageError TERM_INVALID, with what is wrong."""
     digits, slash, frame = text.partition("/")
     count, whole = digits.replace("_", ""), re.fullmatch("[0-9_]*[0-9][0-9_]*", digits, re.ASCII)
@@ -79,7 +79,7 @@ def rate(term: str, text: str) -> Rate:
     raise UsageError(Reason.TERM_INVALID, f"{term} has {text!r}: {trouble}.", _meant(_meant_rate(text), text) + hint)
 
 
-def seconds(term: str, text: str, least: int, most: int) -> int:
+def parse_seconds(term: str, text: str, least: int, most: int) -> int:
     """The seconds of a duration. Raises UsageError TERM_INVALID, with what is wrong."""
     found = _duration(text)
     if found is not None and least <= found <= most:
@@ -105,11 +105,11 @@ def seconds(term: str, text: str, least: int, most: int) -> int:
     raise UsageError(Reason.TERM_INVALID, f"{term} is {text!r}: {trouble}.", hint)
 
 
-def milliseconds(term: str, text: str) -> int:
+def parse_milliseconds(term: str, text: str) -> int:
     """At most a day. The one duration that may be shorter than a second. Raises UsageError TERM_INVALID."""
     if match := re.fullmatch(r"(?!0+ms)([0-9]{1,7})ms", text, re.ASCII):
         return int(match[1])
-    return seconds(term, text, 1, 86400) * 1000
+    return parse_seconds(term, text, 1, 86400) * 1000
 
 
 def _duration(text: str) -> int | None:

@@ -4,8 +4,8 @@ The account is written to the disk as a record. What is written down as reserved
 as spent. The anchor (a count in hardware) gives each *lease* a serial, and only the holder of the latest reserves more:
 each reservation is at least `SPACING` after the one before, at most `STEP`, and comes after a look at the anchor. So
 the powered-on time since a record bounds what may have been reserved in its lease, and in later ones, whose
-reservations are `Account.most` at the most. An older record that is put back, or a copy that is used beside it, is
-charged all of that. Whoever crashes, deletes, restores or copies loses, and never gains.
+reservations are `Account.largest_step` at the most. An older record that is put back, or a copy that is used beside it,
+is charged all of that. Whoever crashes, deletes, restores or copies loses, and never gains.
 
 Rates need more: what is reserved is booked within `LASTING` after a look at the anchor. Until then what a copy may have
 reserved is kept free in all windows, and counts from then on.
@@ -56,7 +56,7 @@ class Moment(NamedTuple):
 def low(account: Account, demand: int = 0) -> bool:
     """Whether more should be reserved, for use as it is or for a session of `demand`."""
     words = account.words
-    enough = account.least if words[Field.SETTLED] else words[Field.STEP]
+    enough = account.kept_idle if words[Field.SETTLED] else words[Field.STEP]
     return words[Field.LEFT] < max(demand, (enough + 1) // 2)
 
 
@@ -170,7 +170,7 @@ def plan(account: Account, moment: Moment, demand: int = 0) -> int:
     step = max(demand, _step(account, surge=surge and not words[Field.SETTLED]))
     if words[Field.SETTLED] and words[Field.RAISED_NS]:  # after a pause in use: as at the burst before it, nearly
         step = max(step, words[Field.STEP] * 3 // 4)
-    return min(step, account.most) if account.total is None or account.total > words[Field.USED] else 0
+    return min(step, account.largest_step) if account.total is None or account.total > words[Field.USED] else 0
 
 
 def take(account: Account, step: int, reading: Reading, moment: Moment, looked: int) -> bool:
@@ -260,7 +260,7 @@ def _unknown(account: Account, leases: int, reading: Reading) -> int:
         return -leases and _EVERYTHING  # below zero: that anchor never gave out the account's serial
     # Each may have ended with a power cut, which took from the anchor's clock.
     passed = reading.clock - account.words[Field.CLOCK_MS] + leases * reading.lapse
-    return account.most * min(leases + _reservations(passed), leases * RESERVATIONS)
+    return account.largest_step * min(leases + _reservations(passed), leases * RESERVATIONS)
 
 
 def _begin(account: Account) -> None:
@@ -297,4 +297,4 @@ def _step(account: Account, *, surge: bool = False) -> int:
     """Allowances for half as long again as reservations are apart; twice the last where those were too few."""
     words = account.words
     pace = words[Field.PACE] * SPACING * 3 // 2 // 10**6
-    return min(max(pace, 2 * words[Field.STEP] if surge else 0, account.least), account.most)
+    return min(max(pace, 2 * words[Field.STEP] if surge else 0, account.kept_idle), account.largest_step)

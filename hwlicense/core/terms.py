@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_args
 import msgspec
 
 from hwlicense.core import documents
-from hwlicense.core.durations import milliseconds, rate, seconds
+from hwlicense.core.durations import parse_milliseconds, parse_rate, parse_seconds
 from hwlicense.core.errors import Reason, RefusedError, UsageError
 from hwlicense.core.limits import (
     LONGEST_WINDOW,
@@ -71,7 +71,7 @@ class Require(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return need
 
 
-class Presence(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Present(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How often the hardware must prove that it is here; durations as people write them, such as "10s"."""
 
     interval: str
@@ -152,7 +152,7 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     validity: Validity = Validity()
     require: Require = Require()
     limits: Limited = Limited()
-    presence: Presence | None = None
+    presence: Present | None = None
     continuity: Continuity | None = None
     features: Annotated[dict[Name, Feature], msgspec.Meta(max_length=100)] | None = None
     monitor: Monitored | None = None
@@ -187,16 +187,20 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return None
         asked = self.presence
         return documents.Presence(
-            interval=seconds("presence.interval", asked.interval, 1, 86400),
-            grace=seconds("presence.grace", asked.grace, 0, 31 * 86400),
-            regain=None if asked.regain is None else seconds("presence.regain", asked.regain, 1, 2**40),
+            interval=parse_seconds("presence.interval", asked.interval, 1, 86400),
+            grace=parse_seconds("presence.grace", asked.grace, 0, 31 * 86400),
+            regain=None if asked.regain is None else parse_seconds("presence.regain", asked.regain, 1, 2**40),
             repeat=asked.repeat,
         )
 
     @property
     def granted_continuity(self) -> int | None:
         """`continuity.session` in seconds."""
-        return seconds("continuity.session", self.continuity.session, 1, LONGEST_SESSION) if self.continuity else None
+        return (
+            parse_seconds("continuity.session", self.continuity.session, 1, LONGEST_SESSION)
+            if self.continuity
+            else None
+        )
 
     @property
     def granted_guard(self) -> Guard | None:
@@ -290,7 +294,7 @@ def _monitored_in_vain(terms: Terms) -> Iterator[str]:
         if total and count > total:
             yield f"{name} = {count} are never reached by limits.inferences = {total}."
     if asked.throttled is not None:
-        throttled = rate("monitor.throttled", asked.throttled)
+        throttled = parse_rate("monitor.throttled", asked.throttled)
         for other, text in zip(_rates(texts), texts, strict=True):
             if other.seconds >= throttled.seconds and other.count <= throttled.count:
                 yield f"monitor.throttled: {asked.throttled!r} never limits anything beside {text!r} in limits.rates."
@@ -362,7 +366,7 @@ def _check(terms: Terms) -> None:
 
 def _rates(texts: list[str]) -> list[Rate]:
     """The rates, of which each must be able to say no."""
-    rates = [rate("limits.rates", text) for text in texts]
+    rates = [parse_rate("limits.rates", text) for text in texts]
     for one, text in zip(rates, texts, strict=True):
         for other, against in zip(rates, texts, strict=True):
             # So many of the shorter frames cover the longer: together they allow no more than that does.
@@ -385,17 +389,17 @@ def _monitor(asked: Monitored) -> Monitor:
         raise UsageError(Reason.TERM_INVALID, what, 'Set monitor.throttled = "10/minute", or choose another action.')
     regular, distant = asked.regularity, asked.distances
     return Monitor(
-        lasting=seconds("monitor.lasting", asked.lasting, 1, LONGEST_WINDOW),
+        lasting=parse_seconds("monitor.lasting", asked.lasting, 1, LONGEST_WINDOW),
         regularity=None
         if regular is None
         else Regularity(
             regular.calls,
             round(regular.variation * 1000),
-            milliseconds("monitor.regularity.pause", regular.pause),
+            parse_milliseconds("monitor.regularity.pause", regular.pause),
             regular.action,
         ),
         distances=None
         if distant is None
         else Distances(distant.queries, round(distant.normality * 1000), distant.features, distant.action),
-        throttled=rate("monitor.throttled", asked.throttled) if asked.throttled is not None else None,
+        throttled=parse_rate("monitor.throttled", asked.throttled) if asked.throttled is not None else None,
     )

@@ -308,7 +308,7 @@ def _presence(home: Home, subject: str, licensed: License) -> Iterator[Finding]:
     terms = licensed.grant.presence
     if terms is None:
         return
-    account = grace.recorded(grace.account_folder(home.state, licensed.grant))
+    account = grace.recorded(grace.presence_folder(home.state, licensed.grant))
     used = min(terms.grace, account.used / 1000 if account else 0)
     text = f"its hardware is to prove every {spelled(terms.interval)} that it is here"
     if not terms.grace:

@@ -58,7 +58,7 @@ class Entries(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 prepare(Entries)
 
 
-class Account:
+class PresenceAccount:
     """One license's account. Times are seconds of the system's monotonic clock, which all processes share."""
 
     def __init__(self, folder: Path, terms: Presence, key: Secret) -> None:
@@ -173,7 +173,7 @@ class Account:
         storage.atomic_write(self._path, self._records.made(_PURPOSE, 0, encode(entries)), 0o600)
 
 
-def account_folder(state: Path, grant: Grant) -> Path:
+def presence_folder(state: Path, grant: Grant) -> Path:
     """Where the account of this revision is kept. Each has its own: the key of one finds another's damaged."""
     folder = state / "licenses" / grant.license
     return folder if grant.revision == 1 else folder / f"presence-{grant.revision}"

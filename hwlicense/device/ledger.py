@@ -183,7 +183,7 @@ def begun(folder: Path) -> bool:
         return error.reason != Reason.FILE_ABSENT
 
 
-def held(folder: Path) -> bool:
+def is_open(folder: Path) -> bool:
     """Whether a process has the license open, or works in its ledger; so, too, where that cannot be seen.
 
     Keeps nobody from opening it: whoever looks whether others have it open has locked the ledger before.

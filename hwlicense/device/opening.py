@@ -263,7 +263,7 @@ def _presence(
 
     account, answers = None, None
     if terms.grace or bound.spends_proofs:
-        account = grace.Account(grace.account_folder(home.state, licensed.grant), terms, account_key)
+        account = grace.PresenceAccount(grace.presence_folder(home.state, licensed.grant), terms, account_key)
         account.prepare()
         if not terms.repeat and bound.spends_proofs:
             answers = min(dongle.answer_count(b) for b in licensed.bindings if isinstance(b, UsbBinding))

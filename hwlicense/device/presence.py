@@ -72,7 +72,9 @@ class Presence:
     to wait for, so that the keys go when the time has come, whatever the others meet.
     """
 
-    def __init__(self, terms: documents.Presence, bound: Bound, account: Account | None, answers: int | None) -> None:
+    def __init__(
+        self, terms: documents.Presence, bound: Bound, account: PresenceAccount | None, answers: int | None
+    ) -> None:
         """Opening was the first proof. `bound` and `account` are taken over; `guard` says what depends on them.
 
         `account` is None where nothing is to be written down. `answers` is how many proofs there are, where each serves

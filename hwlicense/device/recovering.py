@@ -59,7 +59,7 @@ def open_account(folder: Path, grant: Grant, key: Secret, anchor: Anchor | None,
             account = opened.opened(write)
         tended = Tended(grant, account, ledger, anchor, opened.clock)
         if anchor is None and use.metered:
-            tended.reserve(account.first)
+            tended.reserve(account.first_step)
     except BaseException:
         ledger.close()
         raise
@@ -131,7 +131,7 @@ class _Opening:
     def _step(self, anchor: Anchor, account: Account) -> bool:
         """Take a first lease, where there is something to lease."""
         metered, looked = self._grant.terms_of_use.metered, self._moment(account)
-        step = leases.plan(account, looked, account.first)
+        step = leases.plan(account, looked, account.first_step)
         if metered and not step:
             return False
         reading = anchor.step()

@@ -69,7 +69,7 @@ def _asked(home: Home, licensed: License, connect: Connect) -> Counted | None:
     return None
 
 
-def _reading(home: Home, installed: Installed, today: datetime.date, counted: Counted | None) -> usage.Reading:
+def _reading(home: Home, installed: Installed, today: datetime.date, counted: Counted | None) -> usage.Seen:
     licensed, vendor = installed
     try:
         reset = resetting.pending(home, licensed, vendor)
@@ -78,9 +78,7 @@ def _reading(home: Home, installed: Installed, today: datetime.date, counted: Co
     return usage.read(home.state, licensed.grant, counted, reset, today)
 
 
-def _refusal(
-    home: Home, installed: Installed, counted: Counted | None, reading: usage.Reading
-) -> HwlicenseError | None:
+def _refusal(home: Home, installed: Installed, counted: Counted | None, reading: usage.Seen) -> HwlicenseError | None:
     """Why the license would not open, as far as that can be told without opening it."""
     licensed, vendor = installed
     try:
@@ -159,7 +157,7 @@ def _presence(home: Home, licensed: License) -> dict[str, Any]:
     terms, continuity = licensed.grant.presence, licensed.grant.continuity
     found: dict[str, Any] = {"continuity": continuity} if continuity else {}
     if terms:
-        folder = grace.account_folder(home.state, licensed.grant)
+        folder = grace.presence_folder(home.state, licensed.grant)
         entries = grace.recorded(folder)
         if entries is None and (folder / "presence").exists():
             found["presence_account"] = "damaged: all of the grace and the recorded answers counts as used"

@@ -273,7 +273,9 @@ class Tended:
         anchor = self._anchor
         account, meter = self.snapshot()
         self._demand = min(
-            self._demand, account.most * RESERVATIONS, *([] if account.total is None else [account.remaining or 0])
+            self._demand,
+            account.largest_step * RESERVATIONS,
+            *([] if account.total is None else [account.remaining or 0]),
         )
         if time.monotonic() > self._asked + _ASKED:
             self._demand = 0
@@ -281,7 +283,7 @@ class Tended:
         if used != self._seen[0]:
             self._seen = used, now
         idle = now - self._seen[1] >= leases.idle(account, meter) / 10**9 and not self._demand
-        if idle and leases.settle(account, self._moment(), account.least):
+        if idle and leases.settle(account, self._moment(), account.kept_idle):
             self._settle()
         if anchor is None and not idle:
             self._recorded(lambda account: leases.reserve_freely(account, self._moment(), self._demand))
@@ -296,7 +298,7 @@ class Tended:
 
     def _settle(self) -> None:
         with self._ledger.writing() as write, self.sharing() as (account, _):
-            if leases.settle(account, self._moment(), account.least):
+            if leases.settle(account, self._moment(), account.kept_idle):
                 self._write(write, account)
 
     def _check_calendar(self) -> None:

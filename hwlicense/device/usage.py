@@ -13,8 +13,7 @@ from hwlicense.core.account import Account, Field
 from hwlicense.core.durations import of_rate, spelled
 from hwlicense.core.errors import HwlicenseError, RefusedError
 from hwlicense.core.terms import check_validity
-from hwlicense.device import clock, instances, recovering, watching
-from hwlicense.device.ledger import begun, held
+from hwlicense.device import clock, instances, ledger, recovering, watching
 from hwlicense.device.plugged import Finding
 from hwlicense.device.starting import used_up
 from hwlicense.device.tending import longest_session
@@ -36,12 +35,12 @@ _NOT_ANCHORED: Final = "runtime, not anchored"
 _EVER: Final = 1 << 62  # milliseconds
 
 
-class Reading(NamedTuple):
+class Seen(NamedTuple):
     """The account as it says itself, brought up to now; None where there is none that can be read.
 
     `state`: read but not verified; there and not to be read; not there, or not there though the TPM has counted opens;
     never begun, as the TPM has counted none. `refusal`: why nothing would start, by clock, dates and account. `open`:
-    whether a process has the license open, as far as that can be seen.
+    whether a process has the license open, as far as that can be reading.
     """
 
     folder: Path
@@ -52,12 +51,12 @@ class Reading(NamedTuple):
     open: bool
 
 
-def read(state: Path, grant: Grant, counted: Counted | None, reset: ClockReset | None, today: datetime.date) -> Reading:
+def read(state: Path, grant: Grant, counted: Counted | None, reset: ClockReset | None, today: datetime.date) -> Seen:
     """The account in a state folder. `counted` is what the TPM says, None where it was not asked; `today` serves where
     no account says what day it is.
     """
     folder, verdict = recovering.account_folder(state, grant), monitoring.Verdict()
-    like, is_open = Account(grant.terms_of_use.limits, recovering.throttle(grant)), held(folder)
+    like, is_open = Account(grant.terms_of_use.limits, recovering.throttle(grant)), ledger.is_open(folder)
     try:
         found = recovering.latest(folder, like)
         refusal = _brought_up(found, grant, counted, reset) if found else _outside(grant, today)
@@ -66,15 +65,15 @@ def read(state: Path, grant: Grant, counted: Counted | None, reset: ClockReset |
     except (ValueError, OverflowError, OSError):  # numbers that nobody wrote: it opens as one that is damaged
         found, refusal = None, _outside(grant, today)
     if found:
-        return Reading(folder, "unverified", found, verdict, refusal, is_open)
-    if begun(folder):
-        return Reading(folder, "unreadable", None, verdict, refusal, is_open)
+        return Seen(folder, "unverified", found, verdict, refusal, is_open)
+    if ledger.begun(folder):
+        return Seen(folder, "unreadable", None, verdict, refusal, is_open)
     if counted is None or counted.opens is None:
-        return Reading(folder, "absent", None, verdict, refusal, is_open)
-    return Reading(folder, "missing" if counted.opens else "unused", None, verdict, refusal, is_open)
+        return Seen(folder, "absent", None, verdict, refusal, is_open)
+    return Seen(folder, "missing" if counted.opens else "unused", None, verdict, refusal, is_open)
 
 
-def over(grant: Grant, reading: Reading) -> RefusedError | None:
+def over(grant: Grant, reading: Seen) -> RefusedError | None:
     """Why an open model would refuse all use, by the account's own word; None if it would not."""
     total, account = grant.terms_of_use.limits.inferences, reading.account
     if account is None:
@@ -147,7 +146,7 @@ def doubts(entry: dict[str, Any]) -> Iterator[Finding]:
         yield Finding("note", subject, text, "Where that matters, ask for a license for a request made with --counted.")
 
 
-def limits(licensed: License, counted: Counted | None, reading: Reading) -> tuple[dict[str, Any], list[HwlicenseError]]:
+def limits(licensed: License, counted: Counted | None, reading: Seen) -> tuple[dict[str, Any], list[HwlicenseError]]:
     """The entries of a report, and what could not be told.
 
     Every limit has what is `left` (None where that is not known), whether that is `verified`, and `enforced_by`; a
@@ -240,7 +239,7 @@ def _of_the_tpm(limited: Limits, counted: Counted | None) -> list[dict[str, Any]
     return rows
 
 
-def _days(of: int, reading: Reading) -> int | None:
+def _days(of: int, reading: Seen) -> int | None:
     account = reading.account
     if account is None:
         return of if reading.state == "unused" else None
@@ -248,7 +247,7 @@ def _days(of: int, reading: Reading) -> int | None:
     return max(0, of - (account.words[Field.MARK] // calendar.DAY - first // calendar.DAY)) if first else of
 
 
-def _metered(limited: Limits, reading: Reading, runtime: str) -> list[dict[str, Any]]:
+def _metered(limited: Limits, reading: Seen, runtime: str) -> list[dict[str, Any]]:
     account, unused = reading.account, reading.state == "unused"
     rows: list[dict[str, Any]] = []
     if total := limited.inferences:

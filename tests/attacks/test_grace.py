@@ -127,7 +127,7 @@ def test_looking_costs_nothing_and_standing_shows_what_is_left(vendor, kit):
 
 def account(folder, regain=None):
     """As a process that starts now has it."""
-    made = grace.Account(folder, Presence(1, 60, regain, repeat=True), Secret(bytearray(b"k" * 32)))
+    made = grace.PresenceAccount(folder, Presence(1, 60, regain, repeat=True), Secret(bytearray(b"k" * 32)))
     folder.mkdir(exist_ok=True)
     return made
 

@@ -166,12 +166,12 @@ def test_a_revision_has_its_grace_whole(own_vendor, device):
     sold = Sold(own_vendor, device, PRESENCE)
     device.open(own_vendor).close()
     grant = unverified(sold.files[0], License)[0].grant
-    first = grace.account_folder(device.home.state, grant)
+    first = grace.presence_folder(device.home.state, grant)
     assert (first / "presence").is_file()
     device.install(sold.revise(PRESENCE), own_vendor)
     with device.open(own_vendor):
         pass
-    second = grace.account_folder(device.home.state, replace(grant, revision=2))
+    second = grace.presence_folder(device.home.state, replace(grant, revision=2))
     assert second != first
     assert grace.recorded(second).used == 0
     shutil.copy(first / "presence", second / "presence")  # the old one's, put in its place

@@ -707,7 +707,7 @@ def presence(kit):
 
 def account(kit, terms):
     (folder,) = (kit.home.state / "licenses").iterdir()
-    return grace.Account(folder, terms, Secret(bytearray(32)))
+    return grace.PresenceAccount(folder, terms, Secret(bytearray(32)))
 
 
 def test_presence_without_grace(bench, vendor, tmp_path):

@@ -19,7 +19,7 @@ from hwlicense.core.errors import AbsentError, HwlicenseError, Reason, RefusedEr
 from hwlicense.core.presence import Proofs
 from hwlicense.core.secret import Secret
 from hwlicense.device import clock, grace
-from hwlicense.device.grace import Account
+from hwlicense.device.grace import PresenceAccount
 from hwlicense.device.pin_turn import PinTurn
 from hwlicense.device.presence import Presence
 
@@ -87,7 +87,7 @@ def key():
 
 
 def account(folder, seconds=60, regain=None):
-    made = Account(folder, Terms(1, seconds, regain, repeat=True), key())
+    made = PresenceAccount(folder, Terms(1, seconds, regain, repeat=True), key())
     made.prepare()
     return made
 
@@ -125,7 +125,9 @@ def test_a_forged_account_has_no_grace(tmp_path, change):
     account(tmp_path).bridge(time.monotonic(), 1)
     path = tmp_path / "presence"
     if change == "other key":
-        Account(tmp_path, Terms(1, 60, None, repeat=True), Secret(bytearray(32)))._write(account(tmp_path)._read())
+        PresenceAccount(tmp_path, Terms(1, 60, None, repeat=True), Secret(bytearray(32)))._write(
+            account(tmp_path)._read()
+        )
     else:
         raw = bytearray(path.read_bytes())
         raw[15] ^= 1
@@ -249,7 +251,7 @@ def watched(tmp_path):
 
     def make(interval=0.4, seconds=0.0, regain=None, answers=None, *, with_account=False):
         terms = Terms(interval, seconds, regain, answers is None)
-        own = Account(tmp_path, terms, key()) if with_account or seconds else None
+        own = PresenceAccount(tmp_path, terms, key()) if with_account or seconds else None
         hardware, guarded = Hardware(), Guarded()
         presence = Presence(terms, cast("Bound", hardware), own, answers)
         presence.guard(guarded)
@@ -415,7 +417,7 @@ def test_an_account_that_cannot_be_read_keeps_no_keys_alive(watched, monkeypatch
 
 
 def test_a_full_disk_locks_nothing_while_the_hardware_is_here(watched, monkeypatch):
-    monkeypatch.setattr(Account, "_write", no_space)
+    monkeypatch.setattr(PresenceAccount, "_write", no_space)
     presence, hardware, guarded = watched(with_account=True)
     hardware.spends_proofs = True
     until(lambda: presence.proofs >= 5)
@@ -465,7 +467,7 @@ def test_a_watch_that_fails_prints_nothing_and_leaves_no_keys_that_nobody_watche
 
 @pytest.mark.parametrize(
     ("of", "name", "fails"),
-    [(Account, "bridge", unforeseen), (Presence, "_start", no_space)],
+    [(PresenceAccount, "bridge", unforeseen), (Presence, "_start", no_space)],
     ids=["payment", "no thread to pay"],
 )
 def test_what_cannot_be_paid_prints_nothing_and_grants_nothing(watched, printed, monkeypatch, of, name, fails):

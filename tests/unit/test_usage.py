@@ -241,7 +241,7 @@ def test_asking_whether_it_is_open_keeps_nobody_from_opening_it(machine, tmp_pat
             return tried(fd, path)
 
         patched.setattr(storage, "taken", taken)
-        assert ledger.held(folder)
+        assert ledger.is_open(folder)
         assert looked == ["ledger"], "whoever works there may be about to see whether `alive` is free"
     file.close()
 

@@ -189,7 +189,7 @@ class Work:
         if command in _LOCAL:
             return run()
         if command in _LOADS:
-            run = partial(self._held, run)
+            run = partial(self._flushed_later, run)
         give_up, pause, full = time.monotonic() + PATIENCE, 0.01, False
         while True:
             try:
@@ -210,7 +210,7 @@ class Work:
 
     # ---- what is loaded ----
 
-    def _held(self, load: Callable[[], Any]) -> Any:  # noqa: ANN401 - as many types as commands
+    def _flushed_later(self, load: Callable[[], Any]) -> Any:  # noqa: ANN401 - as many types as commands
         """What it loads is flushed at the end of the work. With the command: a signal may come right after it."""
         result = load()
         handle = result[0] if isinstance(result, tuple) else result
