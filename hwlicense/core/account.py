@@ -188,7 +188,7 @@ class Account:
     def _wait(self, window: Window, now: int, count: int) -> int | None:
         """Nanoseconds until `count` would fit in a window, if nothing more is booked; None where they never do."""
         words, doubted = self.words, min(self.words[Field.DOUBTED], window.limit)
-        taken = self._held + doubted
+        taken = self._reserved_by_sessions + doubted
         if count > window.limit or not taken or count + taken <= window.limit:
             return window.wait(words, now, count + taken)
         ends = [words[at] for at in _SESSIONS_AT if words[at + 1]]
@@ -205,7 +205,7 @@ class Account:
         free, end = words[Field.LEFT], words[Field.FRESH_NS]
         for _, window in self._in_force(throttled=bool(throttled)):
             free, end = min(free, self._room(window)), min(end, window.end(now))
-        taken = max(at_least, min(at_most, free // 4))  # near the limit, others get a share
+        taken = max(least, min(most, free // 4))  # near the limit, others get a share
         slots = tuple(window.slot(now) for window in self._windows)
         self._book(taken, slots)
         return Booked(taken, end, slots)

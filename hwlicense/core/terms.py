@@ -209,7 +209,7 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return None
         named = CHECKS if self.guard.refuse == "all" else self.guard.refuse
         refuse = [check for check in CHECKS if check in named]
-        return Guard(refuse, seconds("guard.interval", self.guard.interval, 1, LONGEST_INTERVAL))
+        return Guard(refuse, parse_seconds("guard.interval", self.guard.interval, 1, LONGEST_INTERVAL))
 
     @property
     def granted_application(self) -> Application | None:

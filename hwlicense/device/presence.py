@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hwlicense.device.bound import Bound
-    from hwlicense.device.grace import Account
+    from hwlicense.device.grace import PresenceAccount
     from hwlicense.device.keyring import Keyring
 
 QUANTUM: Final = 10.0

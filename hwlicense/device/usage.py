@@ -40,7 +40,7 @@ class Seen(NamedTuple):
 
     `state`: read but not verified; there and not to be read; not there, or not there though the TPM has counted opens;
     never begun, as the TPM has counted none. `refusal`: why nothing would start, by clock, dates and account. `open`:
-    whether a process has the license open, as far as that can be reading.
+    whether a process has the license open, as far as that can be read.
     """
 
     folder: Path
@@ -73,14 +73,14 @@ def read(state: Path, grant: Grant, counted: Counted | None, reset: ClockReset |
     return Seen(folder, "missing" if counted.opens else "unused", None, verdict, refusal, is_open)
 
 
-def over(grant: Grant, reading: Seen) -> RefusedError | None:
+def over(grant: Grant, seen: Seen) -> RefusedError | None:
     """Why an open model would refuse all use, by the account's own word; None if it would not."""
-    total, account = grant.terms_of_use.limits.inferences, reading.account
+    total, account = grant.terms_of_use.limits.inferences, seen.account
     if account is None:
         return None
     if total and not account.remaining:
         return used_up(total)
-    return watching.denied(reading.verdict, account.words[Field.NEWEST_NS] // _MILLION)
+    return watching.denied(seen.verdict, account.words[Field.NEWEST_NS] // _MILLION)
 
 
 class Uncharged(NamedTuple):
@@ -96,11 +96,11 @@ class Uncharged(NamedTuple):
     kept_free_for: int | None
 
 
-def uncharged(grant: Grant, reading: Reading, *, with_anchor: bool) -> Uncharged | None:
+def uncharged(grant: Grant, seen: Seen, *, with_anchor: bool) -> Uncharged | None:
     """What is charged beside what the account says; None where nothing is, or a process has it open."""
-    limited, account = grant.terms_of_use.limits, reading.account
+    limited, account = grant.terms_of_use.limits, seen.account
     counts = [rate.count for rate in limited.rates]
-    if account is None or reading.open or not (limited.inferences or counts):
+    if account is None or seen.open or not (limited.inferences or counts):
         return None
     bound = max(counts) if account.remaining is None else account.remaining
     most = min(bound, leases.unsettled(account, _EVER))
@@ -146,34 +146,34 @@ def doubts(entry: dict[str, Any]) -> Iterator[Finding]:
         yield Finding("note", subject, text, "Where that matters, ask for a license for a request made with --counted.")
 
 
-def limits(licensed: License, counted: Counted | None, reading: Seen) -> tuple[dict[str, Any], list[HwlicenseError]]:
+def limits(licensed: License, counted: Counted | None, seen: Seen) -> tuple[dict[str, Any], list[HwlicenseError]]:
     """The entries of a report, and what could not be told.
 
     Every limit has what is `left` (None where that is not known), whether that is `verified`, and `enforced_by`; a
     rate, the `seconds` of its frame and `refills_in` in seconds.
     """
-    use, account, problems = licensed.grant.terms_of_use, reading.account, list[HwlicenseError]()
+    use, account, problems = licensed.grant.terms_of_use, seen.account, list[HwlicenseError]()
     runtime = "runtime, anchored in the TPM" if anchored(licensed) else _NOT_ANCHORED
-    rows = [*_of_the_tpm(use.limits, counted), *_metered(use.limits, reading, runtime)]
+    rows = [*_of_the_tpm(use.limits, counted), *_metered(use.limits, seen, runtime)]
     if of := use.limits.instances:
         left = None
         try:
-            left = of - instances.running(reading.folder, of)
+            left = of - instances.running(seen.folder, of)
         except HwlicenseError as error:
             problems.append(error)
         rows.append(_row("instances", of, left, "runtime", verified=left is not None))
     if use.days:
-        rows.append(_row("days_from_first_use", use.days, _days(use.days, reading), runtime))
+        rows.append(_row("days_from_first_use", use.days, _days(use.days, seen), runtime))
     found: dict[str, Any] = {"limits": rows} if rows else {}
     if use.metered or use.days:
-        found |= {"account": reading.state, "account_folder": str(reading.folder)}
+        found |= {"account": seen.state, "account_folder": str(seen.folder)}
     if use.features:
         found["features"] = dict(use.features)
     if use.monitor:
-        found["monitor"] = _monitor(reading)
+        found["monitor"] = _monitor(seen)
     if account and use.metered:
         found["charged_in_doubt"] = account.words[Field.LOST]
-    if more := uncharged(licensed.grant, reading, with_anchor=anchored(licensed)):
+    if more := uncharged(licensed.grant, seen, with_anchor=anchored(licensed)):
         found["uncharged"] = more._asdict()
     if account and account.words[Field.UNSET]:
         found["clock"] = "not set: time goes on from when the license was issued"
@@ -239,16 +239,16 @@ def _of_the_tpm(limited: Limits, counted: Counted | None) -> list[dict[str, Any]
     return rows
 
 
-def _days(of: int, reading: Seen) -> int | None:
-    account = reading.account
+def _days(of: int, seen: Seen) -> int | None:
+    account = seen.account
     if account is None:
-        return of if reading.state == "unused" else None
+        return of if seen.state == "unused" else None
     first = account.words[Field.FIRST]
     return max(0, of - (account.words[Field.MARK] // calendar.DAY - first // calendar.DAY)) if first else of
 
 
-def _metered(limited: Limits, reading: Seen, runtime: str) -> list[dict[str, Any]]:
-    account, unused = reading.account, reading.state == "unused"
+def _metered(limited: Limits, seen: Seen, runtime: str) -> list[dict[str, Any]]:
+    account, unused = seen.account, seen.state == "unused"
     rows: list[dict[str, Any]] = []
     if total := limited.inferences:
         left = min(total, account.remaining or 0) if account else total if unused else None
@@ -277,10 +277,10 @@ def _verdict(folder: Path, grant: Grant, account: Account) -> monitoring.Verdict
     return monitoring.verdict(terms, state, now)
 
 
-def _monitor(reading: Reading) -> dict[str, Any]:
+def _monitor(seen: Seen) -> dict[str, Any]:
     """`in_force` and `found_by` are None where that is not known."""
-    verdict, account = reading.verdict, reading.account
-    if account is None and reading.state != "unused":
+    verdict, account = seen.verdict, seen.account
+    if account is None and seen.state != "unused":
         return {"in_force": None, "found_by": None}
     found: dict[str, Any] = {"in_force": verdict.action, "found_by": list(verdict.detectors)}
     if account and verdict.until is not None:
