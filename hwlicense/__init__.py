@@ -81,11 +81,13 @@ def open(  # noqa: A001, PLR0913  # it opens a package as the builtin opens a fi
     """
     from hwlicense.device import selecting  # noqa: PLC0415  # importing the package stays cheap
     from hwlicense.device.opening import open_package  # noqa: PLC0415
+    from hwlicense.device.reading import PackageFile  # noqa: PLC0415
 
     place = selecting.home(home, state)
     trusted = selecting.vendor(vendor)
     connect = selecting.hardware(place, tpm, [token] if token else [], touch)
-    return open_package(Path(package), trusted, place, connect, selecting.pin(pin, last_try=last_try))
+    asking = selecting.pin(pin, last_try=last_try)
+    return open_package(PackageFile(Path(package), trusted), place, connect, asking)
 
 
 def current() -> Model:

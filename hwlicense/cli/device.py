@@ -181,20 +181,21 @@ def check(
                 file.verify(advance)
         today = opening.utc_today()
         installed = opening.first_valid(opening.fitting_licenses(file.manifest, vendor, place), today)
-    grant = installed.license.grant
-    opens = grant.terms_of_use.limits.opens
-    if opens and not fully:
-        output.note(f"The license has {opens:,} opens, and opening takes one: `device status` says how many are left.")
-    if fully:
-        connect = selecting.hardware(place, tpm, tokens, output.note)
-        if opens and (left := reporting.opens_left(place, installed, today, connect)):
-            output.note(f"Opening spends one of the license's {opens:,} opens, of which {left:,} are left.")
-        pin = secrets.pin_source(pin_file, token_pin_file, last_try=last_try)
-        model = opening.open_package(package, vendor, place, connect, pin)
-        members = file.manifest.members  # code, too
-        with model, output.progress("Reading", sum(member.size for member in members)) as advance:
-            _read_all(model, [member.name for member in members], advance)
-        grant = model.grant or grant
+        grant = installed.license.grant
+        opens = grant.terms_of_use.limits.opens
+        if opens and not fully:
+            left_by = "`device status` says how many are left"
+            output.note(f"The license has {opens:,} opens, and opening takes one: {left_by}.")
+        if fully:
+            connect = selecting.hardware(place, tpm, tokens, output.note)
+            if opens and (left := reporting.opens_left(place, installed, today, connect)):
+                output.note(f"Opening spends one of the license's {opens:,} opens, of which {left:,} are left.")
+            pin = secrets.pin_source(pin_file, token_pin_file, last_try=last_try)
+            model = opening.open_package(file, place, connect, pin)
+            members = file.manifest.members  # code, too
+            with model, output.progress("Reading", sum(member.size for member in members)) as advance:
+                _read_all(model, [member.name for member in members], advance)
+            grant = model.grant or grant
     result = {
         "package": file.manifest.name,
         "version": file.manifest.version,

@@ -82,23 +82,23 @@ def execute(
         raise UsageError(Reason.USAGE, "--executable is about the folder of --at.", "Leave it out with --fd.")
     place = selecting.home(home, state)
     with output.naming(package):
-        file, vendor = by_any(place.trusted(), lambda vendor: PackageFile(package, vendor), place.path)
-        with file:
-            members = [file.layout.members[name] for name in file.layout.names]  # its code is not for programs
+        file, _ = by_any(place.trusted(), lambda vendor: PackageFile(package, vendor), place.path)
+    members = [file.layout.members[name] for name in file.layout.names]  # its code is not for programs
     try:
-        executing.check_command(command[0], at, executable=executable)
-        mount = executing.mount(at, members, executable=executable) if at else None
-        with Tree(command, mount, [member.name for member in members] if as_fds else []) as tree:
-            connect = selecting.hardware(place, tpm, tokens, output.note)
-            pin = secrets.pin_source(pin_file, token_pin_file, last_try=last_try)
-            started = Event()
-            if pin and not (pin_file or token_pin_file):
-                pin = _until(started, pin)
-            with opening.open_package(package, vendor, place, connect, pin) as model:
-                program = executing.Program(model, tree)
-                _warn_of_swap()
-                started.set()
-                status = program.run()
+        with file:
+            executing.check_command(command[0], at, executable=executable)
+            mount = executing.mount(at, members, executable=executable) if at else None
+            with Tree(command, mount, [member.name for member in members] if as_fds else []) as tree:
+                connect = selecting.hardware(place, tpm, tokens, output.note)
+                pin = secrets.pin_source(pin_file, token_pin_file, last_try=last_try)
+                started = Event()
+                if pin and not (pin_file or token_pin_file):
+                    pin = _until(started, pin)
+                with opening.open_package(file, place, connect, pin) as model:
+                    program = executing.Program(model, tree)
+                    _warn_of_swap()
+                    started.set()
+                    status = program.run()
     except HwlicenseError as error:
         if error.reason not in _STATUSES:
             raise

@@ -62,13 +62,14 @@ def run(
     isolate()
     place = selecting.home(home, state)
     with output.naming(package):
-        file, vendor = by_any(place.trusted(), lambda vendor: PackageFile(package, vendor), place.path)
-        with file:
-            begin = running.entry_of(file.manifest, entry)
-    connect = selecting.hardware(place, tpm, tokens, output.note)
-    pin = secrets.pin_source(pin_file, token_pin_file, last_try=last_try)
+        file, _ = by_any(place.trusted(), lambda vendor: PackageFile(package, vendor), place.path)
     with ExitStack() as stack:
-        model = stack.enter_context(opening.open_package(package, vendor, place, connect, pin))
+        stack.enter_context(file)
+        with output.naming(package):
+            begin = running.entry_of(file.manifest, entry)
+        connect = selecting.hardware(place, tpm, tokens, output.note)
+        pin = secrets.pin_source(pin_file, token_pin_file, last_try=last_try)
+        model = stack.enter_context(opening.open_package(file, place, connect, pin))
         stack.enter_context(model.importer())
         stack.enter_context(running.started(model))
         # After threads and exit handlers of the program: they may still need the model

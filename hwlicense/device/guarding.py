@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from hwlicense import loaded
 from hwlicense.core.errors import Reason, RefusedError, StorageError
+from hwlicense.device.background import begin
 from hwlicense.device.checks import findings
 from hwlicense.device.memory import sealed_inodes
 
@@ -50,22 +51,19 @@ class Watch:
     What it finds ends the use of the model for good: only opening it again gives other keys.
     """
 
-    def __init__(self, grant: Grant, guard: Guard, guarded: Guarded) -> None:
-        """Start. The model is not kept alive by this. Raises StorageError where the system gives no thread."""
+    def __init__(self, grant: Grant, guard: Guard) -> None:
         self._grant, self._interval = grant, guard.interval
         self._tracing = "tracing" in guard.refuse
         self._ended = threading.Event()
+
+    def guard(self, guarded: Guarded) -> None:
+        """Start. The model is not kept alive by this. Raises StorageError where the system gives no thread."""
         self._guarded = weakref.ref(guarded, lambda _: self._ended.set())
         self._start()
         _watches.add(self)
 
     def _start(self) -> None:
-        thread = threading.Thread(target=self._run, name="hwlicense guard", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError as error:
-            what = "The system gives the process no further thread, and the license asks for a guard."
-            raise StorageError(Reason.STORAGE, what, "Raise the limit of threads (`ulimit -u`).") from error
+        begin("guard", self._run)
 
     def after_fork(self) -> None:
         """In a forked child, whose thread is the parent's."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, NoReturn, Self
 
 from hwlicense.core.errors import ClosedError, DamagedError, HwlicenseError, Reason, UsageError
 from hwlicense.device.keyring import Keyring
-from hwlicense.device.licensed import Licensed
+from hwlicense.device.licensed import Conditions, Licensed
 from hwlicense.device.memory import Memory, Protection, SealedFile, lend, protection
 from hwlicense.device.reading import THREADS
 from hwlicense.device.starting import Session, Standing, check_count, foremost, too_long
@@ -19,22 +19,17 @@ from hwlicense.device.streaming import MemberReader
 
 if TYPE_CHECKING:
     import ctypes
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from hwlicense.core import package
-    from hwlicense.core.documents import Grant, Member
+    from hwlicense.core.documents import Member
     from hwlicense.core.keys import Content
     from hwlicense.device.bound import Bound
-    from hwlicense.device.checks import Finding
-    from hwlicense.device.guarding import Watch
-    from hwlicense.device.instances import Instance
-    from hwlicense.device.metering import Metering
-    from hwlicense.device.presence import Presence
     from hwlicense.device.reading import PackageFile
-    from hwlicense.device.recorder import Recorder
     from hwlicense.device.sealed_code import Importer
 
 THREADED: Final = 8  # chunks from which on several threads are worth their start
+_NONE: Final = Conditions()
 
 
 class Model(Licensed):
@@ -43,33 +38,17 @@ class Model(Licensed):
     Closing wipes the keys at once, and so does the loss of hardware whose presence the license asks for. A buffer that
     `read` lent lives on as long as someone holds it, whatever happens to model and keys, and is zeroed the moment
     nobody does. Threads inside a call finish with ClosedError, or with what became of the hardware. `grant` is what the
-    license says; `watch` is its guard, where it asks for one.
+    license says.
     """
 
-    recorder: Callable[[], Recorder]
-
-    def __init__(
-        self,
-        file: PackageFile,
-        content: Content,
-        grant: Grant | None = None,
-        presence: tuple[Presence, Callable[[Bound, bool], Content]] | None = None,
-        metering: Metering | None = None,
-        instance: Instance | None = None,
-    ) -> None:
-        """Takes all but the content over if this succeeds. `instance` is for a license that meters nothing.
-
-        With the presence comes what gives the content once more. Raises DamagedError, StorageError.
-        """
-        self.name, self.version, self.grant = file.manifest.name, file.manifest.version, grant
+    def __init__(self, file: PackageFile, content: Content, conditions: Conditions = _NONE) -> None:
+        """Takes all but the content over if this succeeds. Raises DamagedError, StorageError."""
+        super().__init__(conditions)
+        self.name, self.version = file.manifest.name, file.manifest.version
         self._file, self._layout = file, file.layout
         self._keys = self._keyring(content)
-        self._metering, self._instance = metering, instance
-        self._presence = presence[0] if presence else None
-        self._content = presence[1] if presence else None
         self._refusal: HwlicenseError | None = None
         self._ended = False
-        self.watch: Watch | None = None
         self._closed = False
         self._users: Counter[int] = Counter()  # calls under way, by thread
         self._lent: weakref.WeakValueDictionary[str, ctypes.Array[ctypes.c_ubyte]] = weakref.WeakValueDictionary()
@@ -77,6 +56,8 @@ class Model(Licensed):
         self._readers: weakref.WeakSet[MemberReader] = weakref.WeakSet()
         self.after_fork()
         _models.add(self)
+        if self._watch:
+            self._watch.guard(self)
         if self._presence:
             self._presence.guard(self)
 
@@ -159,18 +140,6 @@ class Model(Licensed):
         An application that must not be swapped out checks `locked == held` when it has read what it needs.
         """
         return protection()
-
-    @property
-    def outputs(self) -> Recorder:
-        """Begins recordings of inputs and outputs, signed under the word of the license's hardware."""
-        return self.recorder()
-
-    @property
-    def findings(self) -> list[Finding]:
-        """What the guard's checks find in and around this process now, whether or not the license refuses it."""
-        from hwlicense.device.checks import findings  # noqa: PLC0415  # for who asks
-
-        return findings(objects=[self])
 
     @property
     def closed(self) -> bool:
@@ -306,8 +275,8 @@ class Model(Licensed):
         self._check_open()
         if self._presence and (refusal := self._presence.refusal(wait=True)):  # before any lock of this object is taken
             raise refusal
-        if self.watch:
-            self.watch.look_at_caller()
+        if self._watch:
+            self._watch.look_at_caller()
         self._check()
 
     def _member(self, name: str) -> Member:

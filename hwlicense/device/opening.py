@@ -23,20 +23,20 @@ from hwlicense.device import resetting
 from hwlicense.device.bound import FINAL, Bound, exhausted
 from hwlicense.device.home import Home, Installed, check_license
 from hwlicense.device.instances import Instance
+from hwlicense.device.licensed import Conditions
 from hwlicense.device.memory import forbid_dumps
 from hwlicense.device.model import Model
-from hwlicense.device.reading import PackageFile
 from hwlicense.device.recovering import account_folder, foreseeable, forget_others, kept, open_account, remembered_day
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from hwlicense.core.documents import License, Manifest, VendorPublic
     from hwlicense.core.hardware import PinSource
     from hwlicense.device.bound import Connect
     from hwlicense.device.metering import Metering
     from hwlicense.device.presence import Presence
+    from hwlicense.device.reading import PackageFile
     from hwlicense.device.recorder import Recorder
 
 
@@ -58,18 +58,19 @@ class Unlocked(NamedTuple):
 
 
 def open_package(
-    path: Path,
-    vendor: VendorPublic,
+    package: PackageFile,
     home: Home,
     connect: Connect,
     pin: PinSource | None = None,
     today: datetime.date | None = None,
 ) -> Model:
-    """The model in `path`, if a license in `home` and the hardware allow it. See `hwlicense.open`."""
+    """The model in `package`, if a license in `home` and the hardware allow it. See `hwlicense.open`.
+
+    The model closes the package; where there is none to be had, so does this.
+    """
     forbid_dumps()  # from here on: PIN, license secret and content key pass through ordinary memory on their way
-    package = PackageFile(path, vendor)
     try:
-        unlocked = unlock(package.manifest, vendor, home, connect, pin, today)
+        unlocked = unlock(package.manifest, package.vendor, home, connect, pin, today)
         with unlocked.content as content:
             try:
                 return _model(package, content, unlocked, home, connect, pin)
@@ -195,14 +196,6 @@ def _model(
     package: PackageFile, content: Content, unlocked: Unlocked, home: Home, connect: Connect, pin: PinSource | None
 ) -> Model:
     """The open model, held to its license's limits, and watching its hardware where the license asks for that."""
-    use = _use(unlocked, home)
-    grant, instance = unlocked.installed.license.grant, None if use else unlocked.instance
-    try:
-        model = Model(package, content, grant, _presence(package, unlocked, home, pin), use, instance)
-    except BaseException:
-        if use:
-            use.close()
-        raise
     licensed, identifier, anchor = unlocked.installed.license, package.manifest.content_key, unlocked.bound.anchor
 
     def recorder() -> Recorder:
@@ -210,16 +203,19 @@ def _model(
 
         return Recorder(connect, licensed, home, identifier, pin, anchor)
 
-    model.recorder = recorder
-    if grant.guard:
-        from hwlicense.device.guarding import Watch  # noqa: PLC0415  # most licenses ask for none
+    use, watch, grant = _use(unlocked, home), None, licensed.grant
+    try:
+        if grant.guard:
+            from hwlicense.device.guarding import Watch  # noqa: PLC0415  # most licenses ask for none
 
-        try:
-            model.watch = Watch(grant, grant.guard, model)
-        except BaseException:
-            model.close()
-            raise
-    return model
+            watch = Watch(grant, grant.guard)
+        presence = _presence(package, unlocked, home, pin)
+        conditions = Conditions(grant, presence, use, None if use else unlocked.instance, watch, recorder)
+        return Model(package, content, conditions)
+    except BaseException:
+        if use:
+            use.close()
+        raise
 
 
 def _use(unlocked: Unlocked, home: Home) -> Metering | None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from hwlicense.core import documents
 from hwlicense.core.errors import HardwareError, HwlicenseError, Reason, RefusedError, StorageError
 from hwlicense.core.presence import Proofs
+from hwlicense.device.background import begin
 from hwlicense.device.pin_turn import PinTurn
 
 if TYPE_CHECKING:
@@ -137,13 +138,7 @@ class Presence:
             except Exception as error:  # noqa: BLE001  # nobody else would hear of it, and nothing is proved any more
                 self._give_up(error)
 
-        thread = threading.Thread(target=run, name="hwlicense presence", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError as error:
-            what = "The system gives the process no further thread, and the license asks for presence."
-            raise StorageError(Reason.STORAGE, what, "Raise the limit of threads (`ulimit -u`).") from error
-        self._threads.append(thread)
+        self._threads.append(begin("presence", run))
 
     def refusal(self, *, wait: bool = False) -> HwlicenseError | None:
         """Why nothing may start now; None if it may. Touches no hardware.

@@ -33,6 +33,7 @@ class PackageFile:
 
     def __init__(self, path: Path, vendor: VendorPublic) -> None:
         """Raises DamagedError, RefusedError WRONG_VENDOR, UsageError FILE_ABSENT, StorageError."""
+        self.vendor = vendor
         self._file = OpenFile(path)
         try:
             envelope = package.envelope_of(self._file)

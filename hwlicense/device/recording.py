@@ -29,7 +29,7 @@ from hwlicense.core.chain import (
 )
 from hwlicense.core.errors import ClosedError, HwlicenseError, Reason, StorageError, UsageError
 from hwlicense.device import clock
-from hwlicense.device.sharing import begin
+from hwlicense.device.background import begin
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -90,9 +90,8 @@ class Outputs:
         self.problem: HwlicenseError | None = None
         self._busy = False
         self._renew()
-        self._thread = threading.Thread(target=self._write_on, name="hwlicense-outputs", daemon=True)
         self._give_up = 0.0
-        begin(self._thread)
+        self._thread = begin("outputs", self._write_on)
         _open.add(self)
 
     def append(

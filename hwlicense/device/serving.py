@@ -24,7 +24,8 @@ import time
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Final
 
-from hwlicense.core.errors import ExceededError, HwlicenseError, Reason, UsageError
+from hwlicense.core.errors import ExceededError, HwlicenseError, Reason, StorageError, UsageError
+from hwlicense.device.background import begin
 from hwlicense.storage import above_standard
 
 if TYPE_CHECKING:
@@ -80,15 +81,10 @@ class Server:
 
     def _adopt(self, end: socket.socket) -> None:
         connection = _Connection(self._model, end, self._adopt_number)
-        thread = threading.Thread(target=self._serve, args=(connection,), name="hwlicense socket", daemon=True)
-        with self._guard:
+        with self._guard:  # which the thread waits for before it takes itself off the list
             if not self._closed and len(self._connections) < CONNECTIONS:
-                self._connections[connection] = thread
-                try:
-                    thread.start()
-                except RuntimeError:  # no further thread for this process: the client sees its connection end
-                    del self._connections[connection]
-                else:
+                with suppress(StorageError):  # the client sees its connection end
+                    self._connections[connection] = begin("socket", self._serve, connection)
                     return
         end.close()
 

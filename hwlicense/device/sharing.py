@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Final
 
 from hwlicense import storage
 from hwlicense.core.errors import DamagedError, HwlicenseError, Reason, StorageError, UsageError
+from hwlicense.device.background import begin
 from hwlicense.device.locking import LockedFile, holders
 from hwlicense.device.memory import memory_file
 from hwlicense.device.records import PAGE, Records
@@ -110,9 +111,7 @@ class Door:
     def serve(self) -> None:
         """Have a thread answer from now on. Raises StorageError where the system gives none."""
         if self._thread is None:
-            thread = threading.Thread(target=self._answer_all, args=(self._ending,), name="hwlicense door", daemon=True)
-            begin(thread)
-            self._thread = thread
+            self._thread = begin("account", self._answer_all, self._ending)
 
     def close(self) -> None:
         """End the thread. Others go on answering."""
@@ -255,15 +254,6 @@ def seen(folder: Path) -> bytes | None:
             return asking.recv(_LARGEST) or None
     except OSError:
         return None
-
-
-def begin(thread: threading.Thread) -> None:
-    """Start it. Raises StorageError where the system gives none."""
-    try:
-        thread.start()
-    except RuntimeError as error:
-        what = "The system gives the process no further thread, and the license asks for one."
-        raise StorageError(Reason.STORAGE, what, "Raise the limit of threads (`ulimit -u`).") from error
 
 
 @contextmanager

@@ -17,8 +17,8 @@ from hwlicense.core.account import RESERVATIONS, Field
 from hwlicense.core.errors import HardwareError, HwlicenseError, Reason, StorageError
 from hwlicense.core.terms import check_validity
 from hwlicense.device import clock
+from hwlicense.device.background import begin
 from hwlicense.device.locking import PATIENCE, Turn
-from hwlicense.device.sharing import begin
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -250,10 +250,7 @@ class Tended:
         with self._starting:
             if self._thread is not None or self.closed:
                 return
-            target = _tend_on, (weakref.ref(self), self._wake)
-            thread = threading.Thread(target=target[0], args=target[1], name="hwlicense meter", daemon=True)
-            begin(thread)
-            self._thread = thread
+            self._thread = begin("meter", _tend_on, weakref.ref(self), self._wake)
             self._ledger.serve()
 
     def tend(self) -> bool:

@@ -53,6 +53,11 @@ def threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "hwlicense guard"]
 
 
+def watched(model, guard=GUARD):
+    model._watch = Watch(grant(guard), guard)  # which lives as long
+    model._watch.guard(model)
+
+
 def test_an_ended_model_gets_no_keys_from_its_hardware(model):
     """Presence opens anew when hardware comes back: not what the guard has ended."""
     held = model.read("weights")
@@ -75,7 +80,7 @@ def test_an_ended_model_gets_no_keys_from_its_hardware(model):
 def test_the_watch_ends_with_its_model(vendor, made):
     before = len(threads())
     with opened(vendor, made[0], made[1]) as one:
-        one.watch = Watch(grant(GUARD), GUARD, one)
+        watched(one)
         assert len(threads()) == before + 1
         alive = weakref.ref(one)
     until(lambda: len(threads()) == before, 5)
@@ -83,7 +88,7 @@ def test_the_watch_ends_with_its_model(vendor, made):
     gc.collect()
     assert alive() is None
     with opened(vendor, made[0], made[1]) as one:
-        one.watch = Watch(grant(Guard(["tracing"], 3600)), Guard(["tracing"], 3600), one)
+        watched(one, Guard(["tracing"], 3600))
     del one
     gc.collect()
     until(lambda: len(threads()) == before, 5)
@@ -95,7 +100,7 @@ def test_who_cannot_look_refuses(model, monkeypatch):
         raise ZeroDivisionError
 
     monkeypatch.setattr(guarding, "findings", broken)
-    model.watch = Watch(grant(GUARD), GUARD, model)
+    watched(model)
     until(lambda: model.locked, 5)
     with pytest.raises(RefusedError, match=r"could not look at the process \(ZeroDivisionError\)"):
         model.read("weights")
@@ -107,11 +112,11 @@ def test_no_thread_no_opening(model, monkeypatch):
 
     monkeypatch.setattr(threading.Thread, "start", none)
     with pytest.raises(StorageError, match="no further thread"):
-        Watch(grant(GUARD), GUARD, model)
+        watched(model)
 
 
 def test_a_child_that_gets_no_thread_loses_its_keys(model, monkeypatch):
-    model.watch = Watch(grant(GUARD), GUARD, model)
+    watched(model)
 
     def none(_thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")

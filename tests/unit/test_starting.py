@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from hwlicense.core.errors import AbsentError, ExceededError, Reason, UsageError
+from hwlicense.device.licensed import Conditions
 from hwlicense.device.model import Model
 from hwlicense.device.reading import PackageFile
 from tests.metered import Machine, grant, limited, spend
@@ -31,7 +32,7 @@ def opened(machine, vendor, tmp_path):
             granted = grant(limited(*rates, **limits), continuity=600)
             metering = machine.open(tmp_path / "state", granted)
             file = PackageFile(package, vendor.public)
-            return stack.enter_context(Model(file, nothing_enclosed(key), granted, presence, metering))
+            return stack.enter_context(Model(file, nothing_enclosed(key), Conditions(granted, presence, metering)))
 
         yield open_it
 
