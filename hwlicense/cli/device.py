@@ -11,6 +11,7 @@ import click
 from hwlicense import storage
 from hwlicense.cli import output, secrets
 from hwlicense.cli.hardware import NEW_KEYS, NewKey, enrolled_token, found_dongle, plugged_dongles, plugged_tokens
+from hwlicense.cli.opening import Opener, opener_options
 from hwlicense.cli.options import FILE, json_option, pcrs_option, place_options, token_option, tpm_option
 from hwlicense.cli.status import status
 from hwlicense.core.documents import Approval, ClockReset
@@ -19,8 +20,7 @@ from hwlicense.core.schema import FILE_LIMIT
 from hwlicense.core.tpm.pcrs import Selection
 from hwlicense.device import diagnosing, installing, opening, reporting, selecting
 from hwlicense.device.enrolling import enroll as make_request
-from hwlicense.device.home import by_any, read_vendor
-from hwlicense.device.reading import PackageFile
+from hwlicense.device.home import read_vendor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -145,9 +145,7 @@ def install(home: Path | None, state: Path | None, tpm: str | None, tokens: tupl
 
 
 @device.command()
-@place_options
-@tpm_option
-@token_option
+@opener_options
 @click.option(
     "--open",
     "fully",
@@ -155,43 +153,31 @@ def install(home: Path | None, state: Path | None, tpm: str | None, tokens: tupl
     help="Open the package and read all of it. Costs one of the license's opens, where the TPM counts them, and with "
     "presence terms recorded answers of a dongle; nothing else.",
 )
-@secrets.pin_options
-@secrets.token_pin_option
 @json_option
 @click.argument("package", type=FILE, metavar="PACKAGE.hwpkg")
 def check(
-    home: Path | None,
-    state: Path | None,
-    tpm: str | None,
-    tokens: tuple[str, ...],
+    opener: Opener,
     fully: bool,
-    pin_file: Path | None,
-    token_pin_file: Path | None,
-    last_try: bool,
     as_json: bool,
     package: Path,
 ) -> None:
     """Verify a package and its license without key and hardware; with --open, open it and read everything."""
-    place = selecting.home(home, state)
-    with output.naming(package):
-        file, vendor = by_any(place.trusted(), lambda vendor: PackageFile(package, vendor), place.path)
-    with file:
+    place = opener.place()
+    with opener.package(package) as file:
         if not fully:  # which verifies every chunk on its way
             with output.progress("Verifying", file.size) as advance:
                 file.verify(advance)
         today = opening.utc_today()
-        installed = opening.first_valid(opening.fitting_licenses(file.manifest, vendor, place), today)
+        installed = opening.first_valid(opening.fitting_licenses(file.manifest, file.vendor, place), today)
         grant = installed.license.grant
         opens = grant.terms_of_use.limits.opens
         if opens and not fully:
             left_by = "`device status` says how many are left"
             output.note(f"The license has {opens:,} opens, and opening takes one: {left_by}.")
         if fully:
-            connect = selecting.hardware(place, tpm, tokens, output.note)
-            if opens and (left := reporting.opens_left(place, installed, today, connect)):
+            if opens and (left := reporting.opens_left(place, installed, today, opener.connect())):
                 output.note(f"Opening spends one of the license's {opens:,} opens, of which {left:,} are left.")
-            pin = secrets.pin_source(pin_file, token_pin_file, last_try=last_try)
-            model = opening.open_package(file, place, connect, pin)
+            model = opener.open(file)
             members = file.manifest.members  # code, too
             with model, output.progress("Reading", sum(member.size for member in members)) as advance:
                 _read_all(model, [member.name for member in members], advance)
@@ -199,7 +185,7 @@ def check(
     result = {
         "package": file.manifest.name,
         "version": file.manifest.version,
-        "vendor": vendor.name,
+        "vendor": file.vendor.name,
         "license": grant.license,
         "files": len(file.manifest.members),
         "opened": fully,

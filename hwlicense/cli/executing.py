@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Final
 import click
 
 import hwlicense
-from hwlicense.cli import output, secrets
-from hwlicense.cli.options import FILE, place_options, token_option, tpm_option
+from hwlicense.cli import output
+from hwlicense.cli.opening import Opener, opener_options
+from hwlicense.cli.options import FILE
 from hwlicense.core.errors import HwlicenseError, Reason, RefusedError, UsageError
-from hwlicense.device import executing, opening, selecting
-from hwlicense.device.home import by_any
+from hwlicense.device import executing
 from hwlicense.device.memory import protection
-from hwlicense.device.reading import PackageFile
 from hwlicense.device.tree import Tree
 
 if TYPE_CHECKING:
@@ -32,11 +31,7 @@ def _show_include(context: click.Context, _parameter: click.Parameter, asked: bo
 
 
 @click.command("exec")
-@place_options
-@tpm_option
-@token_option
-@secrets.pin_options
-@secrets.token_pin_option
+@opener_options
 @click.option("--at", type=FILE, metavar="DIR", help="An empty folder: there, COMMAND sees the package's files.")
 @click.option("--executable", is_flag=True, help="With --at: let files in DIR be run, and loaded as libraries.")
 @click.option("--fd", "as_fds", is_flag=True, help="Pass the files as descriptors of sealed memory.")
@@ -53,13 +48,7 @@ def _show_include(context: click.Context, _parameter: click.Parameter, asked: bo
 @click.pass_context
 def execute(
     context: click.Context,
-    home: Path | None,
-    state: Path | None,
-    tpm: str | None,
-    tokens: tuple[str, ...],
-    pin_file: Path | None,
-    token_pin_file: Path | None,
-    last_try: bool,
+    opener: Opener,
     at: Path | None,
     executable: bool,
     as_fds: bool,
@@ -80,21 +69,17 @@ def execute(
         raise UsageError(Reason.USAGE, what, "Give --at DIR, or --fd.")
     if executable and as_fds:
         raise UsageError(Reason.USAGE, "--executable is about the folder of --at.", "Leave it out with --fd.")
-    place = selecting.home(home, state)
-    with output.naming(package):
-        file, _ = by_any(place.trusted(), lambda vendor: PackageFile(package, vendor), place.path)
+    file = opener.package(package)
     members = [file.layout.members[name] for name in file.layout.names]  # its code is not for programs
     try:
         with file:
             executing.check_command(command[0], at, executable=executable)
             mount = executing.mount(at, members, executable=executable) if at else None
             with Tree(command, mount, [member.name for member in members] if as_fds else []) as tree:
-                connect = selecting.hardware(place, tpm, tokens, output.note)
-                pin = secrets.pin_source(pin_file, token_pin_file, last_try=last_try)
-                started = Event()
-                if pin and not (pin_file or token_pin_file):
+                started, pin = Event(), opener.pin()
+                if pin and not (opener.pin_file or opener.token_pin_file):
                     pin = _until(started, pin)
-                with opening.open_package(file, place, connect, pin) as model:
+                with opener.open(file, pin) as model:
                     program = executing.Program(model, tree)
                     _warn_of_swap()
                     started.set()

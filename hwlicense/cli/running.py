@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 import click
 
-from hwlicense.cli import output, secrets
-from hwlicense.cli.options import FILE, place_options, token_option, tpm_option
+from hwlicense.cli import output
+from hwlicense.cli.opening import Opener, opener_options
+from hwlicense.cli.options import FILE
 from hwlicense.core.errors import HwlicenseError, Reason, UsageError
-from hwlicense.device import opening, running, selecting
-from hwlicense.device.home import by_any
-from hwlicense.device.reading import PackageFile
+from hwlicense.device import running
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,24 +27,14 @@ _PRELOADS: Final = ("LD_PRELOAD", "LD_AUDIT")
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
-@place_options
-@tpm_option
-@token_option
-@secrets.pin_options
-@secrets.token_pin_option
+@opener_options
 @click.option("--entry", metavar="MODULE:FUNCTION", help="Where to begin.  [default: as the vendor packed it]")
 @click.argument("package", type=FILE, metavar="PACKAGE.hwpkg")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[--] [ARGS]...")
 @click.pass_context
 def run(
     context: click.Context,
-    home: Path | None,
-    state: Path | None,
-    tpm: str | None,
-    tokens: tuple[str, ...],
-    pin_file: Path | None,
-    token_pin_file: Path | None,
-    last_try: bool,
+    opener: Opener,
     entry: str | None,
     package: Path,
     arguments: tuple[str, ...],
@@ -60,16 +49,11 @@ def run(
         what = f"{arguments[0]} follows the package, so that it would be the program's."
         raise UsageError(Reason.USAGE, what, "Put it before the package; or `--` before it, if it is the program's.")
     isolate()
-    place = selecting.home(home, state)
-    with output.naming(package):
-        file, _ = by_any(place.trusted(), lambda vendor: PackageFile(package, vendor), place.path)
     with ExitStack() as stack:
-        stack.enter_context(file)
+        file = stack.enter_context(opener.package(package))
         with output.naming(package):
             begin = running.entry_of(file.manifest, entry)
-        connect = selecting.hardware(place, tpm, tokens, output.note)
-        pin = secrets.pin_source(pin_file, token_pin_file, last_try=last_try)
-        model = stack.enter_context(opening.open_package(file, place, connect, pin))
+        model = stack.enter_context(opener.open(file))
         stack.enter_context(model.importer())
         stack.enter_context(running.started(model))
         # After threads and exit handlers of the program: they may still need the model
