@@ -242,6 +242,22 @@ def busy(path: Path, seconds: float) -> StorageError:
     return StorageError(Reason.STORAGE, what, "See which process works there (`lsof`).")
 
 
+def check_room(folder: Path, size: int) -> None:
+    """See whether a file of `size` bytes could be written there; nothing of it remains. Raises StorageError."""
+    with reporting(folder):
+        at = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fd, hidden = _create(at, "room", 0o600)
+            try:
+                os.posix_fallocate(fd, 0, size)
+            finally:
+                os.close(fd)
+                if hidden:
+                    os.unlink(hidden, dir_fd=at)
+        finally:
+            os.close(at)
+
+
 def remove(path: Path) -> None:
     """Remove a file, on the disk when this returns. One that is absent is no error."""
     with reporting(path), suppress(FileNotFoundError):

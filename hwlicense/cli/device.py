@@ -131,7 +131,8 @@ def install(home: Path | None, state: Path | None, tpm: str | None, tokens: tupl
     with output.naming(file):
         installed = installing.install(place, storage.read_limited(file, FILE_LIMIT), connect, _not_checked)
     if isinstance(installed, ClockReset):
-        output.note(f"Installed the clock reset of license {installed.license}: it serves when a package is opened.")
+        served = "The next opening goes by it, unless one has done so already"
+        output.note(f"The clock reset of license {installed.license} is installed. {served}.")
     elif isinstance(installed, Approval):
         output.note(f"Installed the approval of a platform state for {installed.product!r}.")
         grants = [found.license.grant for found in place.licenses(place.trusted())[0]]

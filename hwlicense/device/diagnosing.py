@@ -9,16 +9,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
+from hwlicense import storage
 from hwlicense.core import dongle
 from hwlicense.core.documents import License, TokenBinding, TpmBinding, UsbBinding
 from hwlicense.core.durations import spelled
-from hwlicense.core.errors import HardwareError, HwlicenseError, Reason
+from hwlicense.core.errors import HardwareError, HwlicenseError, Reason, StorageError, UsageError
 from hwlicense.core.tpm.pcrs import Selection
 from hwlicense.device import grace, memory, plugged, selecting, tpm_memory, usage
 from hwlicense.device.bound import kind_of
 from hwlicense.device.counters import Counters
 from hwlicense.device.opening import utc_today
 from hwlicense.device.plugged import Finding, user_name, whole
+from hwlicense.device.recovering import kept
 from hwlicense.device.reporting import status
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ __all__ = ["Finding", "examine", "probe"]
 
 DEVICE: Final = Path("/dev/tpmrm0")
 FIRST_YEAR: Final = 2026
+ROOM: Final = 32 << 10
+"""Bytes that the account of a license may take, and a monitor's state beside it."""
 
 
 _LIBRARIES: Final = {
@@ -188,11 +192,8 @@ def _home(home: Home, connect: Connect) -> Iterator[Finding]:
         yield Finding("note", "home", f"{home.path} is open to other users", f"chmod go= {home.path}")
     else:
         yield Finding("ok", "home", str(home.path))
-    state = next(folder for folder in (home.state, *home.state.absolute().parents) if folder.exists())
-    if not os.access(state, os.W_OK):
-        text = f"{home.state} cannot be written: no approval can be installed"
-        yield Finding("note", "state", text, "Give --state DIR, a folder that can be written.")
     vendors = home.trusted()
+    yield from _state(home)
     if not vendors:
         yield Finding(
             "missing",
@@ -203,6 +204,18 @@ def _home(home: Home, connect: Connect) -> Iterator[Finding]:
         return
     yield Finding("ok", "trust", ", ".join(vendor.name for vendor in vendors))
     yield from _installed(home, connect)
+
+
+def _state(home: Home) -> Iterator[Finding]:
+    """Whether what changes can be written. Without room, a license that keeps an account does not open."""
+    folder = next(each for each in (home.state, *home.state.absolute().parents) if each.exists())
+    try:
+        storage.check_room(folder, ROOM)
+    except (StorageError, UsageError) as error:
+        accounts = any(kept(installed.license.grant) for installed in home.licenses(home.trusted())[0])
+        lost = "a license that keeps an account may not open" if accounts else "no approval can be installed"
+        mend = f"{error.hint} Or give --state DIR, a folder that can be written."
+        yield Finding("missing" if accounts else "note", "state", f"{error.what} So {lost}.", mend)
 
 
 def _installed(home: Home, connect: Connect) -> Iterator[Finding]:

@@ -204,6 +204,24 @@ def test_a_full_disk_under_the_home(shop, device, own_vendor, full, leave):
     run("device", "check", "--open", "--home", home, own_vendor.package)
 
 
+def test_the_doctor_sees_a_full_and_a_read_only_disk(shop, device, full):
+    folder, options = full
+    home, state = ("--home", device.home.path), folder / "state"
+    run("device", "install", *home, shop / "a.hwlic")
+    state.mkdir()
+    before = run("device", "doctor", *home, "--state", state, status=None, **options).stdout
+    assert "state:" not in before or options
+    if not options:
+        fill(folder, 4096)
+    full_disk = run("device", "doctor", *home, "--state", state, status=None, **options).stdout
+    assert f"note    state: {state}: " in full_disk
+    assert "no approval can be installed" in full_disk
+    assert not list(state.iterdir())
+    if not options:
+        subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+        assert "Read-only file system" in run("device", "doctor", *home, "--state", state, status=None).stdout
+
+
 def test_a_full_disk_under_the_output(shop, device, full):
     folder, options = full
     (shop / "big").write_bytes(bytes(1 << 20))
