@@ -6,7 +6,8 @@ A term that this release cannot enforce is an error here: a license never says m
 from __future__ import annotations
 
 import datetime
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_args
+import re
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_args, get_origin
 
 import msgspec
 
@@ -137,7 +138,7 @@ class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     files: Annotated[
         dict[
             Annotated[str, msgspec.Meta(min_length=1, max_length=500)],
-            Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")],
+            str,
         ],
         msgspec.Meta(min_length=1, max_length=FILE_LIMIT),
     ]
@@ -220,6 +221,11 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if unknown := sorted(required - files.keys()):
             what = f"application.required names {unknown[0]!r}, which application.files does not."
             raise UsageError(Reason.TERM_INVALID, what, "Use the names as `vendor measure` wrote them.")
+        for name, digest in files.items():
+            if not re.fullmatch(r"[0-9a-f]{64}", digest):
+                what = f"application.files has {name!r}, which is no SHA-256 of a file in hexadecimal."
+                hint = "All that follows [application.files] belongs to it: put other terms before what was measured."
+                raise UsageError(Reason.TERM_INVALID, what, hint)
         return Application([File(name, bytes.fromhex(files[name]), name in required) for name in sorted(files)])
 
     @property
@@ -246,7 +252,7 @@ def parse_terms(text: str) -> Terms:
         unknown = "unknown field" in str(error)
         reason = Reason.TERM_UNKNOWN if unknown else Reason.TERM_INVALID
         what = f"The terms cannot be used: {in_words(str(error))}."
-        raise UsageError(reason, what, mend(str(error), list(_names("", Terms)))) from None
+        raise UsageError(reason, what, mend(str(error), list(_names("", Terms)), dict(_choices("", Terms)))) from None
     _check(terms)
     return terms
 
@@ -337,6 +343,24 @@ def _names(path: str, kind: type[msgspec.Struct]) -> Iterator[str]:
         yield f"{path}{field.name}{'.' if tables else ''}"
         for table in tables:
             yield from _names(f"{path}{field.name}.", table)
+
+
+def _choices(path: str, kind: type[msgspec.Struct]) -> Iterator[tuple[str, str]]:
+    """Terms that take no words but some, and these in a sentence."""
+    for field in msgspec.structs.fields(kind):
+        words, listed, parts = list[str](), list[str](), [(field.type, False)]
+        while parts:
+            part, within = parts.pop(0)
+            if get_origin(part) is Literal:
+                (listed if within else words).extend(f'"{word}"' for word in get_args(part))
+            elif isinstance(part, type) and issubclass(part, msgspec.Struct):
+                yield from _choices(f"{path}{field.name}.", part)
+            else:
+                parts += [(inner, within or get_origin(part) is list) for inner in get_args(part)]
+        if listed:
+            words.append(f"a list of {', '.join(listed)}")
+        if words:
+            yield f"{path}{field.name}", " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def _check(terms: Terms) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 _KINDS: Final = {
     "str": "text",
@@ -26,6 +29,7 @@ _PROBLEMS: Final = {
     r"Expected `str` of length >= (1)": "{term} is empty",
     r"Expected `str` of length <= (.*)": "{term} is too long: it takes at most {0} characters",
     r"Expected `array` of length <= (.*)": "{term} has too many entries: it takes at most {0}",
+    r"Expected `(?:array|object)` of length >= (1)": "{term} is empty",
     r"Expected `object` of length <= (.*)": "{term} has too many entries: it takes at most {0}",
 }
 
@@ -40,7 +44,6 @@ _HINTS: Final = {
     r"Expected `str.*`, got `int`": 'Write it in quotes; a duration has a unit, such as "10s".',
     r"Expected `date.*`, got `str`": "Write the day without quotes, such as 2027-12-31.",
     r"Expected `bool`, got .*": "Write true or false, without quotes.",
-    r"Invalid enum value .*": 'Write "flag", "throttle" or "deny".',
 }
 
 
@@ -65,14 +68,19 @@ def in_words(error: str) -> str:
     return error
 
 
-def mend(error: str, names: list[str]) -> str:
-    """What to do about `error`. `names` are those of all terms; those of tables end with a dot."""
+def mend(error: str, names: list[str], choices: Mapping[str, str]) -> str:
+    """What to do about `error`. `names` are those of all terms; those of tables end with a dot.
+
+    `choices` are the words that a term takes, in a sentence, where it takes no others.
+    """
     place = _PLACE.fullmatch(error)
     problem, path = (place["problem"], place["path"] or "") if place else (error, "")
     if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", problem, re.DOTALL):
         found = " or ".join(_shown(name) for name in _meant(path, unknown[1], names))
         meant = f"Did you mean {found}? " if found else ""
         return f"{meant}docs/terms.md lists the terms; one that is not known is never ignored."
+    if words := choices.get(re.sub(r"\[[0-9]+\]$", "", path)):
+        return f"Write {words}."
     for pattern, hint in _HINTS.items():
         if re.fullmatch(pattern, problem, re.DOTALL):
             return hint

@@ -274,6 +274,8 @@ def test_a_term_that_was_meant_is_named(term, hint):
         ("[validity]\nnot_after = '2027-12-31'", "without quotes"),
         ("[require]\nanchor = 'yes'", "true or false, without quotes"),
         ("[monitor.regularity]\naction = 'stop'", '"flag", "throttle" or "deny"'),
+        ("[guard]\nrefuse = ['debuggers']", 'Write "all" or a list of "debugger", "tracing"'),
+        ("[application.files]\nlicensee = 'A'", "put other terms before"),
     ],
 )
 def test_how_a_wrong_value_is_mended(term, hint):
