@@ -12,8 +12,9 @@ from hwlicense import storage
 from hwlicense.cli import output, secrets
 from hwlicense.core.documents import TpmBinding, UsbBinding
 from hwlicense.core.errors import Reason, UsageError
+from hwlicense.core.oddities import oddities
 from hwlicense.core.schema import FILE_LIMIT
-from hwlicense.core.terms import SIZE_LIMIT, oddities, parse_terms
+from hwlicense.core.terms import SIZE_LIMIT, parse_terms
 from hwlicense.vendor import certificates, compiling, evidence, packing
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ import datetime
 import pytest
 
 from hwlicense.core.errors import Reason, UsageError
-from hwlicense.core.terms import oddities, parse_terms
+from hwlicense.core.oddities import oddities
+from hwlicense.core.terms import parse_terms
 from tests.world import TERMS
 
 MONITOR = "[monitor]\nthrottled = '10/minute'\n[monitor.regularity]\naction = 'throttle'\n"
