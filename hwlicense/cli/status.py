@@ -28,7 +28,7 @@ _ACCOUNT: Final = {
     "unused": "none yet: the TPM has counted no open",
 }
 
-_SECONDS: Final = ("continuity", "presence_interval", "grace", "grace_left")
+_SECONDS: Final = ("continuity", "presence_interval", "grace", "grace_left", "guard_interval")
 """What JSON has in seconds."""
 
 

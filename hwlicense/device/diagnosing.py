@@ -228,11 +228,24 @@ def _installed(home: Home, connect: Connect) -> Iterator[Finding]:
             text += ", as far as is known without the TPM"
         yield Finding("missing" if refusal else "ok", "license", text, mend)
         yield from usage.doubts(entry)
+        yield from _of_the_process(entry)
     for problem in problems:
         if not isinstance(problem, HardwareError) and problem.reason != Reason.EXTRA_MISSING:  # others say that
             yield Finding("missing", "license", problem.what, problem.hint)
     if not entries and not problems:
         yield Finding("missing", "license", "none is installed", f"hwlicense device install --home {home.path} LICENSE")
+
+
+def _of_the_process(entry: dict[str, Any]) -> Iterator[Finding]:
+    """What only the application itself can see."""
+    asked = []
+    if guard := entry.get("guard"):
+        asked.append(f"refuses a process with findings of {', '.join(guard)}")
+    if application := entry.get("application"):
+        asked.append(f"opens where nothing is loaded but the {application['files']:,} measured files")
+    if asked:
+        text = f"{entry['license'][:8]} {' and '.join(asked)}: not known here"
+        yield Finding("note", "process", text, "The application sees it: by `model.findings`, and when it opens.")
 
 
 def _tokens(home: Home, tokens: Sequence[str]) -> Iterator[Finding]:

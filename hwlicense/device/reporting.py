@@ -8,6 +8,7 @@ from hwlicense.core import dongle
 from hwlicense.core.documents import TpmBinding, UsbBinding
 from hwlicense.core.errors import DamagedError, HwlicenseError, RefusedError
 from hwlicense.core.hardware import Counting
+from hwlicense.core.keys import TAG_SIZE
 from hwlicense.device import grace, resetting, tpm_memory, usage
 from hwlicense.device.bound import kind_of
 from hwlicense.device.home import check_license
@@ -120,6 +121,7 @@ def _entry(
         "pin": any(binding.pin for binding in licensed.bindings),
         "pcrs": grant.pcrs,
         **_presence(home, licensed),
+        **_process(licensed),
         **limits,
         "approved_states": _approved(home, installed),
     }
@@ -147,6 +149,19 @@ def _check_held(home: Home, licensed: License) -> None:
             problems.append(error)
     if len(licensed.bindings) - len(problems) < licensed.need:
         raise problems[0]
+
+
+def _process(licensed: License) -> dict[str, Any]:
+    """What the license says of the process that opens it, and what it encloses for it; nothing where it does not."""
+    grant, found = licensed.grant, dict[str, Any]()
+    if grant.guard:
+        found |= {"guard": list(grant.guard.refuse), "guard_interval": grant.guard.interval}
+    if grant.application:
+        required = sum(file.required for file in grant.application.files)
+        found["application"] = {"files": len(grant.application.files), "required": required}
+    if licensed.enclosure:
+        found["enclosed_bytes"] = len(licensed.enclosure) - TAG_SIZE
+    return found
 
 
 def _presence(home: Home, licensed: License) -> dict[str, Any]:

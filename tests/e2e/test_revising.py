@@ -1,6 +1,8 @@
 """Revisions and clock resets by the installed command line, with a simulated TPM."""
 
+import json
 import os
+import re
 import subprocess
 import time
 
@@ -313,3 +315,18 @@ def test_wrong_enclosures(desk):
     both = desk.revise("1.hwlic", "2.hwlic", LATER, "--enclose", "seed", "--no-enclosure", status=2)
     assert "exclude each other" in both.stderr
     assert not (desk.folder / "own.hwlic").exists()
+
+
+def test_status_and_doctor_say_what_the_application_is_held_to(desk):
+    held = f'{WITH_PCRS}[guard]\nrefuse = ["tracing"]\ninterval = "1m"\n[application.files]\na = "{"0" * 64}"\n'
+    write(desk.folder / "seed", b"seed of this customer")
+    desk.revise("1.hwlic", "2.hwlic", held, "--enclose", "seed")
+    desk.device("install", "2.hwlic")
+    (entry,) = json.loads(desk.device("status", "--json").stdout)["licenses"]
+    assert (entry["guard"], entry["guard_interval"], entry["enclosed_bytes"]) == (["tracing"], 60, 21)
+    assert entry["application"] == {"files": 1, "required": 0}
+    status = desk.device("status").stdout
+    assert re.search(r"^guard +tracing$", status, re.MULTILINE)
+    assert re.search(r"^guard_interval +1 min$", status, re.MULTILINE)
+    doctor = desk.device("doctor").stdout
+    assert "refuses a process with findings of tracing and opens where nothing is loaded but the 1 measured" in doctor
