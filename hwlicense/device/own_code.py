@@ -14,7 +14,8 @@ from importlib.machinery import ExtensionFileLoader
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodDescriptorType
 from typing import TYPE_CHECKING, Any, Final
 
-from hwlicense.loaded import mappings, written
+from hwlicense.loaded import mappings
+from hwlicense.program import written
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

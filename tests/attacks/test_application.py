@@ -12,7 +12,7 @@ import tomllib
 
 import pytest
 
-from hwlicense import loaded
+from hwlicense import loaded, program
 from hwlicense_simulators import Tpm
 from tests.installed import OPENING, Installation, Sold, shared_library
 from tests.world import TERMS, run
@@ -322,6 +322,6 @@ def test_the_same_code_is_written_the_same():
     source = "class A:\n    x = 'a' in {'a', 'b', 1.5}\n    def f(self, y=(1, 2)): return lambda: y in {1, 2, 'c'}\n"
     one = compile(source, "a", "exec", dont_inherit=True)
     kept = [one.co_consts, one.co_names]  # more references, which marshal's newer versions would show
-    assert loaded.written(one) == loaded.written(compile(source, "a", "exec", dont_inherit=True))
-    assert loaded.written(one) != loaded.written(compile(source.replace("1.5", "1.6"), "a", "exec", dont_inherit=True))
+    assert program.written(one) == program.written(compile(source, "a", "exec", dont_inherit=True))
+    assert program.written(one) != program.written(compile(source.replace("1.5", "1.6"), "a", "exec", dont_inherit=True))
     assert kept
