@@ -151,10 +151,9 @@ def modules() -> Iterator[Loaded]:
         kind = loader if isinstance(loader, type) else type(loader)
         if loader is not None and not _known(kind):
             yield Loaded(name, None, f"imported by {kind.__module__}.{kind.__qualname__}, which is in no module")
-        elif file := _file_of(module, space, kind, loader):
-            if file not in seen:
-                seen.add(file)
-                yield _source(file, space, kind)
+        elif (file := _file_of(module, space, kind, loader)) and file not in seen:
+            seen.add(file)
+            yield _source(file, space, kind)
 
 
 def program() -> Iterator[Loaded]:

@@ -88,6 +88,8 @@ def _frozen(code: CodeType, name: str = "") -> bool:
 def _origin(code: CodeType, *, whole: bool) -> Origin:
     """The file that holds this code: as a `whole`, or as a part of it."""
     claimed = getattr(sys.modules.get("__main__"), "__file__", None)
+    if code.co_filename.startswith("<"):
+        raise _DoubtfulError(code.co_filename, "is code in no file")
     problem = "does not hold the code that runs under its name"
     for path in (code.co_filename, *([claimed] if whole and isinstance(claimed, str) else [])):
         try:
