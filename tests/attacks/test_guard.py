@@ -55,6 +55,24 @@ keys.real = real
 """
 
 
+FAKE_CLASS = """
+import hwlicense.device.{at} as place
+place.SealedFile = type("SealedFile", (place.SealedFile,), {{}})
+"""
+FAKE_FACTORY = """
+import hwlicense.device.memory as memory
+real = memory.SealedFile
+memory.SealedFile = lambda *arguments: real(*arguments)
+"""
+FAKE_MODULE = """
+import types, {module} as place
+place.{name} = types.SimpleNamespace(**vars(place.{name}))
+"""
+FAKE_LOADER = """
+import hwlicense.core.keys as keys
+code = keys.__spec__.loader.get_code(keys.__name__)
+keys.__spec__.loader = type("Loader", (), {"get_code": lambda self, name: code})()
+"""
 TRACED_ELSEWHERE = """
 import threading
 def work():
@@ -120,6 +138,15 @@ def test_an_application_as_it_is_installed_has_no_findings(installation, reporti
         (SPYING_METHOD, "replaced: cryptography.hazmat.bindings._rust.openssl.aead.AESGCM"),
         (REPLACED_OUTPUT, "replaced: hwlicense.device.model.Model.read"),
         (BORROWED_CODE, "replaced: hwlicense.core.keys.unwrap_content_key"),
+        (FAKE_CLASS.format(at="model"), "replaced: hwlicense.device.model.SealedFile"),
+        (FAKE_CLASS.format(at="memory"), "replaced: hwlicense.device.memory.SealedFile.__init__"),
+        (FAKE_FACTORY, "replaced: hwlicense.device.memory.SealedFile.__init__"),
+        ("import hmac; hmac.compare_digest = lambda *_: True", "replaced: hmac.compare_digest"),
+        ("import hmac, operator; hmac.compare_digest = operator.is_not", "replaced: hmac.compare_digest"),
+        ("import hmac; real = hmac.digest; hmac.digest = lambda *given: real(*given)", "replaced: hmac.digest"),
+        (FAKE_MODULE.format(module="hwlicense.core.package", name="hmac"), "replaced: hwlicense.core.package.hmac"),
+        (FAKE_MODULE.format(module="hwlicense.device.reading", name="package"), "hwlicense.device.reading.package"),
+        (FAKE_LOADER, "replaced: hwlicense.core.keys, whose code cannot be found"),
     ],
 )
 def test_what_python_can_do_is_found(installation, reporting, refusing, code, found):
