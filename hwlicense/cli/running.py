@@ -14,6 +14,7 @@ import click
 from hwlicense.cli import output, secrets
 from hwlicense.cli.options import FILE, place_options, token_option, tpm_option
 from hwlicense.core.errors import HwlicenseError, Reason, UsageError
+from hwlicense.core.process import PRELOADS
 from hwlicense.device import opening, running, selecting
 from hwlicense.device.home import by_any
 from hwlicense.device.reading import PackageFile
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from hwlicense.core.code import Entry
 
 _INTERRUPTED: Final = 130
-_PRELOADS: Final = ("LD_PRELOAD", "LD_AUDIT")
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
@@ -81,7 +81,7 @@ def run(
 def isolate() -> None:
     """Start anew, isolated, unless that is so already. No secret is there yet. Raises UsageError."""
     clean = {
-        name: value for name, value in os.environ.items() if not name.startswith("PYTHON") and name not in _PRELOADS
+        name: value for name, value in os.environ.items() if not name.startswith("PYTHON") and name not in PRELOADS
     }
     if sys.flags.isolated and len(clean) == len(os.environ):
         return

@@ -63,6 +63,11 @@ class Protection(NamedTuple):
     swap: bool
     huge_pages: str
 
+    @property
+    def swappable(self) -> int:
+        """How many of the bytes held may be swapped out: none where the system does not swap."""
+        return max(self.held - self.locked, 0) if self.swap else 0
+
 
 def forbid_dumps() -> None:
     """Make this process not dumpable (PR_SET_DUMPABLE, prctl(2)), for good: nobody can know when the last copy is gone.

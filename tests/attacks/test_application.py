@@ -493,6 +493,7 @@ def test_measuring_what_runs_already(tmp_path):
     [
         ([], "USAGE"),
         (["--", "-m"], "USAGE"),
+        (["--python", sys.executable, "--file", "fine.py"], "USAGE"),
         (["--file", "absent"], "FILE_ABSENT"),
         (["--pid", "999999999"], "USAGE"),
         (["--", "absent.py"], "FILE_ABSENT"),
