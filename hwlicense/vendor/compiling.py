@@ -35,7 +35,7 @@ _OWN: Final = frozenset({
     "hwlicense", "hwlicense_simulators", "blake3", "cffi", "_cffi_backend", "click", "cryptography", "msgspec",
     "pkcs11", "pycparser", "tpm2_pytss", "usb", "__main__", "sitecustomize", "usercustomize",
 })  # fmt: skip
-"""hwlicense and what it needs, which lie wherever sealed code runs; and names that Python gives a meaning of its own."""
+"""hwlicense and what it needs, which lie wherever sealed code runs; and names with a meaning of their own to Python."""
 
 # For any CPython 3: records of (u32 length, bytes) in, two for a module: its file's name and its source. Out: a line of
 # the version and its standard library's names, then a record for each module, whose first byte is 0 for a .pyc file
