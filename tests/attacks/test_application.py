@@ -379,6 +379,31 @@ def test_modules_by_way_of_variables_and_path_files(installation, given, tmp_pat
         assert f"{tmp_path}/spy.py is not among the measured" in refused(start(installation, given))
 
 
+def test_a_line_of_a_path_file_goes_unseen(installation, given):
+    """It is in no module; the guard's `site` finds the file. docs/guard.md says so."""
+    with installation.laid("spy.pth", "import sys; sys.spied = True\n"):
+        assert start(installation, given).stdout.startswith("open\nsite: ")
+
+
+def test_another_hwlicense_beside_the_program(installation, given):
+    """Whose checks are as they were: with others it would be the one that looks."""
+    shutil.copytree(installation.packages / "hwlicense", installation.folder / "hwlicense")
+    with (installation.folder / "hwlicense" / "device" / "model.py").open("a") as file:
+        file.write("# changed\n")
+    assert "hwlicense/device/model.py is another than measured" in refused(start(installation, given))
+
+
+def test_what_an_opening_needs_is_measured_of_a_program_that_never_asks_for_findings(installation, sold):
+    """Which of this package is imported depends on the license, and that comes after the measuring."""
+    code = OPENING.replace('*(f"{one.check}: {one.what}" for one in model.findings), ', "")
+    assert "findings" not in code
+    installation.write("quiet.py", code)
+    guard = '[guard]\nrefuse = ["debugger", "tracing", "preloaded", "replaced"]\ninterval = "1s"\n'
+    given = sold.license(measure(installation, sold, "quiet.py") + guard)
+    done = start(installation, given, "quiet.py")
+    assert done.stdout == "open\n", done.stdout + done.stderr
+
+
 def test_a_replaced_interpreter(installation, given, tmp_path):
     other = tmp_path / "python3"
     shutil.copy(os.path.realpath(installation.python), other)
