@@ -17,9 +17,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from hwlicense.program import origins, written
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from types import CodeType, ModuleType
+    from types import ModuleType
 
 _DELETED: Final = " (deleted)"
 _STEP: Final = 1 << 20
@@ -53,6 +55,7 @@ def everything(memory_files: frozenset[int] = frozenset(), *, anew: bool = True)
     `anew` compares mapped code with its files again, where that was done before. Raises OSError without /proc.
     """
     yield from native(os.getpid(), memory_files, anew=anew)
+    yield from program()
     yield from modules()
 
 
@@ -135,20 +138,31 @@ def _same(fd: int, part: Mapping) -> bool:
 
 
 def modules() -> Iterator[Loaded]:
-    """The files of all imported modules, each once. Sealed code is left out: its package's signatures cover it."""
+    """The files of all imported modules, each once. Sealed code is left out: its package's signatures cover it.
+
+    And the program, of which its own module may say what it likes.
+    """
     seen: set[str] = set()
     for name, module in list(sys.modules.items()):
+        if name == "__main__":
+            continue
         space = getattr(module, "__dict__", {})
         loader = getattr(space.get("__spec__"), "loader", None) or space.get("__loader__")
         kind = loader if isinstance(loader, type) else type(loader)
         if loader is not None and not _known(kind):
             yield Loaded(name, None, f"imported by {kind.__module__}.{kind.__qualname__}, which is in no module")
-        elif file := _file_of(name, module, space, kind, loader):
-            if file not in seen:
-                seen.add(file)
-                yield _source(file, space, kind)
-        elif name == "__main__" and not kind.__module__.startswith(_OWN):
-            yield Loaded(name, None, "is in no file: given on the command line, piped, or typed")
+        elif (file := _file_of(module, space, kind, loader)) and file not in seen:
+            seen.add(file)
+            yield _source(file, space, kind)
+
+
+def program() -> Iterator[Loaded]:
+    """The file of the program that runs, as `hwlicense.program` finds it."""
+    for file, problem in origins():
+        try:
+            yield Loaded(file, None, problem) if problem else Loaded(file, file_digest(file))
+        except OSError as error:
+            yield Loaded(file, None, f"cannot be read ({error.strerror})")
 
 
 def _known(kind: type) -> bool:
@@ -157,7 +171,7 @@ def _known(kind: type) -> bool:
     return kind.__module__ in _STANDARD or (module is not None and vars(module).get(kind.__name__) is kind)
 
 
-def _file_of(name: str, module: ModuleType, space: dict[str, Any], kind: type, loader: object) -> str:
+def _file_of(module: ModuleType, space: dict[str, Any], kind: type, loader: object) -> str:
     if kind.__name__ in {"BuiltinImporter", "FrozenImporter"} and kind.__module__ in _STANDARD:
         return ""  # within the interpreter
     if kind.__module__.startswith(_OWN):
@@ -165,7 +179,7 @@ def _file_of(name: str, module: ModuleType, space: dict[str, Any], kind: type, l
     if kind.__module__ == "zipimport":
         return str(getattr(loader, "archive", ""))
     spec = space.get("__spec__")
-    found = spec.origin if name != "__main__" and spec is not None and spec.has_location else space.get("__file__")
+    found = spec.origin if spec is not None and spec.has_location else space.get("__file__")
     return found if isinstance(found, str) and hasattr(module, "__dict__") else ""
 
 
@@ -219,11 +233,6 @@ def _compiles_to(text: bytes, bytecode: bytes) -> bool:
     return written(found) == written(made)
 
 
-def written(code: CodeType) -> bytes:
-    """A code object in one form: version 0 of the format does not depend on who else refers to its parts."""
-    return marshal.dumps(code, 0)
-
-
 # ---- a program that is run to be measured ----------------------------------------------------------------
 
 
@@ -256,7 +265,7 @@ def report(fd: int, arguments: list[str]) -> None:
         # Which of its own modules this package loads depends on the license
         own_files = map(str, sorted(Path(__file__).parent.rglob("*.py")))
         found = [Loaded(each, file_digest(each)) for each in (program, interpreter, *own_files)]
-        found += [one for one in everything() if one.name != "__main__"]  # which is what called this
+        found += [*native(os.getpid()), *modules()]
         with os.fdopen(fd, "w") as out:
             out.writelines(ascii((one.name, one.digest or one.problem)) + "\n" for one in found)
 

@@ -105,7 +105,5 @@ def _until(started: Event, source: PinSource) -> PinSource:
 
 
 def _warn_of_swap() -> None:
-    guarded = protection()
-    if guarded.swap and guarded.locked < guarded.held:
-        left = guarded.held - guarded.locked
+    if left := protection().swappable:
         output.note(f"{left:,} bytes of keys and plaintext may be swapped out: raise `ulimit -l`, or encrypt the swap.")

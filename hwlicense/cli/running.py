@@ -15,6 +15,7 @@ from hwlicense.cli import output
 from hwlicense.cli.opening import Opener, opener_options
 from hwlicense.cli.options import FILE
 from hwlicense.core.errors import HwlicenseError, Reason, UsageError
+from hwlicense.core.process import PRELOADS
 from hwlicense.device import running
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from hwlicense.core.code import Entry
 
 _INTERRUPTED: Final = 130
-_PRELOADS: Final = ("LD_PRELOAD", "LD_AUDIT")
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
@@ -66,7 +66,7 @@ def run(
 def isolate() -> None:
     """Start anew, isolated, unless that is so already. No secret is there yet. Raises UsageError."""
     clean = {
-        name: value for name, value in os.environ.items() if not name.startswith("PYTHON") and name not in _PRELOADS
+        name: value for name, value in os.environ.items() if not name.startswith("PYTHON") and name not in PRELOADS
     }
     if sys.flags.isolated and len(clean) == len(os.environ):
         return

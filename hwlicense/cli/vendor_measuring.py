@@ -39,6 +39,8 @@ def measure(
     """
     if not (processes or files or program):
         raise UsageError(Reason.USAGE, "There is nothing to measure.", "Give a program, --pid or --file.")
+    if python and not program:
+        raise UsageError(Reason.USAGE, "--python is about a program, and there is none.", "Give it after two dashes.")
     if program == ("-m",):
         raise UsageError(Reason.USAGE, "-m has no module after it.", "Give SCRIPT or -m MODULE after the two dashes.")
     refuse_existing(target, force=force)

@@ -13,6 +13,9 @@ Check = Literal["debugger", "tracing", "preloaded", "environment", "site", "repl
 
 CHECKS: Final[tuple[Check, ...]] = get_args(Check)
 
+PRELOADS: Final = ("LD_PRELOAD", "LD_AUDIT")
+"""Variables by which the dynamic linker loads libraries before those that a program names."""
+
 FILE_LIMIT: Final = 4096
 """Files that one license can name."""
 

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from hwlicense.core.process import CHECKS
+from hwlicense.core.process import CHECKS, PRELOADS
 from hwlicense.device.memory import protection
 from hwlicense.device.own_code import replaced
 from hwlicense.loaded import mappings
@@ -121,7 +121,7 @@ def _preloaded() -> Iterator[str]:
             yield f"{source} names {library}{loaded}"
 
     environment = _first_environment()
-    for name in ("LD_PRELOAD", "LD_AUDIT"):
+    for name in PRELOADS:
         yield from told(name, environment.get(name, "").replace(":", " ").split())
     with suppress(OSError):
         lines = PRELOADED.read_text(errors="replace").splitlines()
@@ -175,9 +175,8 @@ def _packages() -> list[Path]:
 
 
 def _swap() -> Iterator[str]:
-    state = protection()
-    if state.swap and state.locked < state.held:
-        yield f"{state.held - state.locked:,} bytes are not locked, and the system swaps"
+    if left := protection().swappable:
+        yield f"{left:,} bytes are not locked, and the system swaps"
 
 
 def _shadowed() -> Iterator[str]:

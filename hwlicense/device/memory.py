@@ -41,8 +41,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mlock.argtypes = _libc.munlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.syscall.restype = ctypes.c_long
 _libc.syscall.argtypes = [ctypes.c_long, ctypes.c_ulong]
-_MEMFD_SECRET: Final = 447  # on every architecture that has it
-_MLOCK_ONFAULT: Final = 1
+_MEMFD_SECRET, _MLOCK_ONFAULT = 447, 1  # the former on every architecture that has it
 _libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
 
 
@@ -62,6 +61,11 @@ class Protection(NamedTuple):
     secret: int
     swap: bool
     huge_pages: str
+
+    @property
+    def swappable(self) -> int:
+        """How many of the bytes held may be swapped out."""
+        return max(self.held - self.locked, 0) if self.swap else 0
 
 
 def forbid_dumps() -> None:

@@ -1,7 +1,8 @@
 """Whether the functions of this package, and those of others that it decrypts with, are still its own.
 
-Each function's code is compared with what its module's loader gives, so that one that was put in its place from Python
-shows, whenever that was done. Code that is changed in memory by other means does not show here.
+Each function's code is compared with what its module's loader gives, and each name that a module imports with what it
+names there, so that one that was put in its place from Python shows, whenever that was done. Code that is changed in
+memory by other means does not show here, nor does what is put into others' modules beyond those named below.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ import os
 import sys
 from contextlib import contextmanager
 from functools import _lru_cache_wrapper, cached_property
-from importlib.machinery import ExtensionFileLoader
+from importlib.machinery import ExtensionFileLoader, SourceFileLoader, SourcelessFileLoader
+from opcode import opmap
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodDescriptorType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from zipimport import zipimporter
 
-from hwlicense.loaded import mappings, written
+from hwlicense.loaded import mappings
+from hwlicense.program import written
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -36,21 +40,35 @@ _FOREIGN: Final[tuple[tuple[str, str, tuple[str, ...]], ...]] = (
 )
 """Extension module, what of it is called, and which methods."""
 
-_USED: Final = (
-    ("core.package", "AESGCM", _RUST, "openssl.aead.AESGCM"),
-    ("core.keys", "AESGCM", _RUST, "openssl.aead.AESGCM"),
-    ("core.secret", "HKDF", _RUST, "openssl.kdf.HKDF"),
-    ("core.envelope", "load_der_public_key", _RUST, "openssl.keys.load_der_public_key"),
-    ("core.package", "blake3", "blake3.blake3", "blake3"),
+_OF_PYTHON: Final[tuple[tuple[str, str, tuple[str, ...]], ...]] = (
+    ("hmac", "compare_digest", ("_hashlib", "_operator")),
+    ("hashlib", "sha256", ("_hashlib", "_sha256", "_sha2")),
+    ("marshal", "loads", ("marshal",)),
+    ("marshal", "dumps", ("marshal",)),
 )
-"""Under which names this package calls them."""
+"""Module of the standard library, what of it is called, and which modules have it in native code, under a like name."""
+
+_FOLLOWED: Final = ("cryptography", "hmac", "msgspec", "secrets")
+"""Packages in Python that keys pass through: functions of each module that is imported from are compared, too."""
+
+_LOADERS: Final = (SourceFileLoader, SourcelessFileLoader, zipimporter)
 
 
 def replaced(objects: Iterable[object] = ()) -> Iterator[str]:
     """What is not as it was written, by its name; methods that were put on one of `objects` itself, too."""
+    followed: set[str] = set()
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == _PACKAGE and not name.startswith(_CALLED_BY_PEOPLE):
-            yield from _of_module(name, module)
+            written_ = _written(name, module)
+            if written_ is None:
+                yield f"{name}, whose code cannot be found"
+                continue
+            yield from _functions_of(name, module, written_, whole=True)
+            yield from _imports_of(name, module, written_)
+            followed |= written_.followed
+    for name in sorted(followed & sys.modules.keys()):
+        if written_ := _written(name, sys.modules[name]):
+            yield from _functions_of(name, sys.modules[name], written_, whole=False)
     yield from _foreign()
     for each in objects:
         for name in vars(each):
@@ -61,15 +79,29 @@ def replaced(objects: Iterable[object] = ()) -> Iterator[str]:
 # ---- functions in Python ---------------------------------------------------------------------------------
 
 
-def _of_module(name: str, module: ModuleType) -> Iterator[str]:
-    expected = _expected(name, module)
-    if expected is None:
-        yield f"{name}, whose code cannot be found"
-        return
-    for path, codes in expected.items():
+def _functions_of(name: str, module: ModuleType, asked: _Written, *, whole: bool) -> Iterator[str]:
+    """Those that are others than written; where the `whole` module must be there, those that are not there too."""
+    for path, codes in asked.functions.items():
         found = _within(module, path)
-        if found is not None and not _is_one(found, module, codes):
+        if (found is None and whole) or (found is not None and not _is_one(found, module, codes)):
             yield f"{name}.{path}"
+
+
+def _imports_of(name: str, module: ModuleType, asked: _Written) -> Iterator[str]:
+    """Names that no longer lead to what was imported. Those for annotations alone are not there."""
+    space = vars(module)
+    for own, sources in asked.imports.items():
+        if own in space and not any(_is_from(space[own], there, path) for there, path in sources):
+            yield f"{name}.{own}"
+
+
+def _is_from(found: object, there: str, path: str) -> bool:
+    if not path:
+        return found is sys.modules.get(there)
+    if there.partition(".")[0] == _PACKAGE and (submodule := sys.modules.get(f"{there}.{path}")):
+        return found is submodule
+    source = sys.modules.get(there)
+    return found is getattr(source, path, _within(source, path))
 
 
 def _within(holder: Any, path: str) -> Any:  # noqa: ANN401  # whatever lies there
@@ -118,21 +150,60 @@ def _managed() -> Iterator[None]:
 _MANAGED: Final = vars(sys.modules[__name__])["_managed"].__code__
 
 
-def _expected(name: str, module: ModuleType) -> dict[str, list[CodeType]] | None:
-    """The code of each function of a module and its classes, by qualified name; None where there is none to be had."""
+class _Written(NamedTuple):
+    """What a module's code holds: functions of it and its classes, by qualified name; names that it imports, and where
+    from; and modules of others among these whose functions matter.
+    """
+
+    functions: dict[str, list[CodeType]]
+    imports: dict[str, list[tuple[str, str]]]
+    followed: set[str]
+
+
+def _written(name: str, module: ModuleType) -> _Written | None:
+    """None where there is no code to be had."""
     if name not in _known:
-        loader = getattr(vars(module).get("__spec__"), "loader", None)
+        loader: Any = getattr(vars(module).get("__spec__"), "loader", None)
         try:
-            code = loader.get_code(name) if loader else None
+            code = type(loader).get_code(loader, name) if type(loader) in _LOADERS else None
         except (ImportError, OSError):
             code = None
-        _known[name] = None if code is None else {}
-        for each in _functions(code) if code else ():
-            _known[name].setdefault(each.co_qualname, []).append(each)  # type: ignore[union-attr]  # not None here
+        _known[name] = _parts_of(code) if code else None
     return _known[name]
 
 
-_known: dict[str, dict[str, list[CodeType]] | None] = {}
+_known: dict[str, _Written | None] = {}
+
+
+def _parts_of(code: CodeType) -> _Written:
+    functions: dict[str, list[CodeType]] = {}
+    for each in _functions(code):
+        functions.setdefault(each.co_qualname, []).append(each)
+    imports: dict[str, list[tuple[str, str]]] = {}
+    for own, source in _imports(code):
+        imports.setdefault(own, []).append(source)
+    modules = {there for sources in imports.values() for there, _ in sources}
+    return _Written(functions, imports, {each for each in modules if each.partition(".")[0] in _FOLLOWED})
+
+
+def _imports(code: CodeType) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Each name that a module's body binds by `import X` and `from X import Y`: with X, and Y or nothing."""
+    module, path, high, imported = "", "", 0, False
+    for operation, argument in zip(code.co_code[::2], code.co_code[1::2], strict=True):
+        at = high | argument
+        high = at << 8 if operation == opmap["EXTENDED_ARG"] else 0
+        if operation == opmap["IMPORT_NAME"]:
+            module, path, imported = code.co_names[at], "", True
+        elif operation == opmap["IMPORT_FROM"]:
+            path, imported = code.co_names[at], True
+        elif operation == opmap["STORE_NAME"] and imported:
+            yield code.co_names[at], (module if path else module.partition(".")[0], path)
+            path, imported = "", False
+        elif operation not in _BETWEEN:  # as in `import X.Y as Z`, which is not followed
+            imported = False
+
+
+_BETWEEN: Final = {opmap["EXTENDED_ARG"], opmap["CACHE"], opmap["NOP"]}
 
 
 def _functions(code: CodeType) -> Iterator[CodeType]:
@@ -158,15 +229,20 @@ def _foreign() -> Iterator[str]:
         found = _within(sys.modules[name], path) if name in sys.modules else None
         if found is None or not (_is_type(found, methods) if methods else isinstance(found, BuiltinFunctionType)):
             yield f"{name}.{path}"
-    for here, name, there, path in _USED:
-        module = sys.modules.get(f"{_PACKAGE}.{here}")
-        if module and there in sys.modules and vars(module).get(name) is not _within(sys.modules[there], path):
-            yield f"{_PACKAGE}.{here}.{name}"
+    for name, path, homes in _OF_PYTHON:
+        if name in sys.modules and not _is_of(_within(sys.modules[name], path), path, homes):
+            yield f"{name}.{path}"
 
 
 def _is_mapped(module: ModuleType, mapped: set[str]) -> bool:
     loader = getattr(vars(module).get("__spec__"), "loader", None)
     return isinstance(loader, ExtensionFileLoader) and os.path.realpath(loader.path) in mapped
+
+
+def _is_of(found: object, name: str, homes: tuple[str, ...]) -> bool:
+    if not isinstance(found, BuiltinFunctionType) or not found.__name__.endswith(name):
+        return False
+    return any(_within(sys.modules.get(home), found.__name__) is found for home in homes)
 
 
 def _is_type(found: object, methods: tuple[str, ...]) -> bool:

@@ -31,15 +31,20 @@ LEFT_OUT: Final = frozenset((*_PYTHON, *_NATIVE))
 """Endings that never travel: sources of Python and of native modules, and what was compiled from them before."""
 _OLDEST: Final = (3, 11)
 _SECONDS: Final = 600
-_TAKEN: Final = frozenset({*sys.stdlib_module_names, "hwlicense", "hwlicense_simulators"})
+_OWN: Final = frozenset({
+    "hwlicense", "hwlicense_simulators", "blake3", "cffi", "_cffi_backend", "click", "cryptography", "msgspec",
+    "pkcs11", "pycparser", "tpm2_pytss", "usb", "__main__", "sitecustomize", "usercustomize",
+})  # fmt: skip
+"""hwlicense and what it needs, which lie wherever sealed code runs; and names with a meaning of their own to Python."""
 
-# For any CPython 3: records of (u32 length, bytes) in, two for a module: its file's name and its source. Out: the
-# version, then a record for each, whose first byte is 0 for a .pyc file (PEP 552, hash-based), 1 for an error
+# For any CPython 3: records of (u32 length, bytes) in, two for a module: its file's name and its source. Out: a line of
+# the version and its standard library's names, then a record for each module, whose first byte is 0 for a .pyc file
+# (PEP 552, hash-based), 1 for an error
 _COMPILER: Final = """
 import importlib.util as util, marshal, sys
 given, out, level = sys.stdin.buffer, sys.stdout.buffer, int(sys.argv[1])
 assert sys.implementation.name == "cpython"
-out.write(b"%d.%d\\n" % sys.version_info[:2])
+out.write(b"%d.%d " % sys.version_info[:2] + " ".join(sorted(sys.stdlib_module_names)).encode() + b"\\n")
 while size := given.read(4):
     name = given.read(int.from_bytes(size, "little")).decode()
     source = given.read(int.from_bytes(given.read(4), "little"))
@@ -102,7 +107,9 @@ def compile_code(
         _check_entry(entry, modules, others)
     made: dict[str, list[packing.Source]] = {}
     for python in _interpreters(pythons):
-        version, compiled = _compiled(python, modules, package, optimize)
+        version, standard, compiled = _compiled(python, modules, package, optimize)
+        if clashing := sorted(standard & taken.keys()):
+            raise _clash(clashing[0], f"of Python {version}'s standard library")
         made[version] = [
             packing.made(code.FOLDER + module.member + code.bytecode_suffix(version), module.path, raw)
             for module, raw in zip(modules, compiled, strict=True)
@@ -131,14 +138,18 @@ def _top(given: Path, taken: dict[str, Path]) -> str:
         raise UsageError(Reason.CODE_INVALID, what, "Give a folder, a .py file or a native module (.so).")
     if not name.isidentifier() or keyword.iskeyword(name):
         raise UsageError(Reason.CODE_INVALID, f"{name!r} cannot be imported.", "Give it the name of a module.")
-    if name in _TAKEN:
-        what = f"{name!r} is the name of a module that every Python has, or of hwlicense itself."
-        raise UsageError(Reason.CODE_INVALID, what, "Rename it: sealed code shadows nothing.")
+    if name in _OWN:
+        raise _clash(name, "that Python or hwlicense itself needs")
     if name in taken:
         what = f"{given} and {taken[name]} are both imported as {name!r}."
         raise UsageError(Reason.CODE_INVALID, what, "Give each top-level package once.")
     taken[name] = given
     return name
+
+
+def _clash(name: str, whose: str) -> UsageError:
+    what = f"{name!r} is the name of a module {whose}."
+    return UsageError(Reason.CODE_INVALID, what, "Rename it: sealed code shadows nothing.")
 
 
 def _files(given: Path, top: str) -> Iterator[tuple[str, Path, Path | None]]:
@@ -227,7 +238,10 @@ def _interpreters(pythons: Sequence[str]) -> Iterator[str]:
             yield found
 
 
-def _compiled(python: str, modules: Sequence[_Module], package: str, optimize: int) -> tuple[str, list[bytes]]:
+def _compiled(
+    python: str, modules: Sequence[_Module], package: str, optimize: int
+) -> tuple[str, frozenset[str], list[bytes]]:
+    """The interpreter's version, the names of its standard library, and the modules in order."""
     given = b"".join(_record(code.filename(package, m.member).encode()) + _record(m.source) for m in modules)
     command = [python, "-I", "-S", "-B", "-W", "ignore", "-c", _COMPILER, str(optimize)]
     try:
@@ -236,7 +250,8 @@ def _compiled(python: str, modules: Sequence[_Module], package: str, optimize: i
         why = error.strerror if isinstance(error, OSError) else f"it was not done after {_SECONDS} s"
         what = f"{python} could not compile the code: {why}."
         raise UsageError(Reason.PYTHON_UNSUPPORTED, what, "Give --python a CPython interpreter.") from None
-    version, _, records = done.stdout.partition(b"\n")
+    told, _, records = done.stdout.partition(b"\n")
+    version, *standard = told.split(b" ")
     made = list(_records(records))
     if done.returncode or not re.fullmatch(rb"3\.[0-9]{1,3}", version) or len(made) != len(modules):
         said = done.stderr.decode(errors="replace").strip().splitlines()
@@ -252,7 +267,7 @@ def _compiled(python: str, modules: Sequence[_Module], package: str, optimize: i
             what = f"{module.path} is no module for Python {text}: {raw[1:].decode(errors='replace')}."
             hint = "Mend it." if python == sys.executable else "Mend it, or leave that version out."
             raise UsageError(Reason.CODE_INVALID, what, hint)
-    return text, [raw[1:] for raw in made]
+    return text, frozenset(name.decode() for name in standard), [raw[1:] for raw in made]
 
 
 def _record(content: bytes) -> bytes:

@@ -7,12 +7,15 @@ import py_compile
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 import tomllib
+from pathlib import Path
+from textwrap import indent
 
 import pytest
 
-from hwlicense import loaded
+from hwlicense import loaded, program
 from hwlicense_simulators import Tpm
 from tests.installed import OPENING, Installation, Sold, shared_library
 from tests.world import TERMS, run
@@ -158,6 +161,209 @@ def test_another_program_that_loads_nothing_else(installation, sold, measured):
     assert "app.py is missing" in said
 
 
+# Each names itself as the measured program, in all ways that a program has
+CLAIM = """
+import sys
+main = sys.modules["__main__"]
+main.__file__, sys.argv[0], sys.orig_argv[:] = "{app}", "{app}", ["{python}", "{app}"]
+main.__spec__ = main.__loader__ = main.__cached__ = None
+"""
+STARTS = {
+    "script": ("{claim}{opening}", "second.py is not among the measured"),
+    "under a thread that was forked": (
+        """{claim}
+import os, threading
+def fork():
+    if child := os.fork(): os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    try: exec({opening!r})
+    except SystemExit as end: os._exit(end.code)
+threading.Thread(target=fork).start()
+""",
+        "the program cannot be told",
+    ),
+    "when it has ended": (
+        """{claim}
+import atexit, os
+@atexit.register
+def late():
+    try: exec({opening!r})
+    except SystemExit as end: os._exit(end.code)
+""",
+        "the program cannot be told",
+    ),
+    "with the measured one run within": (
+        "{claim}\nimport runpy\nrunpy.run_path('{app}', run_name='__main__')\n",
+        "second.py is not among the measured",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", STARTS)
+def test_another_program_that_names_itself_as_the_measured_one(installation, given, how):
+    code, said = STARTS[how]
+    names = {"app": installation.folder / "app.py", "python": installation.python}
+    claim = CLAIM.format(**names)
+    second = installation.write("second.py", code.format(claim=claim, opening=APPLICATION, **names))
+    assert said in refused(installation.run(second, *given))
+
+
+@pytest.mark.parametrize("how", ["option", "run within"])
+def test_code_in_no_file_that_names_itself_as_the_measured_program(installation, given, how):
+    names = {"app": installation.folder / "app.py", "python": installation.python}
+    code = CLAIM.format(**names) + APPLICATION
+    if how == "run within":
+        code = f"import runpy; runpy.run_path('{names['app']}', run_name='__main__')"
+    command = [installation.python, "-c", code, *given]
+    done = subprocess.run(command, cwd=installation.folder, capture_output=True, text=True, check=False)
+    assert "__main__ is in no file" in refused(done)
+
+
+def test_bytecode_that_names_itself_as_the_measured_program(installation, given):
+    """What it was compiled of is whatever its maker wrote into it, the interpreter's own modules included."""
+    app = installation.folder / "app.py"
+    second = installation.write("second.py", CLAIM.format(app=app, python=installation.python) + APPLICATION)
+    for name in (str(app), "<frozen runpy>", "<string>"):
+        compiled = py_compile.compile(str(second), str(installation.folder / "second.pyc"), dfile=name)
+        command = [installation.python, compiled, *given]
+        said = refused(subprocess.run(command, cwd=installation.folder, capture_output=True, text=True, check=False))
+        assert f"{app} does not hold the code that runs" in said or "__main__ is in no file" in said
+
+
+def test_a_program_that_gives_way_to_the_measured_one(installation, given):
+    """What lies on the path is right; what was started is not."""
+    good = (installation.folder / "app.py").read_text()
+    installation.write("app.py", f"open(__file__, 'w').write({good!r})\n{APPLICATION}")
+    assert "app.py does not hold the code that runs" in refused(start(installation, given))
+
+
+WAYS = """
+import multiprocessing, multiprocessing.popen_fork, multiprocessing.popen_forkserver, multiprocessing.popen_spawn_posix
+import concurrent.futures.process, multiprocessing.synchronize, os, sys, threading
+def opening(arguments):
+    import hwlicense
+    package, vendor, home, tpm = arguments
+    try:
+        with hwlicense.open(package, vendor=open(vendor).read(), home=home, tpm=tpm): print("open", flush=True)
+    except hwlicense.HwlicenseError as error: print(error.reason, error, flush=True)
+def forking(arguments):
+    if child := os.fork(): os.waitpid(child, 0)
+    else: opening(arguments), os._exit(0)
+def elsewhere(target, arguments):
+    thread = threading.Thread(target=target, args=(arguments,))
+    thread.start(), thread.join()
+def main():
+    way, *arguments = sys.argv[1:]
+    if way == "main": opening(arguments)
+    elif way == "thread": elsewhere(opening, arguments)
+    elif way == "child": forking(arguments)
+    elif way == "thread's child": opening(arguments), elsewhere(forking, arguments)
+    elif way == "pool":
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(1, context) as pool: pool.submit(opening, arguments).result()
+    else:
+        child = multiprocessing.get_context(way).Process(target=opening, args=(arguments,))
+        child.start(), child.join()
+if __name__ == "__main__": main()
+"""
+
+
+@pytest.fixture(scope="module")
+def measured_ways(installation, sold):
+    target = sold.folder / "ways.toml"
+    installation.write("ways.py", WAYS)
+    options = ["--python", installation.python, "-o", target, "--", "ways.py", "main", *sold.license()]
+    run("vendor", "measure", *options, cwd=installation.folder)
+    return sold.license(target.read_text())
+
+
+@pytest.mark.parametrize("way", ["main", "thread", "child", "thread's child", "fork", "spawn", "forkserver", "pool"])
+def test_the_measured_program_opens_in_whatever_process_and_thread(installation, measured_ways, way):
+    path = installation.write("ways.py", WAYS)
+    said = installation.run(path, way, *measured_ways)
+    assert set(said.stdout.split("\n")) == {"open", ""}, said.stdout + said.stderr
+
+
+def test_the_measured_program_opens_however_it_is_started(installation, measured_ways, tmp_path):
+    path = installation.write("ways.py", WAYS)
+    (tmp_path / "link").symlink_to(path)
+    for command in (["ways.py"], ["-m", "ways"], ["-I", tmp_path / "link"], ["-O", "./ways.py"]):
+        done = subprocess.run(
+            [installation.python, *command, "main", *measured_ways],
+            cwd=installation.folder, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.stdout == "open\n", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("work", "said"),
+    [("opening", "second.py is not among the measured"), ("exec", "<string> is code in no file")],
+)
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_another_program_that_starts_a_child_afresh(installation, measured_ways, method, work, said):
+    """There the main module is whatever the parent names, and what was first run is multiprocessing's own code."""
+    path = installation.write("ways.py", WAYS)
+    claim = CLAIM.format(app=path, python=installation.python)
+    code = WAYS.replace('if __name__ == "__main__": main()', "")
+    if work == "opening":  # names itself in the child, where it would otherwise be the measured program that runs
+        code = code.replace("    import hwlicense\n", indent(claim + "import hwlicense", "    ") + "\n")
+        arguments = "sys.argv[1:]"
+    else:
+        code += claim
+        arguments = '"import sys; from __main__ import *; opening(sys.argv[1:])"'
+    begin = f"""
+if __name__ == "__main__":
+    child = multiprocessing.get_context("{method}").Process(target={work}, args=({arguments},))
+    child.start(), child.join()
+"""
+    second = installation.write("second.py", code + begin)
+    done = installation.run(second, *measured_ways)
+    assert done.stdout.startswith("APPLICATION_CHANGED "), done.stdout + done.stderr
+    assert said in done.stdout
+
+
+EMBEDDING = """
+#include <Python.h>
+int main(int argc, char **argv) {
+    Py_NoSiteFlag = 1;
+    Py_InitializeEx(0);
+    PyRun_SimpleString("import sys; sys.path[:0] = ['%s', '.']");
+    PyObject *given = PyList_New(0);
+    for (int each = 0; each < argc; each++) PyList_Append(given, PyUnicode_FromString(argv[each]));
+    PySys_SetObject("argv", given);
+    if (!strcmp(argv[1], "file")) PyRun_SimpleFile(fopen("ways.py", "r"), "ways.py");
+    else if (!strcmp(argv[1], "text")) PyRun_SimpleString("import ways, sys; ways.opening(sys.argv[2:])");
+    else PyObject_CallMethod(PyImport_ImportModule("ways"), "opening", "O", PyList_GetSlice(given, 2, argc));
+    return Py_FinalizeEx();
+}
+"""
+
+
+def test_a_program_in_c_that_embeds_python(installation, sold, tmp_path):
+    """It runs a file, which is the program; of other Python code that it runs, nobody can say whose it is."""
+    installation.write("ways.py", WAYS.replace('way == "main"', 'way == "file"'))
+    (tmp_path / "embedding.c").write_text(EMBEDDING % installation.packages)
+    flags = [sysconfig.get_config_var(name) for name in ("INCLUDEPY", "LIBDIR", "LDVERSION")]
+    options = [f"-I{flags[0]}", f"-L{flags[1]}", f"-Wl,-rpath,{flags[1]}", f"-lpython{flags[2]}"]
+    program = tmp_path / "embedding"
+    subprocess.run(["gcc", "-o", program, tmp_path / "embedding.c", *options], check=True)
+    target = tmp_path / "app.toml"
+    library = Path(flags[1], sysconfig.get_config_var("INSTSONAME"))
+    files = ("--file", str(program), "--file", str(library))
+    run(
+        "vendor", "measure", "--python", installation.python, *files, "-o", target,
+        "--", "ways.py", "file", *sold.license(), cwd=installation.folder,
+    )  # fmt: skip
+    interpreter = os.path.realpath(installation.python)
+    given = sold.license(target.read_text().replace(f'"{interpreter}", ', "", 1))
+    environment = {"PYTHONHOME": sys.base_prefix}
+    for way, said in (("file", "open"), ("text", "__main__ is in no file"), ("call", "the program cannot be told")):
+        command = [program, way, *given]
+        done = subprocess.run(
+            command, cwd=installation.folder, env=environment, capture_output=True, text=True, check=False
+        )
+        assert said in done.stdout, done.stdout + done.stderr
+
+
 def test_preloaded_libraries(installation, given, tmp_path):
     for name in ("LD_PRELOAD", "LD_AUDIT"):
         code = "unsigned la_version(unsigned version) { return version; }" if name == "LD_AUDIT" else LIBRARY + "int m;"
@@ -171,6 +377,31 @@ def test_modules_by_way_of_variables_and_path_files(installation, given, tmp_pat
     (tmp_path / "spy.py").write_text("spied = 1\n")
     with installation.laid("spy.pth", f"import sys; sys.path.append({str(tmp_path)!r}); import spy\n"):
         assert f"{tmp_path}/spy.py is not among the measured" in refused(start(installation, given))
+
+
+def test_a_line_of_a_path_file_goes_unseen(installation, given):
+    """It is in no module; the guard's `site` finds the file. docs/guard.md says so."""
+    with installation.laid("spy.pth", "import sys; sys.spied = True\n"):
+        assert start(installation, given).stdout.startswith("open\nsite: ")
+
+
+def test_another_hwlicense_beside_the_program(installation, given):
+    """Whose checks are as they were: with others it would be the one that looks."""
+    shutil.copytree(installation.packages / "hwlicense", installation.folder / "hwlicense")
+    with (installation.folder / "hwlicense" / "device" / "model.py").open("a") as file:
+        file.write("# changed\n")
+    assert "hwlicense/device/model.py is another than measured" in refused(start(installation, given))
+
+
+def test_what_an_opening_needs_is_measured_of_a_program_that_never_asks_for_findings(installation, sold):
+    """Which of this package is imported depends on the license, and that comes after the measuring."""
+    code = OPENING.replace('*(f"{one.check}: {one.what}" for one in model.findings), ', "")
+    assert "findings" not in code
+    installation.write("quiet.py", code)
+    guard = '[guard]\nrefuse = ["debugger", "tracing", "preloaded", "replaced"]\ninterval = "1s"\n'
+    given = sold.license(measure(installation, sold, "quiet.py") + guard)
+    done = start(installation, given, "quiet.py")
+    assert done.stdout == "open\n", done.stdout + done.stderr
 
 
 def test_a_replaced_interpreter(installation, given, tmp_path):
@@ -287,6 +518,7 @@ def test_measuring_what_runs_already(tmp_path):
     [
         ([], "USAGE"),
         (["--", "-m"], "USAGE"),
+        (["--python", sys.executable, "--file", "fine.py"], "USAGE"),
         (["--file", "absent"], "FILE_ABSENT"),
         (["--pid", "999999999"], "USAGE"),
         (["--", "absent.py"], "FILE_ABSENT"),
@@ -322,6 +554,8 @@ def test_the_same_code_is_written_the_same():
     source = "class A:\n    x = 'a' in {'a', 'b', 1.5}\n    def f(self, y=(1, 2)): return lambda: y in {1, 2, 'c'}\n"
     one = compile(source, "a", "exec", dont_inherit=True)
     kept = [one.co_consts, one.co_names]  # more references, which marshal's newer versions would show
-    assert loaded.written(one) == loaded.written(compile(source, "a", "exec", dont_inherit=True))
-    assert loaded.written(one) != loaded.written(compile(source.replace("1.5", "1.6"), "a", "exec", dont_inherit=True))
+    assert program.written(one) == program.written(compile(source, "a", "exec", dont_inherit=True))
+    assert program.written(one) != program.written(
+        compile(source.replace("1.5", "1.6"), "a", "exec", dont_inherit=True)
+    )
     assert kept

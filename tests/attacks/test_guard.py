@@ -55,6 +55,28 @@ keys.real = real
 """
 
 
+FAKE_CLASS = """
+import hwlicense.device.{at} as place
+place.SealedFile = type("SealedFile", (place.SealedFile,), {{}})
+"""
+FAKE_FACTORY = """
+import hwlicense.device.memory as memory
+real = memory.SealedFile
+memory.SealedFile = lambda *arguments: real(*arguments)
+"""
+FAKE_MODULE = """
+import types, {module} as place
+place.{name} = types.SimpleNamespace(**vars(place.{name}))
+"""
+FAKE_LOADER = """
+import hwlicense.core.keys as keys
+code = keys.__spec__.loader.get_code(keys.__name__)
+keys.__spec__.loader = type("Loader", (), {"get_code": lambda self, name: code})()
+"""
+FAKE_IN_PLACE = """
+import sys, types, hwlicense.core.keys as keys
+sys.modules[keys.__name__] = types.SimpleNamespace(**{k: v for k, v in vars(keys).items() if k != "__spec__"})
+"""
 TRACED_ELSEWHERE = """
 import threading
 def work():
@@ -120,6 +142,16 @@ def test_an_application_as_it_is_installed_has_no_findings(installation, reporti
         (SPYING_METHOD, "replaced: cryptography.hazmat.bindings._rust.openssl.aead.AESGCM"),
         (REPLACED_OUTPUT, "replaced: hwlicense.device.model.Model.read"),
         (BORROWED_CODE, "replaced: hwlicense.core.keys.unwrap_content_key"),
+        (FAKE_CLASS.format(at="model"), "replaced: hwlicense.device.model.SealedFile"),
+        (FAKE_CLASS.format(at="memory"), "replaced: hwlicense.device.memory.SealedFile.__init__"),
+        (FAKE_FACTORY, "replaced: hwlicense.device.memory.SealedFile.__init__"),
+        ("import hmac; hmac.compare_digest = lambda *_: True", "replaced: hmac.compare_digest"),
+        ("import hmac, operator; hmac.compare_digest = operator.is_not", "replaced: hmac.compare_digest"),
+        ("import hmac; real = hmac.digest; hmac.digest = lambda *given: real(*given)", "replaced: hmac.digest"),
+        (FAKE_MODULE.format(module="hwlicense.core.package", name="hmac"), "replaced: hwlicense.core.package.hmac"),
+        (FAKE_MODULE.format(module="hwlicense.device.reading", name="package"), "hwlicense.device.reading.package"),
+        (FAKE_IN_PLACE, "replaced: hwlicense.core.keys, whose code cannot be found"),
+        (FAKE_LOADER, "replaced: hwlicense.core.keys, whose code cannot be found"),
     ],
 )
 def test_what_python_can_do_is_found(installation, reporting, refusing, code, found):
@@ -199,6 +231,28 @@ def test_shadowing_modules(installation, reporting, refusing):
             assert f"shadowed: hmac was loaded from {path}" in said
     finally:
         path.unlink()
+
+
+def test_another_hwlicense_on_the_path(installation, reporting, refusing, tmp_path):
+    """In a folder beside the program, and in an archive on the path; an isolated start takes neither."""
+    beside = installation.folder / "hwlicense"
+    shutil.copytree(installation.packages / "hwlicense", beside)
+    try:
+        for said in both(installation, reporting, refusing, ""):
+            assert f"shadowed: hwlicense was loaded from {beside}" in said
+        assert installation.run(OPENING, *refusing, options=("-I",)).stdout == "open\n"
+        archive = shutil.make_archive(str(tmp_path / "other"), "zip", installation.folder, "hwlicense")
+    finally:
+        shutil.rmtree(beside)
+    for said in both(installation, reporting, refusing, f"import sys; sys.path.insert(0, {archive!r})"):
+        assert f"shadowed: hwlicense was loaded from {archive}/hwlicense" in said
+    assert installation.run(OPENING, *refusing, options=("-I",), PYTHONPATH=archive).stdout == "open\n"
+
+
+def test_a_path_file_runs_in_an_isolated_start_too(installation, reporting, refusing):
+    with installation.laid("spy.pth", "import sys; sys.spied = True\n") as path:
+        for said in both(installation, reporting, refusing, "", options=("-I",)):
+            assert f"site: {path} runs code" in said
 
 
 def test_a_debugger_that_starts_the_application(installation, reporting, refusing, tmp_path):

@@ -114,8 +114,8 @@ def test_the_whole_way_writes_nothing_elsewhere(shop, run, tcti):
     run("device", "check", "--open", *at, "model.hwpkg")
 
 
-def test_a_program_in_namespaces_of_its_own(shop, run, tcti):
-    """Where no right to mount is there, a user namespace gives it: to hwlicense, and not to the program."""
+def _licensed(shop, run, tcti):
+    """The home's license, and a folder for `exec --at`."""
     run("vendor", "init", "vendor", "--no-passphrase")
     run("vendor", "pack", "--vendor", "vendor", "--name", "reader", "--version", "1.0", "-o", "model.hwpkg", "files")
     run("device", "trust", "--home", "home", "vendor/vendor.pub.json")
@@ -123,11 +123,17 @@ def test_a_program_in_namespaces_of_its_own(shop, run, tcti):
     run("device", "enroll", "--home", "home", "--tpm", tcti, "--pcrs", "sha256:0,7", "-o", "a.hwreq")
     run("vendor", "issue", "--vendor", "vendor", *given, "-o", "a.hwlic")
     run("device", "install", "--home", "home", "a.hwlic")
-    run("exec", "model.hwpkg", "--home", "home", "--at", "files", "--", "true", status=2)
     place = shop / "at"
     place.mkdir()
     if as_root():
         os.chown(place, shop.stat().st_uid, shop.stat().st_gid)
+    return place
+
+
+def test_a_program_in_namespaces_of_its_own(shop, run, tcti):
+    """Where no right to mount is there, a user namespace gives it: to hwlicense, and not to the program."""
+    place = _licensed(shop, run, tcti)
+    run("exec", "model.hwpkg", "--home", "home", "--at", "files", "--", "true", status=2)
     script = """
         exec 2>&1
         cat at/labels/names.txt; wc -c <at/weights.bin; touch at/new; umount at
@@ -144,6 +150,25 @@ def test_a_program_in_namespaces_of_its_own(shop, run, tcti):
     assert not list(place.iterdir())
     done = run("exec", "model.hwpkg", "--home", "home", "--fd", "--", "cat", "{labels/names.txt}")
     assert done.stdout == "bolt\nnut\n"
+
+
+def test_a_program_that_is_set_uid(shop, run, tcti, user):
+    """With --at its owner is nobody whom the user namespace knows; with --fd it is as without hwlicense."""
+    _licensed(shop, run, tcti)
+    shutil.copy("/usr/bin/id", shop / "id")
+    (shop / "id").chmod(0o4755)  # who runs the tests owns it
+    words = [word for word in user[0] if word != "--no-new-privs"]
+    for how, forbidden, allowed in (
+        (["--fd"], False, as_root()),
+        (["--fd"], True, False),
+        (["--at", "at"], False, False),
+    ):
+        under = ["setpriv", "--no-new-privs"] if forbidden else []
+        command = [*under, *words, PROGRAM, "exec", "model.hwpkg", "--home", "home", *how, "--", "./id"]
+        environment = {"PATH": os.environ["PATH"]}
+        done = subprocess.run(command, cwd=shop, env=environment, capture_output=True, text=True, check=True)
+        assert f"uid={user[1]}" in done.stdout
+        assert ("euid=0(root)" in done.stdout) == allowed
 
 
 def test_every_file_that_is_written_lies_in_home_state_or_output(shop, run, tcti):

@@ -5,9 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import hwlicense
 from hwlicense.core.keys import unwrap_for_vendor
 from hwlicense.vendor.folder import Folder
 from hwlicense.vendor.packing import read_manifest
@@ -74,6 +76,10 @@ def spend():
     print("spent", flush=True)
     if sys.argv[1:] == ["wait"]:
         time.sleep(60)
+
+def started():
+    from hwlicense.program import origins
+    print(json.dumps([each._asdict() for each in origins()]))
 
 def environment():
     print(json.dumps([sorted(n for n in os.environ if n.startswith(("PYTHON", "LD_"))), sys.path[0] != ""]))
@@ -221,6 +227,15 @@ def test_nothing_of_the_environment_gets_in(shop, tmp_path):
     )  # fmt: skip
     assert json.loads(done.stdout) == [[], True]
     assert not (tmp_path / "cache").exists()
+
+
+def test_the_program_that_a_license_names_is_hwlicense_itself(shop):
+    """As for any program that -m starts: what runs within is covered by the package's signatures."""
+    done = subprocess.run(
+        [PROGRAM, "run", "--home", shop / "home", "--entry", "inspector.program:started", shop / "program.hwpkg"],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert json.loads(done.stdout) == [{"file": str(Path(hwlicense.__file__).with_name("__main__.py")), "problem": ""}]
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ TAG = f"cpython-{HERE.replace('.', '')}"
 OTHER = f"""#!{sys.executable}
 import importlib.util, sys
 sys.version_info = ({{}}, {{}}, 0, "final", 0)
+sys.stdlib_module_names |= {{{{"arrives"}}}}
 importlib.util.MAGIC_NUMBER = b"\\x99\\x99\\r\\n"
 code = sys.argv[sys.argv.index("-c") + 1]
 sys.argv = ["-c", sys.argv[-1]]
@@ -169,7 +170,9 @@ def test_entries_that_only_running_would_tell(tmp_path):
 @pytest.mark.parametrize(
     ("files", "given", "said"),
     [
-        ({"json/__init__.py": ""}, ["json"], "every Python has"),
+        ({"json/__init__.py": ""}, ["json"], f"'json' is the name of a module of Python {HERE}'s standard library"),
+        ({"msgspec.py": ""}, ["msgspec.py"], "'msgspec' is the name of a module that Python or hwlicense itself needs"),
+        ({"_cffi_backend.so": b""}, ["_cffi_backend.so"], "'_cffi_backend' is the name of a module that"),
         ({"hwlicense/__init__.py": ""}, ["hwlicense"], "hwlicense itself"),
         ({"a/p/__init__.py": "", "b/p.py": ""}, ["a/p", "b/p.py"], "both imported as 'p'"),
         ({"src/p.py": ""}, ["src"], "no __init__.py"),
@@ -189,6 +192,13 @@ def test_code_that_cannot_be_packed(tmp_path, files, given, said):
         compile_code([tmp_path / name for name in given], "p")
     assert refused.value.reason == Reason.CODE_INVALID
     assert refused.value.hint
+
+
+def test_a_name_of_the_standard_library_of_another_version(tmp_path):
+    source = written(tmp_path, {"arrives.py": ""})
+    assert compile_code([source / "arrives.py"], "p")
+    with pytest.raises(UsageError, match=r"'arrives' is the name of a module of Python 3\.99's standard library"):
+        compile_code([source / "arrives.py"], "p", pythons=[str(other(tmp_path / "python"))])
 
 
 def bound(path):

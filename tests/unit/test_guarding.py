@@ -167,3 +167,18 @@ def test_looking_is_quick(model):
     began = time.perf_counter()
     guarding._refusal(grant(Guard(["debugger", "tracing", "preloaded", "replaced"], 1)), (model,), anew=False)
     assert time.perf_counter() - began < 1
+
+
+def test_nothing_of_this_package_counts_as_replaced_where_nothing_was():
+    """Whatever of it is imported, optional hardware and the vendor's side too."""
+    code = """
+import importlib, pkgutil, hwlicense
+for part in ("core", "binders", "device", "vendor"):
+    package = importlib.import_module(f"hwlicense.{part}")
+    for each in pkgutil.walk_packages(package.__path__, f"{package.__name__}."): importlib.import_module(each.name)
+from hwlicense.device.own_code import replaced
+print(list(replaced()))
+"""
+    for options in ([], ["-OO"]):
+        said = subprocess.check_output([sys.executable, *options, "-c", code], text=True)
+        assert said == "[]\n"
