@@ -42,7 +42,7 @@ _SHOWN: Final = 20
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="The recording from which on all are to be here.",
+    help="The recording from which on all are to be here, and none before it.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.argument("files", nargs=-1, required=True, type=FILE, metavar="FILE...")

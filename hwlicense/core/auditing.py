@@ -324,7 +324,10 @@ def moment(wall: int) -> str:
 
 
 def check_order(recordings: Sequence[Recorded], first: int) -> list[Fault]:
-    """What is wrong between the recordings of one log, which are sorted by their numbers; `first` is due first."""
+    """What is wrong between the recordings of one log, which are sorted by their numbers; `first` is due first.
+
+    Whether one of a lower number is the one that was verified then, nothing here can tell.
+    """
     faults: list[Fault] = []
     before: Recorded | None = None
     for each in recordings:
@@ -333,6 +336,9 @@ def check_order(recordings: Sequence[Recorded], first: int) -> list[Fault]:
         def fault(severity: Severity, what: str, number: int = number, where: str = where) -> None:
             faults.append(Fault(severity, number, None, where, what))
 
+        if number < first:
+            what = "Its number is below the first that is due: what was verified before, or a number that came twice."
+            fault("forged", what)
         if before is None:
             if number > first:
                 fault("cut", f"Recordings {first} to {number - 1} were not given.")
