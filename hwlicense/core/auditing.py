@@ -54,6 +54,7 @@ _LATE: Final = 5_000_000
 _SECOND: Final = 1_000_000
 _TPM_DRIFT: Final = 1.3  # a TPM's clock may be 15 % off (Part 1, 36.3), and so may what it is compared with
 _LAPSE: Final = 4_200_000  # milliseconds of TPM clock that a power cut may cost: an update of NV is due each 2^22
+_ADDED: Final = "What is here, after the end, was added."
 
 
 class Fault(NamedTuple):
@@ -125,7 +126,7 @@ class Audit:
         try:
             record = parse(line)
         except HwlicenseError as error:
-            self._fault("forged", self._expected, where, error.what)
+            self._fault("forged", self._expected, where, _ADDED if self._ended else error.what)
             self._expected, self._follows = self._expected + 1, None
             return
         self._records += 1
@@ -140,7 +141,10 @@ class Audit:
 
     def torn(self, where: str) -> None:
         """The file ends in the middle of a record."""
-        self._fault("cut", self._expected, where, "The file ends in the middle of a record.")
+        if self._ended:  # what makes recordings writes nothing more by then, and so no crash tears it
+            self._fault("forged", self._expected, where, _ADDED)
+        else:
+            self._fault("cut", self._expected, where, "The file ends in the middle of a record.")
 
     def finish(self, where: str) -> Recorded:
         """After the last line."""
@@ -227,7 +231,7 @@ class Audit:
         number, expected = record.number, self._expected
         what = ""
         if self._ended:
-            what = "There are records after the end."
+            what = _ADDED
         elif number > expected:
             what = f"{number - expected} records are missing before this one."
         elif number < expected:

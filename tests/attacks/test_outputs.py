@@ -121,7 +121,7 @@ def test_merged_recordings_show(scene):
     one = scene.record(1, 2)
     two = scene.record(3)
     one.write_bytes(one.read_bytes() + two.read_bytes())
-    has(scene.said(), "forged", "There are records after the end.")
+    has(scene.said(), "forged", "after the end, was added")
     two.unlink()
     has(scene.said(), "forged", "A recording begins within another one.")
 

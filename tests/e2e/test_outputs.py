@@ -100,6 +100,20 @@ def test_a_cut_recording_ends_with_1(scene):
     assert json.loads(scene.verify("--json", scene.alerts, status=1).stdout)["verdict"] == "OUTPUTS_INCOMPLETE"
 
 
+@pytest.mark.parametrize("added", [b"x", b"\n", b'{"kind":"record"', b"x\n"])
+def test_what_was_added_after_a_certified_end_is_no_cut(scene, added):
+    path = scene.alerts / "00000002-0001.hwout"
+    path.write_bytes(path.read_bytes() + added)
+    done = scene.verify(status=4)
+    assert "forged: " in done.stdout
+    assert "after the end" in done.stdout
+    assert "cut" not in done.stdout.lower()
+    report = json.loads(scene.verify("--json", scene.alerts, status=4).stdout)
+    assert report["verdict"] == "OUTPUTS_DAMAGED"
+    assert [fault["severity"] for fault in report["faults"]] == ["forged"]
+    assert report["recordings"][1]["ended"]
+
+
 def test_later_recordings_are_verified_from_where_one_is(scene):
     last = scene.alerts / "00000002-0001.hwout"
     assert "Recordings 1 to 1 were not given" in scene.verify(last, status=1).stdout

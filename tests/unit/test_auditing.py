@@ -434,7 +434,7 @@ def test_a_chain_that_is_interrupted_is_whole():
 def test_an_end_is_the_end():
     lines = Log().record(5)
     assert isinstance(parse(lines[-1]), End)
-    assert "There are records after the end." in what(audited([*lines, lines[-2]]))
+    assert "after the end, was added" in what(audited([*lines, lines[-2]]))
     assert SIGNER.public
 
 
