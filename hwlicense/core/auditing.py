@@ -54,6 +54,7 @@ _LATE: Final = 5_000_000
 _SECOND: Final = 1_000_000
 _TPM_DRIFT: Final = 1.3  # a TPM's clock may be 15 % off (Part 1, 36.3), and so may what it is compared with
 _LAPSE: Final = 4_200_000  # milliseconds of TPM clock that a power cut may cost: an update of NV is due each 2^22
+_NOTHING_HOLDS: Final = "nothing that holds"
 _ADDED: Final = "What is here, after the end, was added."
 
 
@@ -118,8 +119,13 @@ class Audit:
                 self._sensors[name] = Sensor(name, key)
             except HwlicenseError as error:
                 self._fault("forged", 0, where, error.what)
-        self._hardware = "nothing that holds"
+        self._hardware = _NOTHING_HOLDS
         self._check_start(start, where)
+
+    @property
+    def certified(self) -> bool:
+        """Whether hardware that the license is bound to has certified the recording's start, or its end."""
+        return self._hardware != _NOTHING_HOLDS
 
     def add(self, line: bytes, where: str) -> None:
         """The next line, without its newline."""
