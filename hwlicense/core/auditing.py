@@ -161,21 +161,21 @@ class Audit:
                 what += f" The last {left} records are under no signature, so that anyone may have written them."
             self._fault("cut", self._expected - 1, where, what)
         return Recorded(
-            self._statement,
-            self._start,
-            self._head,
-            self._hardware,
-            self._first.wall,
-            self._last.wall,
-            self._records,
-            self._signed,
-            self._outputs,
-            self._inputs,
-            self._dropped,
-            self._ended,
-            self._quotes,
-            frozenset(self._seen),
-            self._faults,
+            statement=self._statement,
+            start=self._start,
+            head=self._head,
+            hardware=self._hardware,
+            first_wall=self._first.wall,
+            last_wall=self._last.wall,
+            records=self._records,
+            signed=self._signed,
+            outputs=self._outputs,
+            inputs=self._inputs,
+            dropped=self._dropped,
+            ended=self._ended,
+            quotes=self._quotes,
+            seen=frozenset(self._seen),
+            faults=self._faults,
         )
 
     # ---- the start

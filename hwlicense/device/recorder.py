@@ -88,7 +88,8 @@ class Recorder:
         from pathlib import Path  # noqa: PLC0415  # the type is needed above, the module here alone
 
         place = Path(folder)
-        policy = _policy(rotate, every, interval, heartbeat, full, buffer, sync)
+        policy = Policy(rotate=rotate, every=every, interval=interval, heartbeat=heartbeat, full=full, buffer=buffer)
+        _check(policy, sync)
         keys = dict(sensors or {})
         known = {sensor: Sensor(sensor, key) for sensor, key in keys.items()}
         log = name if name is not None else place.resolve().name
@@ -103,19 +104,19 @@ class Recorder:
             chain = Chain(previous)
             grant = self._licensed.grant
             statement = Statement(
-                SCHEMA,
-                grant.vendor,
-                grant.license,
-                grant.revision,
-                self._package,
-                log,
-                recording,
-                previous,
-                chain.key,
-                clock.boot_name().replace("-", ""),
-                heartbeat,
-                self._anchor.read().steps if self._anchor else None,
-                keys,
+                schema=SCHEMA,
+                vendor=grant.vendor,
+                license=grant.license,
+                revision=grant.revision,
+                package=self._package,
+                log=log,
+                recording=recording,
+                previous=previous,
+                key=chain.key,
+                boot=clock.boot_name().replace("-", ""),
+                heartbeat=heartbeat,
+                steps=self._anchor.read().steps if self._anchor else None,
+                sensors=keys,
             )
             check(statement)
             certify = partial(self._certify, bound)
@@ -227,21 +228,18 @@ def _ended(held: ExitStack, state: Path, recording: int, head: bytes | None) -> 
             _remember(state, recording, head)
 
 
-def _policy(
-    rotate: int | None, every: int, interval: float, heartbeat: int, full: Full, buffer: int, sync: Sync
-) -> Policy:
+def _check(policy: Policy, sync: Sync) -> None:
     """Raises UsageError for what makes no sense."""
     sound = (
-        (rotate is None or rotate >= _LEAST_BUFFER)
-        and every >= 1
-        and 0 < interval <= heartbeat
-        and 1 <= heartbeat <= 86400  # noqa: PLR2004  # a day
-        and full in {"refuse", "drop"}
+        (policy.rotate is None or policy.rotate >= _LEAST_BUFFER)
+        and policy.every >= 1
+        and 0 < policy.interval <= policy.heartbeat
+        and 1 <= policy.heartbeat <= 86400  # noqa: PLR2004  # a day
+        and policy.full in {"refuse", "drop"}
         and sync in {"never", "checkpoint", "always"}
-        and buffer >= _LEAST_BUFFER
+        and policy.buffer >= _LEAST_BUFFER
     )
     if not sound:
         what = "The recording cannot be kept in this way."
         hint = "rotate and buffer take 262144 bytes at least; every 1; interval at most the heartbeat, that a day."
         raise UsageError(Reason.USAGE, what, hint)
-    return Policy(rotate, every, interval, heartbeat, full, buffer)

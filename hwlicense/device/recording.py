@@ -51,14 +51,14 @@ Full = Literal["refuse", "drop"]
 
 
 class Policy(NamedTuple):
-    """How a recording is kept. Sizes in bytes, times in seconds; see `Recorder`."""
+    """How a recording is kept. Sizes in bytes, times in seconds; see `Recorder`, which has the defaults."""
 
-    rotate: int | None = 64 << 20
-    every: int = 1000
-    interval: float = 1.0
-    heartbeat: int = 10
-    full: Full = "refuse"
-    buffer: int = 16 << 20
+    rotate: int | None
+    every: int
+    interval: float
+    heartbeat: int
+    full: Full
+    buffer: int
 
 
 class Outputs:
