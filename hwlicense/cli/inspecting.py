@@ -12,7 +12,7 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from hwlicense import storage
-from hwlicense.cli import output
+from hwlicense.cli import inspecting_outputs, output
 from hwlicense.core import code, dongle, package, token
 from hwlicense.core.documents import (
     PAYLOAD_TYPES,
@@ -53,17 +53,37 @@ FILE = click.Path(path_type=Path, readable=False)
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the whole document as JSON.")
 def inspect(file: Path, vendor_file: Path | None, as_json: bool) -> None:
-    """Show what a package, request, license, approval, clock reset or vendor.pub.json says.
+    """Show what a package, request, license, approval, clock reset, vendor.pub.json or file of a signed log says.
 
     Without --vendor nothing is checked: anyone can have written what is shown.
     """
     vendor = decode(storage.read_limited(vendor_file, FILE_LIMIT), VendorPublic, spaced=True) if vendor_file else None
     with output.naming(file):
+        if _is_of_a_log(file):
+            _show_log(file, vendor, as_json=as_json)
+            return
         document, signatures = _read(file, vendor)
     if as_json:
         output.emit({"type": type(document).__name__.lower(), "signatures": signatures, "document": _plain(document)})
         return
     output.columns([("file", f"{type(document).__name__} ({signatures})"), *_lines(document)])
+
+
+def _is_of_a_log(file: Path) -> bool:
+    with storage.OpenFile(file) as opened:
+        return inspecting_outputs.begins(opened.read(32, 0))
+
+
+def _show_log(file: Path, vendor: VendorPublic | None, *, as_json: bool) -> None:
+    if vendor:
+        what = f"{file} is of a signed log, which no vendor has signed."
+        raise UsageError(Reason.USAGE, what, "Leave --vendor out; `hwlicense vendor verify-outputs` checks logs.")
+    said = inspecting_outputs.document(file)
+    if as_json:
+        output.emit({"type": "recording", "signatures": inspecting_outputs.UNCHECKED, "document": said})
+    else:
+        kind = f"Recording ({inspecting_outputs.UNCHECKED})"
+        output.columns([("file", kind), *inspecting_outputs.lines(said)])
 
 
 def _read(file: Path, vendor: VendorPublic | None) -> tuple[Document, str]:
@@ -86,7 +106,7 @@ def _read(file: Path, vendor: VendorPublic | None) -> tuple[Document, str]:
         raise UsageError(
             Reason.USAGE,
             f"{file} is not a file of hwlicense.",
-            "Give a package, request, license, approval or clock reset.",
+            "Give a package, request, license, approval, clock reset or file of a signed log.",
         )
     return _document(raw, kind, vendor)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hwlicense_simulators import Tpm
+from tests.recorded import Log
 from tests.world import run
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "network_sensor" / "sensor.py"
@@ -153,3 +154,57 @@ def test_wrong_use_is_told(scene, tmp_path):
     scene.run("vendor", "init", other, "--no-passphrase")
     wrong = ("vendor", "verify-outputs", "--vendor", other, "--license", scene.license, scene.alerts)
     assert "WRONG_VENDOR" in scene.run(*wrong, status=1).stderr
+
+
+def inspected(scene, path, *more, status=0):
+    return scene.run("inspect", path, *more, status=status)
+
+
+def test_inspect_says_what_a_file_of_a_log_is(scene):
+    path = scene.alerts / "00000001-0001.hwout"
+    shown = inspected(scene, path).stdout
+    license_ = json.loads(scene.run("inspect", scene.license, "--json").stdout)["document"]
+    rows = {name: value for name, _, value in (line.partition("  ") for line in shown.splitlines())}
+    rows = {name.strip(): value.strip() for name, value in rows.items()}
+    assert rows["file"] == "Recording (nothing is checked: `vendor verify-outputs` does that)"
+    assert rows["license"] == f"{license_['grant']['license']}, revision 1"
+    assert rows["package"] == license_["grant"]["packages"][0]["content_key"]
+    assert (rows["log"], rows["recording"], rows["dropped"]) == ("alerts", "1", "0")
+    assert rows["records"].endswith(": 1 output, 0 inputs")
+    assert rows["certified by"].startswith("TPM, AK 000b")
+    assert rows["end"] == f"certified by {rows['certified by']}"
+    assert rows["from"] < rows["to"]
+    report = json.loads(inspected(scene, path, "--json").stdout)
+    assert report["type"] == "recording"
+    assert report["document"]["end"]["certified"]["by"] == report["document"]["certified"]["by"] == "tpm"
+    assert report["document"]["records"] == len(path.read_bytes().splitlines())
+
+
+def test_inspect_says_where_a_log_was_cut_or_is_no_log(scene):
+    path = scene.alerts / "00000001-0001.hwout"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10])
+    assert "end           not in this file; it ends in the middle of a record" in inspected(scene, path).stdout
+    assert json.loads(inspected(scene, path, "--json").stdout)["document"]["end"] is None
+    path.write_bytes(whole.replace(b'"kind":"record"', b'"kind":"rekord"'))
+    done = inspected(scene, path, status=4)
+    assert f"error: {path}: Line " in done.stderr
+    path.write_bytes(b'{"kind":"start"')
+    assert "not one whole record" in inspected(scene, path, status=4).stderr
+    path.write_bytes(b'{"kind":"start"' + b"x" * 300_000)
+    assert "too long" in inspected(scene, path, status=4).stderr
+    path.write_bytes(whole)
+    assert "no vendor has signed" in inspected(scene, path, "--vendor", scene.public, status=2).stderr
+
+
+def test_inspect_of_a_further_part(tmp_path):
+    log = Log()
+    chain = log.begin()
+    start = chain.start
+    chain.begin_part(2, *log.now())
+    log.add(b"1")
+    path = tmp_path / "00000001-0002.hwout"
+    path.write_bytes(b"".join(line + b"\n" for line in log.lines()[1:]))
+    shown = run("inspect", path).stdout
+    assert f"part     2 of the recording that starts with {start.hex()}" in shown
+    assert "end      not in this file\n" in shown
