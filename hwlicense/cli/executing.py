@@ -85,6 +85,8 @@ def execute(
         file, vendor = by_any(place.trusted(), lambda vendor: PackageFile(package, vendor), place.path)
         with file:
             members = [file.layout.members[name] for name in file.layout.names]  # its code is not for programs
+    if not members:
+        output.note("The package has no files but code: COMMAND gets none. `hwlicense run` runs the code.")
     try:
         executing.check_command(command[0], at, executable=executable)
         mount = executing.mount(at, members, executable=executable) if at else None
@@ -98,7 +100,11 @@ def execute(
                 program = executing.Program(model, tree)
                 _warn_of_swap()
                 started.set()
-                status = program.run()
+                try:
+                    status = program.run()
+                finally:
+                    if program.fault:
+                        output.note(f"A question of COMMAND's had no answer: {program.fault.what} {program.fault.hint}")
     except HwlicenseError as error:
         if error.reason not in _STATUSES:
             raise
