@@ -17,6 +17,7 @@ from hwlicense.core.documents import Approval, ClockReset
 from hwlicense.core.errors import Reason, UsageError
 from hwlicense.core.schema import FILE_LIMIT
 from hwlicense.core.tpm.pcrs import Selection
+from hwlicense.core.wording import quantity
 from hwlicense.device import diagnosing, installing, opening, reporting, selecting
 from hwlicense.device.enrolling import enroll as make_request
 from hwlicense.device.home import by_any, read_vendor
@@ -184,11 +185,13 @@ def check(
     grant = installed.license.grant
     opens = grant.terms_of_use.limits.opens
     if opens and not fully:
-        output.note(f"The license has {opens:,} opens, and opening takes one: `device status` says how many are left.")
+        output.note(
+            f"The license has {quantity(opens, 'open')}, and opening takes one: `device status` says how many are left."
+        )
     if fully:
         connect = selecting.hardware(place, tpm, tokens, output.note)
         if opens and (left := reporting.opens_left(place, installed, today, connect)):
-            output.note(f"Opening spends one of the license's {opens:,} opens, of which {left:,} are left.")
+            output.note(f"The license has {left:,} of {quantity(opens, 'open')} left, and opening spends one.")
         pin = secrets.pin_source(pin_file, token_pin_file, last_try=last_try)
         model = opening.open_package(package, vendor, place, connect, pin)
         members = file.manifest.members  # code, too
@@ -207,7 +210,9 @@ def check(
         output.emit(result)
     else:
         said = "opened and read" if fully else "verified; a license for it is installed"
-        output.say(f"{file.manifest.name} {file.manifest.version}, {len(file.manifest.members)} files: {said}")
+        output.say(
+            f"{file.manifest.name} {file.manifest.version}, {quantity(len(file.manifest.members), 'file')}: {said}"
+        )
 
 
 device.add_command(status)

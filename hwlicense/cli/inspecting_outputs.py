@@ -11,7 +11,7 @@ from hwlicense.core.chain import End, Gap, Input, Output, Part, Start, TpmCertif
 from hwlicense.core.errors import DamagedError, Reason
 from hwlicense.core.schema import COPY_AGAIN
 from hwlicense.core.tpm.structures import Public
-from hwlicense.core.wording import counted
+from hwlicense.core.wording import quantity
 from hwlicense.vendor import logs
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def lines(said: dict[str, Any]) -> Iterator[tuple[str, str]]:
     else:
         yield "part", f"{said['part']} of the recording that starts with {said['start']}"
     yield from [("from", said["from"]), ("to", said["to"])]
-    found = ", ".join((counted(said["outputs"], "output"), counted(said["inputs"], "input")))
+    found = ", ".join((quantity(said["outputs"], "output"), quantity(said["inputs"], "input")))
     yield "records", f"{said['records']:,}: {found}"
     yield "dropped", f"{said['dropped']:,}"
     end = said["end"]

@@ -36,6 +36,7 @@ from hwlicense.core.schema import SCHEMA
 from hwlicense.core.tpm.pcrs import Selection
 from hwlicense.core.tpm.quote import check_quote
 from hwlicense.core.tpm.structures import Public
+from hwlicense.core.wording import quantity
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -158,7 +159,7 @@ class Audit:
             left = self._expected - self._signed
             what = f"The recording has no end: nothing is known after {moment(self._last.wall)}."
             if left:
-                what += f" The last {left} records are under no signature, so that anyone may have written them."
+                what += f" No signature covers the last {quantity(left, 'record')}: anyone may have written that."
             self._fault("cut", self._expected - 1, where, what)
         return Recorded(
             statement=self._statement,
@@ -239,7 +240,7 @@ class Audit:
         if self._ended:
             what = _ADDED
         elif number > expected:
-            what = f"{number - expected} records are missing before this one."
+            what = f"Missing before this one: {quantity(number - expected, 'record')}."
         elif number < expected:
             what = "This record comes again, or in a wrong place."
         elif self._follows is not None and record.previous != self._follows:
@@ -269,7 +270,9 @@ class Audit:
                 self._key = record.key
             case Gap():
                 self._dropped += record.dropped
-                self._fault("note", record.number, where, f"{record.dropped} records were dropped for lack of room.")
+                self._fault(
+                    "note", record.number, where, f"Dropped for lack of room: {quantity(record.dropped, 'record')}."
+                )
             case Part():
                 if (record.part, record.start) != (self._part + 1, self._start):
                     self._fault("forged", record.number, where, "The file is of another recording, or another part.")
@@ -351,11 +354,11 @@ def check_order(recordings: Sequence[Recorded], first: int) -> list[Fault]:
             fault("forged", what)
         if before is None:
             if number > first:
-                fault("cut", f"Recordings {first} to {number - 1} were not given.")
+                fault("cut", f"Not given: {_numbers(first, number - 1)}.")
         elif number == before.statement.recording:
             fault("forged", "There are two recordings with this number: the device's state was set back.")
         elif number > before.statement.recording + 1:
-            fault("forged", f"Recordings {before.statement.recording + 1} to {number - 1} are missing.")
+            fault("forged", f"Missing: {_numbers(before.statement.recording + 1, number - 1)}.")
         else:
             _check_link(before, each, fault)
         if before is not None:
@@ -365,6 +368,10 @@ def check_order(recordings: Sequence[Recorded], first: int) -> list[Fault]:
         last = before.statement.recording
         faults.append(Fault("cut", last, None, f"recording {last}", f"Recording {first}, which is due, was not given."))
     return faults
+
+
+def _numbers(first: int, last: int) -> str:
+    return f"recording {first}" if first == last else f"recordings {first} to {last}"
 
 
 class _Fault(Protocol):

@@ -44,7 +44,7 @@ _HINTS: Final = {
 }
 
 
-def counted(number: int, noun: str, plural: str = "") -> str:
+def quantity(number: int, noun: str, plural: str = "") -> str:
     """So many of a thing, such as 1 file or 2 files; `plural` where it is not the noun and an s."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 

@@ -28,6 +28,7 @@ from hwlicense.core.chain import (
     plain_json,
 )
 from hwlicense.core.errors import ClosedError, HwlicenseError, Reason, StorageError, UsageError
+from hwlicense.core.wording import quantity
 from hwlicense.device import clock
 from hwlicense.device.sharing import begin
 
@@ -329,7 +330,9 @@ class Outputs:
         left = target - self._files.durable
         why = f" {self.problem.what}" if self.problem else " The disk does not answer."
         hint = self.problem.hint if self.problem else "Look at the disk; `close` and `flush` wait for it."
-        return StorageError(Reason.STORAGE, f"The last {left} records of the recording are not on the disk.{why}", hint)
+        return StorageError(
+            Reason.STORAGE, f"The disk has not taken the last {quantity(left, 'record')} of the recording.{why}", hint
+        )
 
     # ---- forks and the end of the interpreter
 

@@ -148,7 +148,7 @@ def test_a_recording_that_is_left_out_shows(scene):
     left_out = scene.record(2)
     scene.record(3)
     left_out.unlink()
-    has(scene.said(), "forged", "Recordings 2 to 2 are missing")
+    has(scene.said(), "forged", "Missing: recording 2")
 
 
 def test_a_part_that_is_left_out_shows(scene):
@@ -156,7 +156,7 @@ def test_a_part_that_is_left_out_shows(scene):
     files = scene.files()
     assert len(files) > 3
     assert scene.said() == []
-    has(scene.said(*files[:1], *files[2:]), "forged", "records are missing before this one")
+    has(scene.said(*files[:1], *files[2:]), "forged", "Missing before this one")
     has(scene.said(*files[:-1]), "cut", "has no end")
     has(scene.said(*files[1:]), "forged", "whose start was not given")
 
@@ -318,7 +318,7 @@ def test_a_recording_after_files_were_removed_goes_on_with_the_next_number(scene
     shutil.rmtree(scene.folder)
     scene.record(2)
     assert [each.statement.recording for each in scene.check().recordings] == [3]
-    has(scene.said(), "cut", "Recordings 1 to 2 were not given")
+    has(scene.said(), "cut", "Not given: recordings 1 to 2")
     assert scene.said(first=3) == []
 
 
@@ -610,7 +610,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_record(scene, monkeypatch, full)
         assert reasons == ({"OUTPUTS_FULL"} if full == "refuse" else set())
         assert outputs.problem is not None
         assert outputs.problem.reason == "STORAGE"
-        with pytest.raises(StorageError, match="not on the disk"):
+        with pytest.raises(StorageError, match="not taken"):
             outputs.flush(0.1)
         content = scene.files()[0].read_bytes()
         assert content.endswith(b"\n")

@@ -71,7 +71,7 @@ def test_a_sensors_alerts_are_verified_offline(scene):
     shown = scene.verify()
     assert shown.stderr == ""
     assert "log 'alerts', recording 1" in shown.stdout
-    assert "1 outputs, 0 inputs" in shown.stdout
+    assert ": 1 output, 0 inputs" in shown.stdout
     report = json.loads(scene.verify("--json", scene.alerts).stdout)
     assert (report["verdict"], report["faults"]) == ("intact", [])
     first, second = report["recordings"]
@@ -117,7 +117,7 @@ def test_what_was_added_after_a_certified_end_is_no_cut(scene, added):
 
 def test_later_recordings_are_verified_from_where_one_is(scene):
     last = scene.alerts / "00000002-0001.hwout"
-    assert "Recordings 1 to 1 were not given" in scene.verify(last, status=1).stdout
+    assert "Not given: recording 1." in scene.verify(last, status=1).stdout
     scene.verify("--first", "2", last)
 
 

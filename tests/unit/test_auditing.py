@@ -137,7 +137,7 @@ def test_a_cut_says_from_when_nothing_is_known_and_what_is_under_no_signature():
     found = audited(log.lines())
     assert [fault.severity for fault in found.faults] == ["cut"]
     assert "nothing is known after 2026-06-01 12:00:35" in what(found)
-    assert "The last 2 records are under no signature" in what(found)
+    assert "No signature covers the last 2 records" in what(found)
     assert (found.records, found.signed) == (5, 3)
 
 
@@ -261,10 +261,10 @@ def ordered(recordings: list[list[bytes]], first: int = 1) -> list[str]:
 def test_recordings_follow_one_another():
     recordings = several()
     assert ordered(recordings) == []
-    assert ordered(recordings[1:]) == ["cut 2: Recordings 1 to 1 were not given."]
+    assert ordered(recordings[1:]) == ["cut 2: Not given: recording 1."]
     assert ordered(recordings[1:], first=2) == []
     assert "cut 3: Recording 4, which is due, was not given." in ordered(recordings, first=4)
-    assert ordered([recordings[0], recordings[2]]) == ["forged 3: Recordings 2 to 2 are missing."]
+    assert ordered([recordings[0], recordings[2]]) == ["forged 3: Missing: recording 2."]
 
 
 @pytest.mark.parametrize("given", [slice(1), slice(2), slice(1, 3), slice(4)])
