@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import traceback
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from hwlicense.core.errors import HwlicenseError, Reason
+from hwlicense.core.errors import HwlicenseError, Reason, unforeseen
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -63,12 +61,8 @@ def _run(command: click.Command) -> int:  # noqa: PLR0911  # one return for each
         output.failure(Reason.STORAGE, what, "Check the disk and the permissions.")
         return 5
     except Exception as error:  # noqa: BLE001  # the last net: a traceback could show what it must not, so name only the place
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}, {frame.name}"
-        what = f"hwlicense failed in a way that it did not foresee ({place})."
-        output.failure(
-            Reason.INTERNAL, what, "Please report this, with the command and the version (`hwlicense --version`)."
-        )
+        said = unforeseen(error)
+        output.failure(said.reason, said.what, said.hint)
         return 5
     return status if isinstance(status, int) else 0
 

@@ -18,6 +18,7 @@ from hwlicense.core.documents import Approval, ClockReset
 from hwlicense.core.errors import Reason, UsageError
 from hwlicense.core.schema import FILE_LIMIT
 from hwlicense.core.tpm.pcrs import Selection
+from hwlicense.core.wording import quantity
 from hwlicense.device import diagnosing, installing, opening, reporting, selecting
 from hwlicense.device.enrolling import enroll as make_request
 from hwlicense.device.home import read_vendor
@@ -174,10 +175,10 @@ def check(
         opens = grant.terms_of_use.limits.opens
         if opens and not fully:
             left_by = "`device status` says how many are left"
-            output.note(f"The license has {opens:,} opens, and opening takes one: {left_by}.")
+            output.note(f"The license has {quantity(opens, 'open')}, and opening takes one: {left_by}.")
         if fully:
             if opens and (left := reporting.opens_left(place, installed, today, opener.connect())):
-                output.note(f"Opening spends one of the license's {opens:,} opens, of which {left:,} are left.")
+                output.note(f"The license has {left:,} of {quantity(opens, 'open')} left, and opening spends one.")
             model = opener.open(file)
             members = file.manifest.members  # code, too
             with model, output.progress("Reading", sum(member.size for member in members)) as advance:
@@ -195,7 +196,9 @@ def check(
         output.emit(result)
     else:
         said = "opened and read" if fully else "verified; a license for it is installed"
-        output.say(f"{file.manifest.name} {file.manifest.version}, {len(file.manifest.members)} files: {said}")
+        output.say(
+            f"{file.manifest.name} {file.manifest.version}, {quantity(len(file.manifest.members), 'file')}: {said}"
+        )
 
 
 device.add_command(status)

@@ -20,6 +20,7 @@ from hwlicense.device.tree import Tree
 if TYPE_CHECKING:
     from hwlicense.core.hardware import PinSource
     from hwlicense.core.secret import Secret
+    from hwlicense.device.reading import PackageFile
 
 _STATUSES: Final = {Reason.COMMAND_ABSENT: 127, Reason.COMMAND_UNUSABLE: 126}
 
@@ -71,25 +72,35 @@ def execute(
         raise UsageError(Reason.USAGE, "--executable is about the folder of --at.", "Leave it out with --fd.")
     file = opener.package(package)
     members = [file.layout.members[name] for name in file.layout.names]  # its code is not for programs
+    if not members:
+        output.note("The package has no files but code: COMMAND gets none. `hwlicense run` runs the code.")
     try:
         with file:
             executing.check_command(command[0], at, executable=executable)
             mount = executing.mount(at, members, executable=executable) if at else None
             with Tree(command, mount, [member.name for member in members] if as_fds else []) as tree:
-                started, pin = Event(), opener.pin()
-                if pin and not (opener.pin_file or opener.token_pin_file):
-                    pin = _until(started, pin)
-                with opener.open(file, pin) as model:
-                    program = executing.Program(model, tree)
-                    _warn_of_swap()
-                    started.set()
-                    status = program.run()
+                status = _run(opener, file, tree)
     except HwlicenseError as error:
         if error.reason not in _STATUSES:
             raise
         output.failure(error.reason, error.what, error.hint)
         status = _STATUSES[error.reason]
     context.exit(status)
+
+
+def _run(opener: Opener, file: PackageFile, tree: Tree) -> int:
+    started, pin = Event(), opener.pin()
+    if pin and not (opener.pin_file or opener.token_pin_file):
+        pin = _until(started, pin)
+    with opener.open(file, pin) as model:
+        program = executing.Program(model, tree)
+        _warn_of_swap()
+        started.set()
+        try:
+            return program.run()
+        finally:
+            if program.fault:
+                output.note(f"A question of COMMAND's had no answer: {program.fault.what} {program.fault.hint}")
 
 
 def _until(started: Event, source: PinSource) -> PinSource:

@@ -12,7 +12,7 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from hwlicense import storage
-from hwlicense.cli import output
+from hwlicense.cli import inspecting_outputs, output
 from hwlicense.core import code, dongle, package, token
 from hwlicense.core.documents import (
     PAYLOAD_TYPES,
@@ -37,6 +37,7 @@ from hwlicense.core.errors import DamagedError, Reason, UsageError
 from hwlicense.core.keys import TAG_SIZE
 from hwlicense.core.schema import FILE_LIMIT, Document, decode
 from hwlicense.core.tpm.structures import Public
+from hwlicense.core.wording import quantity
 from hwlicense.device.reading import read_envelope
 
 if TYPE_CHECKING:
@@ -53,17 +54,37 @@ FILE = click.Path(path_type=Path, readable=False)
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the whole document as JSON.")
 def inspect(file: Path, vendor_file: Path | None, as_json: bool) -> None:
-    """Show what a package, request, license, approval, clock reset or vendor.pub.json says.
+    """Show what a package, request, license, approval, clock reset, vendor.pub.json or file of a signed log says.
 
     Without --vendor nothing is checked: anyone can have written what is shown.
     """
     vendor = decode(storage.read_limited(vendor_file, FILE_LIMIT), VendorPublic, spaced=True) if vendor_file else None
     with output.naming(file):
+        if _is_of_a_log(file):
+            _show_log(file, vendor, as_json=as_json)
+            return
         document, signatures = _read(file, vendor)
     if as_json:
         output.emit({"type": type(document).__name__.lower(), "signatures": signatures, "document": _plain(document)})
         return
     output.columns([("file", f"{type(document).__name__} ({signatures})"), *_lines(document)])
+
+
+def _is_of_a_log(file: Path) -> bool:
+    with storage.OpenFile(file) as opened:
+        return inspecting_outputs.begins(opened.read(32, 0))
+
+
+def _show_log(file: Path, vendor: VendorPublic | None, *, as_json: bool) -> None:
+    if vendor:
+        what = f"{file} is of a signed log, which no vendor has signed."
+        raise UsageError(Reason.USAGE, what, "Leave --vendor out; `hwlicense vendor verify-outputs` checks logs.")
+    said = inspecting_outputs.document(file)
+    if as_json:
+        output.emit({"type": "recording", "signatures": inspecting_outputs.UNCHECKED, "document": said})
+    else:
+        kind = f"Recording ({inspecting_outputs.UNCHECKED})"
+        output.columns([("file", kind), *inspecting_outputs.lines(said)])
 
 
 def _read(file: Path, vendor: VendorPublic | None) -> tuple[Document, str]:
@@ -86,7 +107,7 @@ def _read(file: Path, vendor: VendorPublic | None) -> tuple[Document, str]:
         raise UsageError(
             Reason.USAGE,
             f"{file} is not a file of hwlicense.",
-            "Give a package, request, license, approval or clock reset.",
+            "Give a package, request, license, approval, clock reset or file of a signed log.",
         )
     return _document(raw, kind, vendor)
 
@@ -128,10 +149,10 @@ def _manifest(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield from [("content key", manifest.content_key), ("digests", manifest.algorithm)]
     sealed = [member for member in manifest.members if code.reserved(member.name)]
     files = [member for member in manifest.members if not code.reserved(member.name)]
-    yield "files", f"{len(files)}, {sum(m.size for m in files):,} bytes"
+    yield "files", f"{len(files):,}, {quantity(sum(m.size for m in files), 'byte')}"
     yield from [("", f"{member.size:>15,}  {member.name}") for member in files]
     if manifest.code:
-        yield "code", f"for Python {', '.join(manifest.code.versions)}; {len(sealed)} files"
+        yield "code", f"for Python {', '.join(manifest.code.versions)}; {quantity(len(sealed), 'file')}"
         yield "", f"begins at {manifest.code.entry}" if manifest.code.entry else "no entry: it is imported"
         yield from [("", f"{member.size:>15,}  {member.name}") for member in sealed]
 
@@ -148,7 +169,7 @@ def _request(request: Request) -> Iterator[tuple[str, str]]:
                 yield "token", evidence.uri
                 yield f"key {size}", hashlib.sha256(evidence.key).hexdigest()
                 yield "", f"used by {evidence.mechanism}; {'a PIN is needed' if evidence.pin else 'no PIN'}"
-                yield "", f"{len(evidence.certificates)} certificates (nothing is checked here)"
+                yield "", f"{quantity(len(evidence.certificates), 'certificate')} (nothing is checked here)"
             case UsbEvidence():
                 touch = ", answers only when touched" if evidence.touch else ""
                 yield "dongle", f"{evidence.dongle}, slot {evidence.slot}{touch}"
@@ -178,14 +199,14 @@ def _license(document: License) -> Iterator[tuple[str, str]]:
     yield "issued", str(grant.issued)
     yield "valid", f"{grant.not_before or 'from the start'} to {grant.not_after or 'no end'} (UTC, both days included)"
     yield "PCRs", ", ".join(grant.pcrs) or "none required"
-    yield "needs", f"{document.need} of {len(document.bindings)} bindings"
+    yield "needs", f"{document.need} of {quantity(len(document.bindings), 'binding')}"
     for place, binding in enumerate(document.bindings, 1):
         yield f"binding {place}", kind_and_name(binding)
         yield from [("", line) for line in _binding(binding)]
     yield from _presence(grant)
     yield from _use(grant)
     if document.enclosure:
-        yield "encloses", f"{len(document.enclosure) - TAG_SIZE:,} bytes for the application"
+        yield "encloses", f"{quantity(len(document.enclosure) - TAG_SIZE, 'byte')} for the application"
     yield from _process(grant)
     yield "approved states", str(len(document.approvals))
 
@@ -215,7 +236,7 @@ def _binding(binding: Binding) -> Iterator[str]:
             yield "the token's PIN is needed" if binding.pin else "no PIN"
         case UsbBinding():
             yield f"dongle {binding.dongle}{', answers only when touched' if binding.touch else ''}"
-            yield f"{dongle.answer_count(binding):,} recorded answers for proofs of presence"
+            yield f"{quantity(dongle.answer_count(binding), 'recorded answer')} for proofs of presence"
 
 
 def _presence(grant: Grant) -> Iterator[tuple[str, str]]:
@@ -232,11 +253,11 @@ def _presence(grant: Grant) -> Iterator[tuple[str, str]]:
 def _use(grant: Grant) -> Iterator[tuple[str, str]]:
     use = grant.terms_of_use
     limits = use.limits
-    counted = (("opens", limits.opens), ("inferences", limits.inferences), ("powered-on hours", limits.hours))
-    yield from [(name, f"{most:,}") for name, most in (*counted, ("instances", limits.instances)) if most]
+    numbers = (("opens", limits.opens), ("inferences", limits.inferences), ("powered-on hours", limits.hours))
+    yield from [(name, f"{most:,}") for name, most in (*numbers, ("instances", limits.instances)) if most]
     yield from [("rate", of_rate(rate)) for rate in limits.rates]
     if use.days:
-        yield "first use", f"opens for {use.days:,} days from then on"
+        yield "first use", f"opens for {quantity(use.days, 'day')} from then on"
     yield from [("feature", f"{name} = {msgspec.json.encode(value).decode()}") for name, value in use.features.items()]
     if use.anchor:
         yield "account", "must be anchored in a TPM"
@@ -256,7 +277,7 @@ def _process(grant: Grant) -> Iterator[tuple[str, str]]:
         yield "guard", f"refuses {', '.join(guard.refuse)}; looks every {guard.interval:,} s"
     if application := grant.application:
         required = [file.name for file in application.files if file.required]
-        yield "application", f"{len(application.files):,} files may be loaded"
+        yield "application", f"{quantity(len(application.files), 'file')} may be loaded"
         yield from [("", f"{name} must be") for name in required]
 
 

@@ -26,6 +26,7 @@ from hwlicense.cli.vendor_measuring import measure
 from hwlicense.cli.vendor_outputs import verify_outputs
 from hwlicense.core.errors import Reason, UsageError
 from hwlicense.core.keys import wrap_for_vendor
+from hwlicense.core.wording import quantity
 from hwlicense.vendor import approving, packing, signing
 from hwlicense.vendor.folder import Folder
 
@@ -129,10 +130,12 @@ def pack(
         )
     size = sum(member.size for member in manifest.members)
     count = len(manifest.members)
-    output.note(f"Packed {count} file{'s' * (count != 1)}, {size:,} bytes, into {target}.")
+    output.note(f"Packed {quantity(count, 'file')}, {quantity(size, 'byte')}, into {target}.")
     if compiled:
         versions = ", ".join(compiled.code.versions)
-        output.note(f"Its code is for Python {versions}; {compiled.left_out:,} sources and the like stay here.")
+        output.note(
+            f"Its code is for Python {versions}; what stays here: {quantity(compiled.left_out, 'source')} and the like."
+        )
 
 
 @vendor.command()

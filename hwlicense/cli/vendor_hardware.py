@@ -18,6 +18,7 @@ from hwlicense.core.errors import Reason, UsageError
 from hwlicense.core.schema import SCHEMA, check
 from hwlicense.core.tpm.pcrs import Selection
 from hwlicense.core.uri import TokenUri
+from hwlicense.core.wording import quantity
 from hwlicense.vendor import dongles, evidence
 from hwlicense.vendor.folder import Folder, TokenRecord
 
@@ -127,7 +128,7 @@ def enroll_dongle(
     if made.record.mode:
         _say(f"The dongle {made.record.dongle} was programmed here: all its answers are known", target)
     else:
-        _say(f"Enrolled the dongle {made.record.dongle} (slot {slot}) with {answers:,} answers", target)
+        _say(f"Enrolled the dongle {made.record.dongle} (slot {slot}) with {quantity(answers, 'answer')}", target)
 
 
 @dongle.command("list")
@@ -150,7 +151,9 @@ def list_dongles(folder: Path, as_json: bool) -> None:
         output.emit(rows)
         return
     for row in rows:
-        left = "programmed here" if row["answers_left"] is None else f"{row['answers_left']:,} answers left"
+        left = (
+            "programmed here" if row["answers_left"] is None else f"{quantity(int(row['answers_left']), 'answer')} left"
+        )
         touch = ", touch" if row["touch"] else ""
         output.say(f"{row['dongle']}  {row['product']}:{row['serial'] or '-'},slot={row['slot']}{touch}  {left}")
 

@@ -11,6 +11,7 @@ from hwlicense import storage
 from hwlicense.cli import output
 from hwlicense.cli.vendor_input import FILE, force_option, refuse_existing
 from hwlicense.core.errors import Reason, UsageError
+from hwlicense.core.wording import quantity
 from hwlicense.vendor import measuring
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def measure(
         measured.add(found)
     storage.atomic_write(target, measured.text().encode(), 0o644, force=force)
     output.note(
-        f"Measured {len(measured.files):,} files, of which {len(measured.required)} are required, into {target}."
+        f"Measured {quantity(len(measured.files), 'file')}, {len(measured.required):,} of them required, into {target}."
     )
     if processes and not program:
         output.note("Python modules are not seen from outside: name them with --file, or give the program.")

@@ -13,6 +13,7 @@ from hwlicense.core.auditing import moment
 from hwlicense.core.documents import VendorPublic
 from hwlicense.core.errors import DamagedError, Reason, RefusedError, UsageError
 from hwlicense.core.schema import FILE_LIMIT, decode
+from hwlicense.core.wording import quantity
 from hwlicense.vendor import logs
 from hwlicense.vendor.folder import Folder
 
@@ -42,7 +43,7 @@ _SHOWN: Final = 20
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="The recording from which on all are to be here.",
+    help="The recording from which on all are to be here, and none before it.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.argument("files", nargs=-1, required=True, type=FILE, metavar="FILE...")
@@ -101,7 +102,7 @@ def _found(files: tuple[Path, ...]) -> list[Path]:
 def _verdict(checked: logs.Checked) -> HwlicenseError | None:
     if checked.has("forged"):
         count = sum(fault.severity == "forged" for fault in checked.faults)
-        what = f"The logs are not what the device wrote: {count} faults that no crash explains."
+        what = f"The logs are not what the device wrote: {quantity(count, 'fault')} that no crash explains."
         return DamagedError(Reason.OUTPUTS_DAMAGED, what, "Get the files again; if they stay so, ask who had them.")
     if checked.has("cut"):
         what = "What is here is genuine, and it is not all: a recording was cut."
@@ -142,7 +143,7 @@ def _show(checked: logs.Checked) -> None:
                 ("  certified by", each.hardware),
                 ("  from", moment(each.first_wall)),
                 ("  to", moment(each.last_wall)),
-                ("  records", f"{each.records:,}, {each.outputs:,} outputs, {each.inputs:,} inputs"),
+                ("  records", _numbers(each)),
                 ("  dropped", f"{each.dropped:,}"),
             ]
         )
@@ -150,6 +151,10 @@ def _show(checked: logs.Checked) -> None:
         output.say(_line(fault))
     if len(checked.faults) > _SHOWN:
         output.say(f"and {len(checked.faults) - _SHOWN} more (--json shows all)")
+
+
+def _numbers(each: Recorded) -> str:
+    return f"{each.records:,}: {quantity(each.outputs, 'output')}, {quantity(each.inputs, 'input')}"
 
 
 def _line(fault: Fault) -> str:

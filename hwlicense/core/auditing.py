@@ -36,6 +36,7 @@ from hwlicense.core.schema import SCHEMA
 from hwlicense.core.tpm.pcrs import Selection
 from hwlicense.core.tpm.quote import check_quote
 from hwlicense.core.tpm.structures import Public
+from hwlicense.core.wording import quantity
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -54,6 +55,8 @@ _LATE: Final = 5_000_000
 _SECOND: Final = 1_000_000
 _TPM_DRIFT: Final = 1.3  # a TPM's clock may be 15 % off (Part 1, 36.3), and so may what it is compared with
 _LAPSE: Final = 4_200_000  # milliseconds of TPM clock that a power cut may cost: an update of NV is due each 2^22
+_NOTHING_HOLDS: Final = "nothing that holds"
+_ADDED: Final = "What is here, after the end, was added."
 
 
 class Fault(NamedTuple):
@@ -117,15 +120,20 @@ class Audit:
                 self._sensors[name] = Sensor(name, key)
             except HwlicenseError as error:
                 self._fault("forged", 0, where, error.what)
-        self._hardware = "nothing that holds"
+        self._hardware = _NOTHING_HOLDS
         self._check_start(start, where)
+
+    @property
+    def certified(self) -> bool:
+        """Whether hardware that the license is bound to has certified the recording's start, or its end."""
+        return self._hardware != _NOTHING_HOLDS
 
     def add(self, line: bytes, where: str) -> None:
         """The next line, without its newline."""
         try:
             record = parse(line)
         except HwlicenseError as error:
-            self._fault("forged", self._expected, where, error.what)
+            self._fault("forged", self._expected, where, _ADDED if self._ended else error.what)
             self._expected, self._follows = self._expected + 1, None
             return
         self._records += 1
@@ -140,7 +148,10 @@ class Audit:
 
     def torn(self, where: str) -> None:
         """The file ends in the middle of a record."""
-        self._fault("cut", self._expected, where, "The file ends in the middle of a record.")
+        if self._ended:  # what makes recordings writes nothing more by then, and so no crash tears it
+            self._fault("forged", self._expected, where, _ADDED)
+        else:
+            self._fault("cut", self._expected, where, "The file ends in the middle of a record.")
 
     def finish(self, where: str) -> Recorded:
         """After the last line."""
@@ -148,24 +159,24 @@ class Audit:
             left = self._expected - self._signed
             what = f"The recording has no end: nothing is known after {moment(self._last.wall)}."
             if left:
-                what += f" The last {left} records are under no signature, so that anyone may have written them."
+                what += f" No signature covers the last {quantity(left, 'record')}: anyone may have written that."
             self._fault("cut", self._expected - 1, where, what)
         return Recorded(
-            self._statement,
-            self._start,
-            self._head,
-            self._hardware,
-            self._first.wall,
-            self._last.wall,
-            self._records,
-            self._signed,
-            self._outputs,
-            self._inputs,
-            self._dropped,
-            self._ended,
-            self._quotes,
-            frozenset(self._seen),
-            self._faults,
+            statement=self._statement,
+            start=self._start,
+            head=self._head,
+            hardware=self._hardware,
+            first_wall=self._first.wall,
+            last_wall=self._last.wall,
+            records=self._records,
+            signed=self._signed,
+            outputs=self._outputs,
+            inputs=self._inputs,
+            dropped=self._dropped,
+            ended=self._ended,
+            quotes=self._quotes,
+            seen=frozenset(self._seen),
+            faults=self._faults,
         )
 
     # ---- the start
@@ -227,9 +238,9 @@ class Audit:
         number, expected = record.number, self._expected
         what = ""
         if self._ended:
-            what = "There are records after the end."
+            what = _ADDED
         elif number > expected:
-            what = f"{number - expected} records are missing before this one."
+            what = f"Missing before this one: {quantity(number - expected, 'record')}."
         elif number < expected:
             what = "This record comes again, or in a wrong place."
         elif self._follows is not None and record.previous != self._follows:
@@ -259,7 +270,9 @@ class Audit:
                 self._key = record.key
             case Gap():
                 self._dropped += record.dropped
-                self._fault("note", record.number, where, f"{record.dropped} records were dropped for lack of room.")
+                self._fault(
+                    "note", record.number, where, f"Dropped for lack of room: {quantity(record.dropped, 'record')}."
+                )
             case Part():
                 if (record.part, record.start) != (self._part + 1, self._start):
                     self._fault("forged", record.number, where, "The file is of another recording, or another part.")
@@ -324,7 +337,10 @@ def moment(wall: int) -> str:
 
 
 def check_order(recordings: Sequence[Recorded], first: int) -> list[Fault]:
-    """What is wrong between the recordings of one log, which are sorted by their numbers; `first` is due first."""
+    """What is wrong between the recordings of one log, which are sorted by their numbers; `first` is due first.
+
+    Whether one of a lower number is the one that was verified then, nothing here can tell.
+    """
     faults: list[Fault] = []
     before: Recorded | None = None
     for each in recordings:
@@ -333,13 +349,16 @@ def check_order(recordings: Sequence[Recorded], first: int) -> list[Fault]:
         def fault(severity: Severity, what: str, number: int = number, where: str = where) -> None:
             faults.append(Fault(severity, number, None, where, what))
 
+        if number < first:
+            what = "Its number is below the first that is due: what was verified before, or a number that came twice."
+            fault("forged", what)
         if before is None:
             if number > first:
-                fault("cut", f"Recordings {first} to {number - 1} were not given.")
+                fault("cut", f"Not given: {_numbers(first, number - 1)}.")
         elif number == before.statement.recording:
             fault("forged", "There are two recordings with this number: the device's state was set back.")
         elif number > before.statement.recording + 1:
-            fault("forged", f"Recordings {before.statement.recording + 1} to {number - 1} are missing.")
+            fault("forged", f"Missing: {_numbers(before.statement.recording + 1, number - 1)}.")
         else:
             _check_link(before, each, fault)
         if before is not None:
@@ -349,6 +368,10 @@ def check_order(recordings: Sequence[Recorded], first: int) -> list[Fault]:
         last = before.statement.recording
         faults.append(Fault("cut", last, None, f"recording {last}", f"Recording {first}, which is due, was not given."))
     return faults
+
+
+def _numbers(first: int, last: int) -> str:
+    return f"recording {first}" if first == last else f"recordings {first} to {last}"
 
 
 class _Fault(Protocol):

@@ -13,14 +13,13 @@ from collections import deque
 from typing import Annotated, Final, NamedTuple
 
 import msgspec
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.asymmetric.utils import Prehashed
-from cryptography.hazmat.primitives.serialization import load_der_public_key
 
 from hwlicense.core.documents import Pcrs  # noqa: TC001  # msgspec reads the annotations at run time
-from hwlicense.core.envelope import pre_authentication_encoding
+from hwlicense.core.envelope import classical_key, classical_verifier, pre_authentication_encoding
 from hwlicense.core.errors import ClosedError, DamagedError, Reason, UsageError
 from hwlicense.core.schema import (
     SCHEMA,
@@ -359,18 +358,16 @@ class Sensor:
 
     def __init__(self, name: str, public: bytes) -> None:
         """Raises UsageError for another kind of key (SubjectPublicKeyInfo, DER)."""
-        self.name, self._key = name, _sensor_key(public)
+        self.name, self._key = name, classical_key(public)
         if self._key is None:
             what = f"The key of the sensor {name!r} is neither Ed25519 nor P-256."
             raise UsageError(Reason.USAGE, what, "Give its public key as SubjectPublicKeyInfo (DER).")
+        self._verify = classical_verifier(public)
 
     def check(self, content: bytes, signature: bytes) -> SensorSignature:
         """Raises DamagedError SIGNATURE_INVALID."""
         try:
-            if isinstance(self._key, ed25519.Ed25519PublicKey):
-                self._key.verify(signature, content)
-            elif self._key is not None:
-                self._key.verify(signature, content, ec.ECDSA(hashes.SHA256()))
+            self._verify(signature, content)
         except InvalidSignature:
             what = f"The input was not signed by the sensor {self.name!r}."
             raise DamagedError(Reason.SIGNATURE_INVALID, what, "Discard it, and look at the sensor.") from None
@@ -385,13 +382,3 @@ class Sensor:
         except InvalidSignature:
             return False
         return True
-
-
-def _sensor_key(public: bytes) -> ed25519.Ed25519PublicKey | ec.EllipticCurvePublicKey | None:
-    try:
-        key = load_der_public_key(public)
-    except (ValueError, UnsupportedAlgorithm):
-        return None
-    if isinstance(key, ed25519.Ed25519PublicKey):
-        return key
-    return key if isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1) else None

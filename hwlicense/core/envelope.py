@@ -154,29 +154,34 @@ def verified(raw: bytes, kind: type[D], vendor: VendorPublic) -> D:
     return decode(envelope.payload, kind)
 
 
+def classical_key(public: bytes) -> ed25519.Ed25519PublicKey | ec.EllipticCurvePublicKey | None:
+    """An Ed25519 or P-256 key (SubjectPublicKeyInfo, DER); None for what is neither."""
+    try:
+        key = load_der_public_key(public)
+    except (ValueError, UnsupportedAlgorithm):
+        return None
+    if isinstance(key, ed25519.Ed25519PublicKey):
+        return key
+    return key if isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1) else None
+
+
 def classical_verifier(public: bytes) -> Callable[[bytes, bytes], None]:
     """Checks (signature, message) with an Ed25519 or P-256 key; raises InvalidSignature."""
-    key = _load(public)
+    key = classical_key(public)
+    if key is None:
+        raise DamagedError(Reason.DOCUMENT_MALFORMED, "The classical key is neither Ed25519 nor P-256.", COPY_AGAIN)
     if isinstance(key, ed25519.Ed25519PublicKey):
         return key.verify
-    if isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1):
-        return lambda signature, message: key.verify(signature, message, ec.ECDSA(hashes.SHA256()))
-    raise DamagedError(
-        Reason.DOCUMENT_MALFORMED, "The vendor's classical key is neither Ed25519 nor P-256.", COPY_AGAIN
-    )
+    return lambda signature, message: key.verify(signature, message, ec.ECDSA(hashes.SHA256()))
 
 
 def ml_dsa_verifier(public: bytes) -> Callable[[bytes, bytes], None]:
     """Checks (signature, message) with an ML-DSA-65 key; raises InvalidSignature."""
-    key = _load(public)
-    if not isinstance(key, mldsa.MLDSA65PublicKey):
-        raise DamagedError(Reason.DOCUMENT_MALFORMED, "The vendor's second key is not an ML-DSA-65 key.", COPY_AGAIN)
-    return lambda signature, message: key.verify(signature, ml_dsa_message(message))
-
-
-def _load(public: bytes) -> object:
     try:
-        return load_der_public_key(public)
+        key = load_der_public_key(public)
     except (ValueError, UnsupportedAlgorithm) as error:
         what = f"A key in the vendor's public file cannot be read: {error}."
         raise DamagedError(Reason.DOCUMENT_MALFORMED, what, COPY_AGAIN) from None
+    if not isinstance(key, mldsa.MLDSA65PublicKey):
+        raise DamagedError(Reason.DOCUMENT_MALFORMED, "The vendor's second key is not an ML-DSA-65 key.", COPY_AGAIN)
+    return lambda signature, message: key.verify(signature, ml_dsa_message(message))

@@ -7,7 +7,10 @@ and translations, and carries the exit status of the command line. Nothing else 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import ClassVar, Self
+from typing import ClassVar, Final, Self
+
+REPORT: Final = "Please report this, with the command and the version (`hwlicense --version`)."
+"""What to do about what should not be."""
 
 
 class Reason(StrEnum):
@@ -188,3 +191,16 @@ class StorageError(HwlicenseError):
 
 class ClosedError(HwlicenseError):
     """The model was closed; its keys and plaintext are gone."""
+
+
+def unforeseen(error: BaseException) -> HwlicenseError:
+    """INTERNAL, with the place where `error` was raised and nothing that it says, which may be what must not show."""
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    place = type(error).__name__
+    if trace:
+        code = trace.tb_frame.f_code
+        place += f" at {code.co_filename.rpartition('/')[2]}:{trace.tb_lineno}, {code.co_name}"
+    what = f"hwlicense failed in a way that it did not foresee ({place})."
+    return HwlicenseError(Reason.INTERNAL, what, REPORT)

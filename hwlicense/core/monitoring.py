@@ -21,6 +21,7 @@ from hwlicense.core.errors import DamagedError, Reason, UsageError
 from hwlicense.core.normality import shapiro_wilk
 from hwlicense.core.regularity import spread
 from hwlicense.core.schema import SCHEMA, SIZE_LIMITS, Count, Document
+from hwlicense.core.wording import quantity
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -174,7 +175,7 @@ def check_features(terms: Monitor, features: Sequence[float]) -> tuple[float, ..
         return ()
     size = terms.distances.size
     if len(features) != size:
-        what = f"The feature vector has {len(features)} values; the license's monitor compares {size}."
+        what = f"The feature vector has {quantity(len(features), 'value')}; the license's monitor compares {size}."
         raise UsageError(Reason.USAGE, what, "Give spend() the vector that the vendor's terms are made for.")
     values = tuple(map(float, features))
     if not all(-_LARGEST < value < _LARGEST for value in values):  # also false for NaN

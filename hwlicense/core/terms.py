@@ -29,7 +29,7 @@ from hwlicense.core.limits import (
 from hwlicense.core.process import CHECKS, FILE_LIMIT, LONGEST_INTERVAL, Application, Check, File, Guard
 from hwlicense.core.schema import Name, Positive  # noqa: TC001  # msgspec reads the annotations at run time
 from hwlicense.core.tpm.pcrs import Selection
-from hwlicense.core.wording import TOML, in_words, mend
+from hwlicense.core.wording import TOML, in_words, mend, quantity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,7 +67,7 @@ class Require(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """How many of `count` bindings open the license. Raises UsageError TERM_INVALID where there are too few."""
         need = {"all": count, "any": 1}.get(str(self.bindings), self.bindings)
         if isinstance(need, str) or not 1 <= need <= count:
-            what = f"The terms require {self.bindings} bindings; the requests name {count}."
+            what = f"The terms require {self.bindings} of the bindings; the requests name {count}."
             raise UsageError(Reason.TERM_INVALID, what, "Enroll more hardware, or mend require.bindings.")
         return need
 
@@ -267,7 +267,7 @@ def check_validity(grant: Grant, today: datetime.date, first_used: datetime.date
         raise RefusedError(Reason.LICENSE_EXPIRED, what, "Ask the vendor for a new license.")
     days = grant.terms_of_use.days
     if days and first_used and (today - first_used).days > days:
-        what = f"The license for {grant.product!r} is for {days} days; it was first used on {first_used}."
+        what = f"The license for {grant.product!r} is for {quantity(days, 'day')}; it was first used on {first_used}."
         raise RefusedError(Reason.LICENSE_EXPIRED, what, "Ask the vendor for a new license.")
 
 

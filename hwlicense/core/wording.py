@@ -1,4 +1,4 @@
-"""What is wrong with a term, in people's words: msgspec says it in words of JSON and Python."""
+"""People's words: numbers of things, and what is wrong with a term, which msgspec says in words of JSON and Python."""
 
 from __future__ import annotations
 
@@ -45,6 +45,11 @@ _HINTS: Final = {
     r"Expected `date.*`, got `str`": "Write the day without quotes, such as 2027-12-31.",
     r"Expected `bool`, got .*": "Write true or false, without quotes.",
 }
+
+
+def quantity(number: int, noun: str, plural: str = "") -> str:
+    """So many of a thing, such as 1 file or 2 files; `plural` where it is not the noun and an s."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def in_words(error: str) -> str:

@@ -68,11 +68,15 @@ def check_command(name: str, at: Path | None, *, executable: bool) -> None:
 
 
 class Program:
-    """A program over an open model: its members in place, its process tree, its private socket."""
+    """A program over an open model: its members in place, its process tree, its private socket.
+
+    `fault` is a fault of our own by which one of its connections ended; the program went on.
+    """
 
     def __init__(self, model: Model, tree: Tree) -> None:
         """Decrypts the members. Raises StorageError where memory is short, and as `Model.read`."""
         self._model, self._tree = model, tree
+        self.fault: HwlicenseError | None = None
         self._files: list[MountedFile | SealedFile] = [self._placed(name) for name in model.names]
 
     def run(self) -> int:
@@ -89,6 +93,7 @@ class Program:
                 return self._watched(server, woken)
         finally:
             server.close()
+            self.fault = server.fault
 
     def _watched(self, server: Server, woken: socket.socket) -> int:
         refusal: HwlicenseError | None = None

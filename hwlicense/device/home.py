@@ -25,6 +25,7 @@ from hwlicense.core.dongle import answer_count
 from hwlicense.core.envelope import classical_verifier, ml_dsa_verifier, unverified, verified
 from hwlicense.core.errors import DamagedError, HwlicenseError, Reason, RefusedError
 from hwlicense.core.schema import FILE_LIMIT, SCHEMA, decode, encode, prepare
+from hwlicense.core.wording import quantity
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -312,7 +313,8 @@ def check_license(licensed: License, vendor: VendorPublic) -> None:
         if isinstance(binding, UsbBinding):
             answer_count(binding)
     if not fitting or any(len(set(wrap.members)) != licensed.need for wrap in licensed.wraps):
-        what = f"The license {licensed.grant.license} says that it needs {licensed.need} bindings, and then others."
+        needs = quantity(licensed.need, "binding")
+        what = f"The license {licensed.grant.license} says that it needs {needs}, and then others."
         raise DamagedError(Reason.LICENSE_DAMAGED, what, "Ask the vendor for the license again.")
 
 

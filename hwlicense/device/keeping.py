@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
 
+from hwlicense.core.errors import unforeseen
 from hwlicense.device import namespaces
 from hwlicense.device.memory import forbid_dumps
 from hwlicense.device.serving import pair
@@ -57,9 +58,10 @@ def child(
         theirs.close()
         status = _Keeper(control, command, mount, names, mask).keep()
     except BaseException as error:  # noqa: BLE001  # nothing of the parent's may run here; it hears of the error
-        number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
+        number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
+        told = f"keeper {number}" if number else f"fault {unforeseen(error).what}"
         with suppress(OSError):
-            control.send(f"keeper {number}".encode())
+            control.send(told.encode())
     finally:
         os._exit(status)
 
@@ -106,6 +108,8 @@ class _Keeper:
                 if self._mounted(self._mount, below):
                     said = "ready noswap"
         except OSError as error:
+            if not error.errno:  # a fault of our own
+                raise
             self._say(f"{step} {error.errno}")
             return 1
         forbid_dumps()  # who could stop and lead this process could have it mount and show what it likes
@@ -148,17 +152,23 @@ class _Keeper:
                 if (status := self._reap()) is not None:
                     return self._ended(status)
             if self._control in ready:
-                match received(self._control):
-                    case ["members"], numbers:
-                        self._members += [above_standard(number) for number in numbers]
-                    case ["run"], [connection]:
-                        self._start(above_standard(connection))
-                    case ["signal", number], _:
-                        self._pass_on(int(number))
-                    case ["terminate"], _:
-                        self._terminate()
-                    case [""], _:  # hwlicense has ended
-                        return self._ended(1)
+                words, numbers = received(self._control)
+                if words == [""]:  # hwlicense has ended
+                    return self._ended(1)
+                self._do(words, numbers)
+
+    def _do(self, words: list[str], numbers: list[int]) -> None:
+        match words, numbers:
+            case ["members"], _:
+                self._members += [above_standard(number) for number in numbers]
+            case ["run"], [connection]:
+                self._start(above_standard(connection))
+            case ["signal", number], _:
+                self._pass_on(int(number))
+            case ["terminate"], _:
+                self._terminate()
+            case _:
+                raise ValueError(f"no message for a keeper: {words[0]} with {len(numbers)} descriptors")
 
     def _ended(self, status: int) -> int:
         if not self._mount:  # the kernel does it for a namespace, when this process is gone

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 SUFFIX: Final = ".hwout"
 _BATCH: Final = 256
 """Lines of one write."""
+
+_NAME: Final = re.compile(r"([0-9]+)-([0-9]+)" + re.escape(SUFFIX))
 
 Sync = Literal["never", "checkpoint", "always"]
 """When what was written is brought to the disk: when the kernel likes, at each signature, after each write."""
@@ -106,20 +109,30 @@ class LogFiles:
         self.durable, self._signed = self.number, False
 
 
-def last_recording(folder: Path) -> int:
-    """The number of the latest recording in a folder; 0 where there is none. Raises StorageError."""
+def files_of(folder: Path) -> dict[int, list[Path]]:
+    """The files in a folder by their recordings, each in the order of its parts. Raises StorageError.
+
+    A name that `path_of` does not make is no file of a recording.
+    """
+    found: dict[int, list[tuple[int, Path]]] = {}
     with storage.reporting(folder):
-        names = [path.name.partition("-")[0] for path in folder.glob(f"*-*{SUFFIX}")]
-    return max((int(name) for name in names if name.isascii() and name.isdecimal()), default=0)
+        for path in folder.iterdir():
+            if match := _NAME.fullmatch(path.name):
+                recording, part = int(match[1]), int(match[2])
+                if recording and part and path == path_of(folder, recording, part):
+                    found.setdefault(recording, []).append((part, path))
+    return {recording: [path for _, path in sorted(parts)] for recording, parts in sorted(found.items())}
 
 
-def last_digest(folder: Path, recording: int) -> bytes | None:
-    """The digest of the last whole line of a recording's last file; None where there is none. Raises StorageError."""
-    with storage.reporting(folder):
-        parts = sorted(folder.glob(f"{recording:08}-*{SUFFIX}"))
-    if not parts:
-        return None
-    with storage.OpenFile(parts[-1]) as file:
+def first_line(path: Path) -> bytes:
+    """Without its newline; what is too long for a line is cut. Raises UsageError, StorageError."""
+    with storage.OpenFile(path) as file:
+        return file.read(LINE_LIMIT + 1, 0).partition(b"\n")[0]
+
+
+def last_digest(path: Path) -> bytes | None:
+    """The digest of the last whole line of a file; None where there is none. Raises UsageError, StorageError."""
+    with storage.OpenFile(path) as file:
         size = min(file.size, 2 * LINE_LIMIT)
         tail = file.read(size, file.size - size)
     lines = tail.split(b"\n")[:-1]  # what follows the last newline was cut in the middle

@@ -22,6 +22,7 @@ from hwlicense.core.account import Short
 from hwlicense.core.durations import of_rate, waiting
 from hwlicense.core.errors import ClosedError, ExceededError, HwlicenseError, Reason, RefusedError, StorageError
 from hwlicense.core.monitoring import Verdict
+from hwlicense.core.wording import quantity
 from hwlicense.device import clock
 from hwlicense.device.locking import Turn
 from hwlicense.device.starting import check_count, foremost, used_up
@@ -195,7 +196,7 @@ class Metering:
         left = min(self._tended.snapshot()[0].remaining or 0, count - 1)  # others may have given some back since
         if not left:
             return used_up(total)
-        what = f"{left:,} of the license's {total:,} inferences are left; {count:,} were asked for."
+        what = f"The license has {left:,} of {quantity(total, 'inference')} left; {count:,} were asked for."
         at_once = min([left, *(rate.count for rate in limits.rates)])
         hint = f"Ask for {at_once:,} or fewer{' at once' if at_once < left else ''}, or ask the vendor for a revision"
         return ExceededError(Reason.INFERENCES_EXHAUSTED, what, f"{hint} with more.")

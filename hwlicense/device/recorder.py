@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, BinaryIO, Final
+from typing import TYPE_CHECKING, Final
 
 from hwlicense import storage
-from hwlicense.core.chain import NOTHING, Chain, Sensor, Statement, certified_bytes
+from hwlicense.core.auditing import Audit, Licensed
+from hwlicense.core.chain import NOTHING, Chain, Part, Sensor, Start, Statement, certified_bytes, digest, parse
 from hwlicense.core.errors import DamagedError, Reason, StorageError, UsageError
 from hwlicense.core.schema import FILE_LIMIT, SCHEMA, Digest, Document, Identifier, Positive, check, decode, encode
 from hwlicense.core.tpm.pcrs import Selection
 from hwlicense.device import clock
 from hwlicense.device.bound import Bound
-from hwlicense.device.log_files import LogFiles, last_digest, last_recording
+from hwlicense.device.locking import LockedFile
+from hwlicense.device.log_files import LogFiles, files_of, first_line, last_digest, path_of
 from hwlicense.device.recording import Outputs, Policy, now
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from hwlicense.core.chain import Certificate, Closing
@@ -80,13 +81,15 @@ class Recorder:
         "checkpoint", "always" or "never". After `heartbeat` seconds without a record there is a heartbeat. Where more
         than `buffer` bytes wait for the disk, a record is refused or dropped, as `full` says.
 
-        Raises HardwareError (CERTIFYING_UNSUPPORTED for dongles, and keys that cannot sign), RefusedError, StorageError
+        Raises DamagedError OUTPUTS_DAMAGED for a file that is not of this log and has the name of one, HardwareError
+        (CERTIFYING_UNSUPPORTED for dongles, and keys that cannot sign), RefusedError, StorageError
         where another process records in this log, UsageError.
         """
         from pathlib import Path  # noqa: PLC0415  # the type is needed above, the module here alone
 
         place = Path(folder)
-        policy = _policy(rotate, every, interval, heartbeat, full, buffer, sync)
+        policy = Policy(rotate=rotate, every=every, interval=interval, heartbeat=heartbeat, full=full, buffer=buffer)
+        _check(policy, sync)
         keys = dict(sensors or {})
         known = {sensor: Sensor(sensor, key) for sensor, key in keys.items()}
         log = name if name is not None else place.resolve().name
@@ -96,24 +99,24 @@ class Recorder:
             storage.make_folders(state)
             turn = _turn(state, log)
             stack.callback(turn.close)
-            recording, previous = _following(state, place)
+            recording, previous = _following(state, place, log, self._licensed)
             bound = stack.enter_context(Bound(self._connect, self._licensed, self._home, ()))
             chain = Chain(previous)
             grant = self._licensed.grant
             statement = Statement(
-                SCHEMA,
-                grant.vendor,
-                grant.license,
-                grant.revision,
-                self._package,
-                log,
-                recording,
-                previous,
-                chain.key,
-                clock.boot_name().replace("-", ""),
-                heartbeat,
-                self._anchor.read().steps if self._anchor else None,
-                keys,
+                schema=SCHEMA,
+                vendor=grant.vendor,
+                license=grant.license,
+                revision=grant.revision,
+                package=self._package,
+                log=log,
+                recording=recording,
+                previous=previous,
+                key=chain.key,
+                boot=clock.boot_name().replace("-", ""),
+                heartbeat=heartbeat,
+                steps=self._anchor.read().steps if self._anchor else None,
+                sensors=keys,
             )
             check(statement)
             certify = partial(self._certify, bound)
@@ -141,27 +144,25 @@ class Recorder:
         return self._home.state / "licenses" / self._licensed.grant.license / "outputs" / slug
 
 
-def _turn(state: Path, log: str) -> BinaryIO:
+def _turn(state: Path, log: str) -> LockedFile:
     """Held for as long as it is open, in this process and none that it forks. Raises StorageError."""
-    with storage.reporting(state / "turn"):
-        held = (state / "turn").open("ab")
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        held.close()
-        if not isinstance(error, BlockingIOError):
-            hint = "Keep the state folder on a local disk: some network file systems do not lock files."
-            raise StorageError(Reason.STORAGE, f"{state} cannot be locked: {error.strerror}.", hint) from error
-        what = f"The log {log!r} is being recorded already."
-        raise StorageError(
-            Reason.STORAGE, what, "Close that recording, or give this one a name of its own (name=)."
-        ) from None
-    return held
+    with ExitStack() as stack:
+        turn = LockedFile.opened(state / "turn", 0)
+        stack.callback(turn.close)
+        if not turn.taken_now():
+            what = f"The log {log!r} is being recorded already."
+            hint = "Close that recording, or give this one a name of its own (name=)."
+            raise StorageError(Reason.STORAGE, what, hint)
+        stack.pop_all()
+    return turn
 
 
-def _following(state: Path, folder: Path) -> tuple[int, bytes]:
-    """Number and `previous` of the next recording: by what is remembered, and by what is there."""
-    path, there = state / "latest", last_recording(folder)
+def _following(state: Path, folder: Path, log: str, licensed: License) -> tuple[int, bytes]:
+    """Number and `previous` of the next recording: by what is remembered, and by what is there.
+
+    Numbers go up by one. So a file with the name of a later recording stops the log, and never moves it.
+    """
+    path, there = state / "latest", files_of(folder)
     with storage.reporting(path):
         found = path.is_file()
     latest = None
@@ -171,37 +172,74 @@ def _following(state: Path, folder: Path) -> tuple[int, bytes]:
         except DamagedError as error:
             hint = "Remove it: the log goes on from the files in its folder, and the vendor sees what is missing."
             raise DamagedError(Reason.HOME_DAMAGED, f"{path}: {error.what}", hint) from error
-    if latest and latest.recording >= there:
-        return latest.recording + 1, last_digest(folder, latest.recording) or latest.digest
-    return there + 1, (last_digest(folder, there) if there else None) or NOTHING
+    number, previous = (latest.recording, latest.digest) if latest else (min(there, default=1), NOTHING)
+    while number in there:
+        previous = _last(there[number], number, log, licensed) or previous
+        number += 1
+    if latest and number == latest.recording:  # its files were moved away
+        number += 1
+    for later in there:
+        if later > number:
+            raise _foreign(there[later][0], f"recording {number} comes next in this log", path if latest else None)
+    return number, previous
 
 
-def _remember(state: Path, recording: int, digest: bytes) -> None:
-    storage.atomic_write(state / "latest", encode(Latest(SCHEMA, recording, digest)))
+def _last(files: Sequence[Path], number: int, log: str, licensed: License) -> bytes | None:
+    """The digest of the last whole line of a recording. Raises DamagedError where one of its files is not the log's."""
+    start = None
+    for path in files:
+        try:
+            line = first_line(path)
+            first = parse(line)
+        except (DamagedError, UsageError) as error:
+            raise _foreign(path, "it is no file of a recording") from error
+        part = 1
+        if isinstance(first, Start):
+            said, start = first.statement, digest(line)
+            known = Licensed({(said.license, said.revision): licensed}, ())  # of another revision, the hardware is it
+            ours = (said.license, said.log, said.recording) == (licensed.grant.license, log, number)
+            ours &= Audit(first, line, str(path), known).certified
+        else:
+            ours = isinstance(first, Part) and start in (None, first.start)
+            part = first.part if isinstance(first, Part) else part
+        if not ours or path != path_of(path.parent, number, part):
+            raise _foreign(path, "it is of another log, or was not made by this device")
+    return last_digest(files[-1])
 
 
-def _ended(held: ExitStack, state: Path, recording: int, digest: bytes | None) -> None:
+def _foreign(path: Path, why: str, latest: Path | None = None) -> DamagedError:
+    what = f"{path} has the name of a file of this log, and {why}."
+    hint = "Move it out of the folder, and ask who put it there; or record in a folder of its own."
+    if latest:
+        hint += (
+            f" If the state folder was restored from a copy, remove {latest} instead: the log goes on from its files."
+        )
+    return DamagedError(Reason.OUTPUTS_DAMAGED, what, hint)
+
+
+def _remember(state: Path, recording: int, head: bytes) -> None:
+    storage.atomic_write(state / "latest", encode(Latest(schema=SCHEMA, recording=recording, digest=head)))
+
+
+def _ended(held: ExitStack, state: Path, recording: int, head: bytes | None) -> None:
     """Let go of log and hardware."""
     with held:
-        if digest is not None:
-            _remember(state, recording, digest)
+        if head is not None:
+            _remember(state, recording, head)
 
 
-def _policy(
-    rotate: int | None, every: int, interval: float, heartbeat: int, full: Full, buffer: int, sync: Sync
-) -> Policy:
+def _check(policy: Policy, sync: Sync) -> None:
     """Raises UsageError for what makes no sense."""
     sound = (
-        (rotate is None or rotate >= _LEAST_BUFFER)
-        and every >= 1
-        and 0 < interval <= heartbeat
-        and 1 <= heartbeat <= 86400  # noqa: PLR2004  # a day
-        and full in {"refuse", "drop"}
+        (policy.rotate is None or policy.rotate >= _LEAST_BUFFER)
+        and policy.every >= 1
+        and 0 < policy.interval <= policy.heartbeat
+        and 1 <= policy.heartbeat <= 86400  # noqa: PLR2004  # a day
+        and policy.full in {"refuse", "drop"}
         and sync in {"never", "checkpoint", "always"}
-        and buffer >= _LEAST_BUFFER
+        and policy.buffer >= _LEAST_BUFFER
     )
     if not sound:
         what = "The recording cannot be kept in this way."
         hint = "rotate and buffer take 262144 bytes at least; every 1; interval at most the heartbeat, that a day."
         raise UsageError(Reason.USAGE, what, hint)
-    return Policy(rotate, every, interval, heartbeat, full, buffer)

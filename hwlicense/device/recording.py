@@ -28,6 +28,7 @@ from hwlicense.core.chain import (
     plain_json,
 )
 from hwlicense.core.errors import ClosedError, HwlicenseError, Reason, StorageError, UsageError
+from hwlicense.core.wording import quantity
 from hwlicense.device import clock
 from hwlicense.device.background import begin
 
@@ -51,14 +52,14 @@ Full = Literal["refuse", "drop"]
 
 
 class Policy(NamedTuple):
-    """How a recording is kept. Sizes in bytes, times in seconds; see `Recorder`."""
+    """How a recording is kept. Sizes in bytes, times in seconds; see `Recorder`, which has the defaults."""
 
-    rotate: int | None = 64 << 20
-    every: int = 1000
-    interval: float = 1.0
-    heartbeat: int = 10
-    full: Full = "refuse"
-    buffer: int = 16 << 20
+    rotate: int | None
+    every: int
+    interval: float
+    heartbeat: int
+    full: Full
+    buffer: int
 
 
 class Outputs:
@@ -328,7 +329,9 @@ class Outputs:
         left = target - self._files.durable
         why = f" {self.problem.what}" if self.problem else " The disk does not answer."
         hint = self.problem.hint if self.problem else "Look at the disk; `close` and `flush` wait for it."
-        return StorageError(Reason.STORAGE, f"The last {left} records of the recording are not on the disk.{why}", hint)
+        return StorageError(
+            Reason.STORAGE, f"The disk has not taken the last {quantity(left, 'record')} of the recording.{why}", hint
+        )
 
     # ---- forks and the end of the interpreter
 

@@ -24,7 +24,7 @@ import time
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Final
 
-from hwlicense.core.errors import ExceededError, HwlicenseError, Reason, StorageError, UsageError
+from hwlicense.core.errors import ExceededError, HwlicenseError, Reason, StorageError, UsageError, unforeseen
 from hwlicense.device.background import begin
 from hwlicense.storage import above_standard
 
@@ -48,7 +48,7 @@ _FD: Final = array.array("i").itemsize
 
 
 class Server:
-    """Answers the connections of one program, until `close`."""
+    """Answers the connections of one program, until `close`. `fault` is the first of our own faults meanwhile."""
 
     def __init__(self, model: Model) -> None:
         """The model stays the caller's, and open until this is closed."""
@@ -56,6 +56,7 @@ class Server:
         self._guard = threading.Lock()
         self._connections: dict[_Connection, threading.Thread] = {}
         self._closed = False
+        self.fault: HwlicenseError | None = None
 
     def connect(self) -> socket.socket:
         """The program's end of a new connection. Raises OSError."""
@@ -105,8 +106,9 @@ class Server:
     def _serve(self, connection: _Connection) -> None:
         try:
             connection.serve()
-        except Exception:  # noqa: BLE001, S110  # whatever it is: the client sees its connection end, and others go on
-            pass
+            self.fault = self.fault or connection.fault
+        except Exception as error:  # noqa: BLE001  # the client sees its connection end, and others go on
+            self.fault = self.fault or unforeseen(error)
         finally:
             with self._guard:
                 del self._connections[connection]
@@ -119,6 +121,7 @@ class _Connection:
         self._model, self._end, self._adopt = model, end, adopt
         self._session = ExitStack()
         self.session_until = -math.inf
+        self.fault: HwlicenseError | None = None
 
     def hang_up(self) -> None:
         """Have `serve` return."""
@@ -163,7 +166,8 @@ class _Connection:
             refusal = self._refusal(line)
         except HwlicenseError as error:
             refusal = error
-        except Exception:  # noqa: BLE001  # nobody else would hear of it, and the client is told
+        except Exception as error:  # noqa: BLE001  # others go on, and the client is told
+            self.fault = unforeseen(error)
             return f"no {Reason.INTERNAL} -\n".encode()
         if refusal is None:
             return b"ok\n"

@@ -64,7 +64,7 @@ def _passes(refusal: HwlicenseError) -> bool:
 
 def used_up(total: int) -> ExceededError:
     """What is said where nothing is left of a license's inferences."""
-    what = f"The license's {total:,} inferences are used up."
+    what = f"The license's inferences are used up: it allowed {total:,}."
     return ExceededError(Reason.INFERENCES_EXHAUSTED, what, "Ask the vendor for a revision with more.")
 
 

@@ -8,6 +8,7 @@ from hwlicense.core.errors import HwlicenseError
 from hwlicense.core.hardware import Counting
 from hwlicense.core.tpm import standing
 from hwlicense.core.tpm.composing import PLACES
+from hwlicense.core.wording import quantity
 from hwlicense.device.plugged import Finding
 
 if TYPE_CHECKING:
@@ -26,10 +27,11 @@ _HOUR: Final = 3_600_000
 def memory(facts: dict[str, Any], spare: Sequence[int]) -> Iterator[Finding]:
     """`facts` are those of `diagnosing.probe`; `spare` are counters that no license of this home uses."""
     used, left, most = (facts[f"nv_counters{which}"] for which in ("", "_left", "_most"))
-    text = f"{used} counter{'s' * (used != 1)}{f' of {most}' if most else ''}"
+    text = f"{quantity(used, 'counter')}{f' of {most}' if most else ''}"
     text += f", by its own estimate room for {left} more; "
-    text += f"{facts['nv_indexes']} NV indexes, {len(facts['nv_ours'])} of them by enrolments with --counted"
-    text += f" ({facts['nv_ours_bytes']} bytes)" if facts["nv_ours"] else ""
+    text += quantity(facts["nv_indexes"], "NV index", "NV indexes")
+    text += f", {len(facts['nv_ours'])} of them by enrolments with --counted"
+    text += f" ({quantity(facts['nv_ours_bytes'], 'byte')})" if facts["nv_ours"] else ""
     if float(facts["revision"]) < _PIN_PASS:
         text += f"; revision {facts['revision']} knows no index that counts opens or anchors an account (PIN_PASS)"
         yield Finding("note", "TPM memory", text, "Update the TPM's firmware before enrolling with --counted.")

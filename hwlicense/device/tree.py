@@ -17,7 +17,7 @@ import socket
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Self
 
-from hwlicense.core.errors import Reason, StorageError, UsageError
+from hwlicense.core.errors import REPORT, HwlicenseError, Reason, StorageError, UsageError
 from hwlicense.device import keeping, namespaces
 from hwlicense.device.serving import pair
 from hwlicense.storage import HINTS, above_standard
@@ -25,7 +25,6 @@ from hwlicense.storage import HINTS, above_standard
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from hwlicense.core.errors import HwlicenseError
     from hwlicense.device.keeping import Mount
 
 
@@ -146,6 +145,8 @@ class Tree:
 
     def _failure(self, answer: list[str]) -> HwlicenseError:
         """What an answer means that is not the one hoped for."""
+        if answer[0] == "fault":  # in the keeper, whose words these are
+            return HwlicenseError(Reason.INTERNAL, " ".join(answer[1:]), REPORT)
         step, number = (answer[0], int(answer[1])) if len(answer) > 1 else ("ended", errno.ESRCH)
         why = os.strerror(number)
         match step:

@@ -78,12 +78,24 @@ static inline int hwlicense_connect(void)
     return -1;
 }
 
+/* Whether a number is longer than the 10 digits that a line takes: then nothing is asked, as for `no USAGE -`. */
+static inline int hwlicense_too_large(unsigned long long number, struct hwlicense_refusal *refusal)
+{
+    if (number <= 9999999999ULL)
+        return 0;
+    if (refusal) {
+        strcpy(refusal->reason, "USAGE");
+        refusal->wait = -1;
+    }
+    return 1;
+}
+
 /* Send a line and read the answer: 0 allowed, 1 refused, -1 with errno where there is no answer. */
 static inline int hwlicense_ask(int connection, const char *line, struct hwlicense_refusal *refusal)
 {
     char answer[HWLICENSE_LINE + 1], *wait;
     size_t size = strlen(line), done = 0;
-    double digit = 1;
+    double digit = 1, seconds = 0;
     int fraction = 0;
     ssize_t part;
 
@@ -122,18 +134,28 @@ static inline int hwlicense_ask(int connection, const char *line, struct hwlicen
         errno = EPROTO;
         return -1;
     }
-    if (refusal) {
-        *wait++ = 0;
-        strcpy(refusal->reason, answer + 3);
-        refusal->wait = *wait == '-' ? -1 : 0;
-        for (; (*wait >= '0' && *wait <= '9') || *wait == '.'; wait++) { /* strtod would go by the locale */
+    *wait++ = 0;
+    if (!strcmp(wait, "-")) {
+        seconds = -1;
+    } else { /* digits, a point, digits: strtod would go by the locale */
+        size = strspn(wait, "0123456789");
+        done = wait[size] == '.' ? strspn(wait + size + 1, "0123456789") : 0;
+        if (!size || size > 10 || done > 9 || wait[size + (wait[size] == '.') + done] || (wait[size] && !done)) {
+            errno = EPROTO;
+            return -1;
+        }
+        for (; *wait; wait++) {
             if (*wait == '.')
                 fraction = 1;
             else if (fraction)
-                refusal->wait += (digit /= 10) * (*wait - '0');
+                seconds += (digit /= 10) * (*wait - '0');
             else
-                refusal->wait = 10 * refusal->wait + (*wait - '0');
+                seconds = 10 * seconds + (*wait - '0');
         }
+    }
+    if (refusal) {
+        strcpy(refusal->reason, answer + 3);
+        refusal->wait = seconds;
     }
     return 1;
 }
@@ -142,6 +164,8 @@ static inline int hwlicense_ask(int connection, const char *line, struct hwlicen
 static inline int hwlicense_spend(int connection, unsigned long count, struct hwlicense_refusal *refusal)
 {
     char line[HWLICENSE_LINE];
+    if (hwlicense_too_large(count, refusal))
+        return 1;
     snprintf(line, sizeof line, "spend %lu\n", count);
     return hwlicense_ask(connection, line, refusal);
 }
@@ -151,6 +175,8 @@ static inline int hwlicense_standing(int connection, unsigned long seconds, unsi
                                      struct hwlicense_refusal *refusal)
 {
     char line[HWLICENSE_LINE];
+    if (hwlicense_too_large(seconds, refusal) || hwlicense_too_large(count, refusal))
+        return 1;
     snprintf(line, sizeof line, "standing %lu %lu\n", seconds, count);
     return hwlicense_ask(connection, line, refusal);
 }
@@ -159,6 +185,8 @@ static inline int hwlicense_standing(int connection, unsigned long seconds, unsi
 static inline int hwlicense_session(int connection, unsigned long count, struct hwlicense_refusal *refusal)
 {
     char line[HWLICENSE_LINE];
+    if (hwlicense_too_large(count, refusal))
+        return 1;
     snprintf(line, sizeof line, "session %lu\n", count);
     return hwlicense_ask(connection, line, refusal);
 }

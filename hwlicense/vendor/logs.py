@@ -85,7 +85,7 @@ def _grouped(paths: Sequence[Path], faults: list[Fault]) -> list[list[_File]]:
         raise UsageError(Reason.USAGE, "A file is given twice.", "Give each file once.")
     groups: dict[bytes, list[_File]] = {}
     for path in paths:
-        first = next(_lines(path), None)
+        first = next(lines(path), None)
         if first is None or not first[2]:
             faults.append(Fault("cut", 0, None, str(path), "The file has not one whole record."))
             continue
@@ -108,7 +108,7 @@ def _audited(files: list[_File], start: Start, licensed: Licensed, watched: set[
     audit = Audit(start, files[0].line, f"{files[0].path}, line 1", licensed, watched)
     where = str(files[0].path)
     for place, file in enumerate(files):
-        for number, line, whole in _lines(file.path):
+        for number, line, whole in lines(file.path):
             where = f"{file.path}, line {number}"
             if not whole:
                 audit.torn(where)
@@ -117,8 +117,11 @@ def _audited(files: list[_File], start: Start, licensed: Licensed, watched: set[
     return audit.finish(where)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes, bool]]:
-    """Number, content without newline, and whether there was one. What is too long for a line comes as it is found."""
+def lines(path: Path) -> Iterator[tuple[int, bytes, bool]]:
+    """Number, content without newline, and whether there was one. What is too long for a line comes as it is found.
+
+    Raises UsageError, StorageError.
+    """
     number, rest, offset = 1, b"", 0
     with storage.OpenFile(path) as file:
         while chunk := file.read(_CHUNK, offset):

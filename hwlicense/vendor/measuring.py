@@ -44,7 +44,7 @@ class Measurement:
             self.files[name] = one.digest
             self.required |= {name} if required else set()
         if len(self.files) > FILE_LIMIT:
-            what = f"There are {len(self.files):,} files, and a license names at most {FILE_LIMIT:,}."
+            what = f"A license names at most {FILE_LIMIT:,} files, and there are {len(self.files):,}."
             raise UsageError(Reason.USAGE, what, "Measure what the application loads: a command, not whole folders.")
 
     def text(self) -> str:

@@ -48,7 +48,7 @@ def measure(installation, sold, name):
     target = sold.folder / "app.toml"
     options = ["--python", installation.python, "--file", installation.folder / "lib.so", "-o", target, "--force"]
     said = run("vendor", "measure", *options, "--", name, *sold.license(), cwd=installation.folder)
-    assert "of which 2 are required" in said.stderr
+    assert "2 of them required" in said.stderr
     return target.read_text()
 
 

@@ -1,21 +1,28 @@
 """What a license encloses is this license's alone: no other device, license or edited grant opens it."""
 
 import base64
+import datetime
 import json
 
 import msgspec
 import pytest
 
-from hwlicense.core.documents import ENCLOSURE_LIMIT, License
+from hwlicense.core.documents import ENCLOSURE_LIMIT, License, Presence
 from hwlicense.core.envelope import seal
 from hwlicense.core.errors import DamagedError, HwlicenseError, Reason, UsageError
 from hwlicense.core.keys import open_enclosure, seal_enclosure
 from hwlicense.core.schema import encode
 from hwlicense.core.secret import Secret
+from hwlicense.device.home import Home
 from hwlicense.vendor import enclosing
-from tests.world import TERMS
+from tests.world import TERMS, Device
 
 SEED = b"a watermark's seed for Acme Robotics"
+
+
+def used(device, raw, vendor):
+    device.install(raw, vendor)
+    device.open(vendor).close()
 
 
 def secret(content):
@@ -67,6 +74,47 @@ def test_one_license_does_not_open_anothers(vendor, device, licensed):
     assert error.value.reason == Reason.LICENSE_DAMAGED
 
 
+def test_no_other_device_opens_it(vendor, licensed, tmp_path, hwlicense_tpms):
+    """Neither by the license itself, nor moved into one of its own, even by who has the vendor's signing keys."""
+    other = Device(Home(tmp_path / "other"), hwlicense_tpms())
+    own = vendor.issue(other.request(), other.tpm, TERMS, enclosure=secret(b"another device's"))
+    with pytest.raises(HwlicenseError) as error:
+        other.install(licensed.raw, vendor)
+    assert error.value.reason == Reason.WRONG_DEVICE
+    for changes in (
+        {"enclosure": licensed.license.enclosure},
+        {"enclosure": licensed.license.enclosure, "grant": licensed.license.grant},
+        {"enclosure": licensed.license.enclosure, "grant": licensed.license.grant, "keys": licensed.license.keys},
+    ):
+        moved = seal(msgspec.structs.replace(own.license, **changes), vendor.keys.signers)
+        with pytest.raises(HwlicenseError) as error:
+            used(other, moved, vendor)
+        assert error.value.reason in {Reason.LICENSE_DAMAGED, Reason.WRONG_DEVICE}
+    other.install(own.raw, vendor)
+    with other.open(vendor) as model:
+        assert bytes(model.enclosure) == b"another device's"
+
+
+def test_an_edited_grant_does_not_open_it(vendor, device, licensed):
+    """Signed anew, by whoever got at the vendor's signing keys: the digest of the grant is in the key."""
+    grant = licensed.license.grant
+    edited = {
+        "licensee": "Another",
+        "product": "another",
+        "not_after": datetime.date(2099, 1, 1),
+        "issued": grant.issued + datetime.timedelta(days=1),
+        "generation": 2,
+        "presence": Presence(interval=86400, grace=0, regain=None, repeat=True),
+        "continuity": 3600,
+    }
+    for field, value in edited.items():
+        assert getattr(grant, field) != value
+        changed = msgspec.structs.replace(licensed.license, grant=msgspec.structs.replace(grant, **{field: value}))
+        with pytest.raises(HwlicenseError) as error:
+            used(device, seal(changed, vendor.keys.signers), vendor)
+        assert error.value.reason == Reason.LICENSE_DAMAGED, field
+
+
 def test_it_hangs_on_the_grant():
     from tests.metered import grant, limited  # noqa: PLC0415
 
@@ -77,8 +125,13 @@ def test_it_hangs_on_the_grant():
         for changed in (sealed[:-1], sealed[:7], bytes([sealed[0] ^ 1]) + sealed[1:]):
             with pytest.raises(DamagedError):
                 open_enclosure(key, msgspec.structs.replace(license_, enclosure=changed))
-        with pytest.raises(DamagedError):
-            open_enclosure(key, msgspec.structs.replace(license_, grant=grant(limited(), revision=2)))
+        for field, value in (("revision", 2), ("license", "1" * 32), ("licensee", "x"), ("packages", [])):
+            edited = msgspec.structs.replace(license_.grant, **{field: value})
+            assert edited != license_.grant
+            with pytest.raises(DamagedError):
+                open_enclosure(key, msgspec.structs.replace(license_, grant=edited))
+        with secret(b"t" * 32) as another, pytest.raises(DamagedError):
+            open_enclosure(another, license_)
     assert seal_enclosure(key, grant(limited()), secret(b"")) == b""
 
 

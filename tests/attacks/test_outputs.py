@@ -121,7 +121,7 @@ def test_merged_recordings_show(scene):
     one = scene.record(1, 2)
     two = scene.record(3)
     one.write_bytes(one.read_bytes() + two.read_bytes())
-    has(scene.said(), "forged", "There are records after the end.")
+    has(scene.said(), "forged", "after the end, was added")
     two.unlink()
     has(scene.said(), "forged", "A recording begins within another one.")
 
@@ -148,7 +148,7 @@ def test_a_recording_that_is_left_out_shows(scene):
     left_out = scene.record(2)
     scene.record(3)
     left_out.unlink()
-    has(scene.said(), "forged", "Recordings 2 to 2 are missing")
+    has(scene.said(), "forged", "Missing: recording 2")
 
 
 def test_a_part_that_is_left_out_shows(scene):
@@ -156,7 +156,7 @@ def test_a_part_that_is_left_out_shows(scene):
     files = scene.files()
     assert len(files) > 3
     assert scene.said() == []
-    has(scene.said(*files[:1], *files[2:]), "forged", "records are missing before this one")
+    has(scene.said(*files[:1], *files[2:]), "forged", "Missing before this one")
     has(scene.said(*files[:-1]), "cut", "has no end")
     has(scene.said(*files[1:]), "forged", "whose start was not given")
 
@@ -188,6 +188,113 @@ def test_a_recording_handed_over_once_more_shows(scene):
     has(scene.said(), "forged", "A recording begins within another one.")
 
 
+# ---- who may put files into the folder
+
+
+NO_NAMES = [
+    "99999999-1.hwout",
+    "000000009-0001.hwout",
+    "00000009-0001.hwout.part",
+    "9-0001.hwout",
+    "00000000-0001.hwout",
+    "00000009-0000.hwout",
+    "00000001-00009.hwout",
+    "00000001-x.hwout",
+    "\N{SUPERSCRIPT TWO}0000009-0001.hwout",
+    "\N{ARABIC-INDIC DIGIT NINE}9999999-0001.hwout",
+]
+
+
+@pytest.mark.parametrize("name", NO_NAMES)
+def test_a_name_that_no_recording_has_neither_stops_nor_moves_the_log(scene, name):
+    scene.record(1)
+    content = scene.files()[0].read_bytes()
+    planted = scene.folder / name
+    planted.write_bytes(content + b'{"a":1}\n')
+    scene.record(2)
+    planted.unlink()
+    assert [each.statement.recording for each in scene.check().recordings] == [1, 2]
+    assert scene.said() == []
+
+
+def no_record(path, _scene):
+    path.write_bytes(b"garbage\n")
+
+
+def folder(path, _scene):
+    path.mkdir()
+
+
+def pipe(path, _scene):
+    os.mkfifo(path)
+
+
+def copied(path, scene):
+    shutil.copy(scene.folder / "00000001-0001.hwout", path)
+
+
+def made_up(path, scene):
+    """What another could write without the device's hardware: all that a start says, under its own key."""
+    line = (scene.folder / "00000001-0001.hwout").read_bytes().split(b"\n")[0]
+    start = parse(line)
+    assert isinstance(start, Start)
+    chain = Chain(digest(line))
+    number = int(path.name[:8])
+    said = msgspec.structs.replace(start.statement, key=chain.key, recording=number, previous=digest(line))
+    chain.begin(said, start.certificate, *now())
+    path.write_bytes(b"".join(link.line + b"\n" for link in chain.take(0)))
+
+
+@pytest.mark.parametrize("plant", [no_record, folder, pipe, copied, made_up])
+@pytest.mark.parametrize(
+    "name", ["00000002-0001.hwout", "99999999-0001.hwout", f"{'9' * 30}-0001.hwout", "00000001-9999.hwout"]
+)
+@pytest.mark.parametrize("remembered", [True, False])
+def test_a_name_that_a_recording_may_have_stops_the_log_and_says_what_to_do(scene, plant, name, remembered):
+    scene.record(1)
+    if not remembered:
+        (latest,) = (scene.device.home.state / "licenses").rglob("latest")
+        latest.unlink()
+    planted = scene.folder / name
+    if plant is made_up and name.startswith("999999999"):
+        plant = copied  # no statement holds such a number
+    plant(planted, scene)
+    with scene.open() as model:
+        with pytest.raises(HwlicenseError) as caught:
+            model.outputs(scene.folder)
+        assert str(planted) in caught.value.what
+        assert caught.value.hint.startswith("Move it out of the folder")
+        planted.rename(scene.folder / "moved-away") if plant is folder else planted.unlink()
+        model.outputs(scene.folder).close()
+    assert [each.statement.recording for each in scene.check().recordings] == [1, 2]
+    assert scene.said() == []
+
+
+def test_a_first_recording_is_not_moved_by_what_lies_in_its_folder(scene):
+    path = scene.record(1)
+    shutil.rmtree(scene.device.home.state / "licenses")
+    planted = scene.folder / "99999999-0001.hwout"
+    made_up(planted, scene)
+    path.unlink()
+    scene.device.install(scene.raw, scene.vendor)
+    with scene.open() as model, pytest.raises(DamagedError, match="99999999-0001"):
+        model.outputs(scene.folder)
+
+
+def test_a_state_folder_that_was_lost_or_is_older_goes_on_from_the_files(scene):
+    scene.record(1)
+    (latest,) = (scene.device.home.state / "licenses").rglob("latest")
+    older = latest.read_bytes()
+    scene.record(2)
+    scene.record(*[bytes(60_000)] * 10, rotate=300_000)
+    latest.write_bytes(older)
+    scene.record(4)
+    latest.unlink()
+    scene.record(5)
+    assert [each.statement.recording for each in scene.check().recordings] == [1, 2, 3, 4, 5]
+    assert scene.said() == []
+
+
 # ---- who has the device, and not the process
 
 
@@ -211,7 +318,7 @@ def test_a_recording_after_files_were_removed_goes_on_with_the_next_number(scene
     shutil.rmtree(scene.folder)
     scene.record(2)
     assert [each.statement.recording for each in scene.check().recordings] == [3]
-    has(scene.said(), "cut", "Recordings 1 to 2 were not given")
+    has(scene.said(), "cut", "Not given: recordings 1 to 2")
     assert scene.said(first=3) == []
 
 
@@ -503,7 +610,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_record(scene, monkeypatch, full)
         assert reasons == ({"OUTPUTS_FULL"} if full == "refuse" else set())
         assert outputs.problem is not None
         assert outputs.problem.reason == "STORAGE"
-        with pytest.raises(StorageError, match="not on the disk"):
+        with pytest.raises(StorageError, match="not taken"):
             outputs.flush(0.1)
         content = scene.files()[0].read_bytes()
         assert content.endswith(b"\n")

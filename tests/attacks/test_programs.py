@@ -97,6 +97,73 @@ def test_nobody_else_sees_the_files(here):
                 assert "Permission denied" in done.stderr
 
 
+ANOTHER_USERS_WAYS = """
+import ctypes, os, subprocess, sys
+from pathlib import Path
+
+processes, number = [int(pid) for pid in sys.argv[1].split(",")], int(sys.argv[2])
+libc = ctypes.CDLL(None, use_errno=True)
+
+def called(result):
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
+
+def taken(pid):
+    called(libc.syscall(438, os.pidfd_open(pid), number, 0))  # pidfd_getfd(2)
+
+def joined(pid):
+    called(libc.setns(os.pidfd_open(pid), 0x20000))  # CLONE_NEWNS
+
+def joined_as_root_of_ones_own(pid):
+    subprocess.run(["unshare", "--user", "--map-root-user", "nsenter", "-t", str(pid), "--mount", "true"], check=True,
+        stderr=subprocess.DEVNULL)
+
+def traced(pid):
+    called(libc.ptrace(16, pid, 0, 0))  # PTRACE_ATTACH
+
+def read(pid):
+    buffer = ctypes.create_string_buffer(8)
+    vector = (ctypes.c_void_p * 2)(ctypes.addressof(buffer), 8)
+    called(libc.process_vm_readv(pid, vector, 1, vector, 1, 0))
+
+ways = [taken, joined, joined_as_root_of_ones_own, traced, read]
+folders = ("fd", "map_files", "cwd/.", "root/.")
+ways += [lambda pid, entry=entry: os.listdir(f"/proc/{pid}/{entry}") for entry in folders]
+ways += [lambda pid, entry=entry: open(f"/proc/{pid}/{entry}", "rb").read() for entry in ("mem", "environ", "maps")]
+ways += [lambda pid: open(f"/proc/{pid}/fd/{number}"), lambda pid: os.kill(pid, 0)]
+for place, way in enumerate(ways):
+    for pid in processes:
+        try:
+            way(pid)
+        except (PermissionError, subprocess.CalledProcessError):
+            continue
+        print("a way in:", place, pid)
+print("tried", len(ways))
+for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
+    if "hwlicense" in line:
+        print("a name:", line)
+"""
+
+
+@pytest.mark.parametrize("how", ["--at", "--fd"])
+def test_another_user_reaches_neither_socket_nor_files(here, how):
+    """One who knows the processes, and the socket's number. By its path the folder is empty, whoever looks."""
+    script = "echo $HWLICENSE_SOCKET; " + STAY
+    with here.running(script, how) as process:
+        number = process.stdout.readline().strip()
+        keeper = children(process.pid)[0]
+        command = children(keeper)[0]
+        pids = ",".join(map(str, (process.pid, keeper, command)))
+        words = [sys.executable, "-c", ANOTHER_USERS_WAYS, pids, number]
+        if as_root():
+            words[:0] = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs"]
+            done = subprocess.run(words, capture_output=True, text=True, check=False, cwd="/")
+            assert (done.stdout, done.stderr) == ("tried 14\n", "")
+            control = subprocess.run(words[5:], capture_output=True, text=True, check=False, cwd="/")
+            assert "a way in: 0" in control.stdout  # root's: the ways are ways
+
+
 def test_the_keeper_is_no_way_in_for_the_same_user(here):
     """It could be stopped and led to show what it likes; as it is not dumpable, its /proc entries are root's."""
     with here.running(STAY) as process:

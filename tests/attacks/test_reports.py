@@ -163,7 +163,7 @@ def test_inferences_that_are_used_up(customer):
         for _ in range(10):
             model.spend()
     refused(customer, "INFERENCES_EXHAUSTED")
-    assert "Opening spends one" in asked(customer, "check", "--open", customer.vendor.package).stderr, "it does open"
+    assert "opening spends one" in asked(customer, "check", "--open", customer.vendor.package).stderr, "it does open"
 
 
 @pytest.mark.parametrize(("opened", "then", "code"), [(9, 6, "CLOCK_SET_BACK"), (0, 40, "LICENSE_EXPIRED")])
@@ -315,9 +315,9 @@ def test_what_lets_the_device_count_is_damaged_not_unreached(customer):
 def test_what_an_opening_costs_is_said_where_it_costs_it(customer):
     customer.sell(limited(2))
     command = "check", "--open", customer.vendor.package
-    assert "Opening spends one of the license's 2 opens, of which 2 are left." in asked(customer, *command).stderr
+    assert "The license has 2 of 2 opens left, and opening spends one." in asked(customer, *command).stderr
     assert "spends" not in asked(customer, "check", customer.vendor.package).stderr
-    assert "of which 1 are left." in asked(customer, *command).stderr
+    assert "The license has 1 of 2 opens left" in asked(customer, *command).stderr
     assert "spends" not in asked(customer, *command, status=1).stderr
 
 

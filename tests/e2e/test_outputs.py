@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hwlicense_simulators import Tpm
+from tests.recorded import Log
 from tests.world import run
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "network_sensor" / "sensor.py"
@@ -70,7 +71,7 @@ def test_a_sensors_alerts_are_verified_offline(scene):
     shown = scene.verify()
     assert shown.stderr == ""
     assert "log 'alerts', recording 1" in shown.stdout
-    assert "1 outputs, 0 inputs" in shown.stdout
+    assert ": 1 output, 0 inputs" in shown.stdout
     report = json.loads(scene.verify("--json", scene.alerts).stdout)
     assert (report["verdict"], report["faults"]) == ("intact", [])
     first, second = report["recordings"]
@@ -100,9 +101,23 @@ def test_a_cut_recording_ends_with_1(scene):
     assert json.loads(scene.verify("--json", scene.alerts, status=1).stdout)["verdict"] == "OUTPUTS_INCOMPLETE"
 
 
+@pytest.mark.parametrize("added", [b"x", b"\n", b'{"kind":"record"', b"x\n"])
+def test_what_was_added_after_a_certified_end_is_no_cut(scene, added):
+    path = scene.alerts / "00000002-0001.hwout"
+    path.write_bytes(path.read_bytes() + added)
+    done = scene.verify(status=4)
+    assert "forged: " in done.stdout
+    assert "after the end" in done.stdout
+    assert "cut" not in done.stdout.lower()
+    report = json.loads(scene.verify("--json", scene.alerts, status=4).stdout)
+    assert report["verdict"] == "OUTPUTS_DAMAGED"
+    assert [fault["severity"] for fault in report["faults"]] == ["forged"]
+    assert report["recordings"][1]["ended"]
+
+
 def test_later_recordings_are_verified_from_where_one_is(scene):
     last = scene.alerts / "00000002-0001.hwout"
-    assert "Recordings 1 to 1 were not given" in scene.verify(last, status=1).stdout
+    assert "Not given: recording 1." in scene.verify(last, status=1).stdout
     scene.verify("--first", "2", last)
 
 
@@ -139,3 +154,57 @@ def test_wrong_use_is_told(scene, tmp_path):
     scene.run("vendor", "init", other, "--no-passphrase")
     wrong = ("vendor", "verify-outputs", "--vendor", other, "--license", scene.license, scene.alerts)
     assert "WRONG_VENDOR" in scene.run(*wrong, status=1).stderr
+
+
+def inspected(scene, path, *more, status=0):
+    return scene.run("inspect", path, *more, status=status)
+
+
+def test_inspect_says_what_a_file_of_a_log_is(scene):
+    path = scene.alerts / "00000001-0001.hwout"
+    shown = inspected(scene, path).stdout
+    license_ = json.loads(scene.run("inspect", scene.license, "--json").stdout)["document"]
+    rows = {name: value for name, _, value in (line.partition("  ") for line in shown.splitlines())}
+    rows = {name.strip(): value.strip() for name, value in rows.items()}
+    assert rows["file"] == "Recording (nothing is checked: `vendor verify-outputs` does that)"
+    assert rows["license"] == f"{license_['grant']['license']}, revision 1"
+    assert rows["package"] == license_["grant"]["packages"][0]["content_key"]
+    assert (rows["log"], rows["recording"], rows["dropped"]) == ("alerts", "1", "0")
+    assert rows["records"].endswith(": 1 output, 0 inputs")
+    assert rows["certified by"].startswith("TPM, AK 000b")
+    assert rows["end"] == f"certified by {rows['certified by']}"
+    assert rows["from"] < rows["to"]
+    report = json.loads(inspected(scene, path, "--json").stdout)
+    assert report["type"] == "recording"
+    assert report["document"]["end"]["certified"]["by"] == report["document"]["certified"]["by"] == "tpm"
+    assert report["document"]["records"] == len(path.read_bytes().splitlines())
+
+
+def test_inspect_says_where_a_log_was_cut_or_is_no_log(scene):
+    path = scene.alerts / "00000001-0001.hwout"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10])
+    assert "end           not in this file; it ends in the middle of a record" in inspected(scene, path).stdout
+    assert json.loads(inspected(scene, path, "--json").stdout)["document"]["end"] is None
+    path.write_bytes(whole.replace(b'"kind":"record"', b'"kind":"rekord"'))
+    done = inspected(scene, path, status=4)
+    assert f"error: {path}: Line " in done.stderr
+    path.write_bytes(b'{"kind":"start"')
+    assert "not one whole record" in inspected(scene, path, status=4).stderr
+    path.write_bytes(b'{"kind":"start"' + b"x" * 300_000)
+    assert "too long" in inspected(scene, path, status=4).stderr
+    path.write_bytes(whole)
+    assert "no vendor has signed" in inspected(scene, path, "--vendor", scene.public, status=2).stderr
+
+
+def test_inspect_of_a_further_part(tmp_path):
+    log = Log()
+    chain = log.begin()
+    start = chain.start
+    chain.begin_part(2, *log.now())
+    log.add(b"1")
+    path = tmp_path / "00000001-0002.hwout"
+    path.write_bytes(b"".join(line + b"\n" for line in log.lines()[1:]))
+    shown = run("inspect", path).stdout
+    assert f"part     2 of the recording that starts with {start.hex()}" in shown
+    assert "end      not in this file\n" in shown

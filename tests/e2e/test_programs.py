@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import hwlicense
+from hwlicense.vendor.compiling import compile_code
 from tests.programs import READY, children, shop, until
 from tests.sealed import Sealed
 from tests.world import MEMBERS, PROGRAM, run
@@ -53,7 +54,20 @@ def test_a_packages_code_is_not_for_programs(own_vendor, tmp_path):
     with shop(own_vendor, tmp_path) as found:
         assert found.exec("cat", "{weights.bin}", given=FD).stdout == "weights"
         script = "find at -type f; echo $HWLICENSE_FDS"
-        assert found.exec("sh", "-c", script).stdout.split() == ["at/weights.bin"]
+        done = found.exec("sh", "-c", script)
+        assert (done.stdout.split(), done.stderr) == (["at/weights.bin"], "")
+
+
+def test_a_package_of_code_alone_has_nothing_for_programs_and_says_so(own_vendor, tmp_path, how):
+    sealed = Sealed(own_vendor, tmp_path)
+    compiled_code = compile_code([sealed.folder / "source" / "reader"], "reader")
+    own_vendor.package = tmp_path / "code.hwpkg"
+    own_vendor.manifest = own_vendor.pack(own_vendor.package, compiled=compiled_code)
+    with shop(own_vendor, tmp_path) as found:
+        done = found.exec("echo", "ran", given=how)
+    assert done.stdout == "ran\n"
+    assert "no files but code" in done.stderr
+    assert "hwlicense run" in done.stderr
 
 
 def run_with(words, data):
@@ -388,10 +402,53 @@ def test_what_the_header_makes_of_answers(tmp_path):
         ("no LICENSE_EXPIRED -\n", "1 LICENSE_EXPIRED -1.000"),
         (f"no {reason} 1\n", f"1 {reason} 1.000"),
         *((wrong, "-1  0.000") for wrong in ("", "ok", "\n", "no\n", "no \n", "no X\n", "no  1", "yes\n", "OK\n")),
+        ("no RATE_EXCEEDED 9999999999.999999999\n", "1 RATE_EXCEEDED 10000000000.000"),
+        *((f"no X {wrong}\n", "-1  0.000") for wrong in ("12345678901", "9" * 100, "1.1234567890", "1x", "-1", "--")),
+        *((f"no X {wrong}\n", "-1  0.000") for wrong in ("1.2.3", ".", ".5", "1.", "inf", "nan", "1e9", "0x1", "+1")),
         *((wrong, "-1  0.000") for wrong in (f"no {reason}R 1\n", "x" * 300, "no " + "X" * 125 + " 1\n")),
     ):
         done = subprocess.run([program, answer], capture_output=True, text=True, check=False)
         assert (done.stdout, done.stderr) == (f"{result}\n", ""), answer
+
+
+COUNTED_IN_C = """
+    #include <hwlicense.h>
+    #include <limits.h>
+
+    static int told(int result, struct hwlicense_refusal *refusal)
+    {
+        return result == 1 && !strcmp(refusal->reason, "USAGE") && refusal->wait < 0;
+    }
+
+    int main(void)
+    {
+        struct hwlicense_refusal one, two, three, four;
+        int ends[2];
+        char line[64];
+        ssize_t size;
+        if (socketpair(AF_UNIX, SOCK_STREAM, 0, ends))
+            return 1;
+        printf("%d", told(hwlicense_spend(ends[0], ULONG_MAX, &one), &one));
+        printf("%d", told(hwlicense_session(ends[0], 10000000000UL, &two), &two));
+        printf("%d", told(hwlicense_standing(ends[0], ULONG_MAX, 1, &three), &three));
+        printf("%d", told(hwlicense_standing(ends[0], 1, ULONG_MAX, &four), &four));
+        printf("%d", hwlicense_spend(ends[0], ULONG_MAX, 0));
+        printf(" %d", recv(ends[1], line, sizeof line, MSG_DONTWAIT) < 0 && errno == EAGAIN);
+        if (write(ends[1], "ok\\n", 3) != 3 || hwlicense_standing(ends[0], 9999999999UL, 9999999999UL, 0))
+            return 1;
+        size = recv(ends[1], line, sizeof line - 1, 0);
+        line[size < 0 ? 0 : size] = 0;
+        printf(" %s", line);
+        return 0;
+    }
+"""
+
+
+def test_a_number_that_is_too_large_for_a_line_is_not_asked_for(tmp_path):
+    """The server would end the connection."""
+    program = compiled(tmp_path, COUNTED_IN_C, "-std=c99", "-fsanitize=address,undefined")
+    done = subprocess.run([program], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("11111 1 standing 9999999999 9999999999\n", "")
 
 
 def test_the_header_is_where_it_is_said_to_be():

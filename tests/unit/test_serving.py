@@ -297,3 +297,24 @@ def test_a_handed_in_descriptor_is_not_passed_on_to_programs(served):
         except FileNotFoundError:
             continue
         assert not (socket_ and os.get_inheritable(int(entry.name)))
+
+
+def test_a_fault_of_our_own_ends_one_connection_and_is_told(served, monkeypatch):
+    other = served.client()
+    monkeypatch.setattr(serving._Connection, "_answer_lines", lambda _self: 1 // 0)
+    assert served.client().gone()
+    monkeypatch.undo()
+    assert other.ask("spend 1") == "ok"
+    until(lambda: served.server.fault)
+    assert served.server.fault.reason == "INTERNAL"
+    assert "ZeroDivisionError at " in served.server.fault.what
+
+
+def test_a_fault_of_our_own_in_an_answer_is_told(served):
+    client = served.client()
+    served.model.refusal = ValueError("what must not show")
+    assert client.ask("spend 1") == "no INTERNAL -"
+    client.end.shutdown(socket.SHUT_RDWR)
+    until(lambda: served.server.fault)
+    assert "ValueError at test_serving.py" in served.server.fault.what
+    assert "must not show" not in served.server.fault.what

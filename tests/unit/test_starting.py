@@ -148,12 +148,12 @@ def test_more_than_are_left_is_told_as_that(model):
     assert spend(model._metering, 90) == 90
     refusal = model.standing(inferences=11).refusal
     assert refusal.reason == Reason.INFERENCES_EXHAUSTED
-    assert "10 of the license's 100 inferences are left; 11 were asked for" in refusal.what
+    assert "The license has 10 of 100 inferences left; 11 were asked for" in refusal.what
     assert "Ask for 10 or fewer" in refusal.hint
-    with pytest.raises(ExceededError, match="10 of the license's 100 inferences are left; 30 were"):
+    with pytest.raises(ExceededError, match="has 10 of 100 inferences left; 30 were"):
         model.spend(30)
-    with pytest.raises(ExceededError, match="10 of the license's 100"), model.session(11):
+    with pytest.raises(ExceededError, match="has 10 of 100"), model.session(11):
         pytest.fail("it began")
     assert spend(model._metering, 10) == 10
-    with pytest.raises(ExceededError, match="100 inferences are used up"):
+    with pytest.raises(ExceededError, match="inferences are used up: it allowed 100"):
         model.spend()

@@ -163,7 +163,7 @@ class Signer:
     [
         (lambda attest: b"\0" + attest[1:], "not a quote made by a TPM"),  # external data, which a key signs for anyone
         (lambda attest: attest[:4] + b"\x80\x17" + attest[6:], "not a quote made by a TPM"),  # TPM2_Certify
-        (lambda attest: attest + b"\0", "1 bytes follow its end"),
+        (lambda attest: attest + b"\0", "after its end there is more: 1 byte"),
         (lambda attest: attest[:-1], "ends too early"),
         (lambda attest: attest[:-1] + bytes([attest[-1] ^ 1]), "PCR values are not those"),
     ],

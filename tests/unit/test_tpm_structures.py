@@ -138,7 +138,7 @@ def test_no_prefix_and_no_extension_of_a_public_area_is_one(raw):
     for end in range(len(raw)):
         with pytest.raises(DamagedError):
             Public.parse(raw[:end])
-    with pytest.raises(DamagedError, match="1 bytes follow its end"):
+    with pytest.raises(DamagedError, match="after its end there is more: 1 byte"):
         Public.parse(raw + b"\0")
 
 

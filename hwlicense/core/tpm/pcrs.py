@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 from hwlicense.core.errors import Reason, RefusedError, UsageError
 from hwlicense.core.tpm.wire import DIGEST_SIZES, Algorithm, number
+from hwlicense.core.wording import quantity
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -96,7 +97,7 @@ def values_digest(pcrs: Iterable[Pcr], algorithm: Algorithm = Algorithm.SHA256) 
     for (bank, index), value in values.items():
         if len(value) != DIGEST_SIZES[BANKS[bank]]:
             raise RefusedError(
-                Reason.PCR_UNUSABLE, f"The value of PCR {index} ({bank}) has {len(value)} bytes.", _SYNTAX
+                Reason.PCR_UNUSABLE, f"The value of PCR {index} ({bank}) has {quantity(len(value), 'byte')}.", _SYNTAX
             )
         if not value.strip(b"\0") or not value.strip(b"\xff"):
             raise RefusedError(

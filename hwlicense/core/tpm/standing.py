@@ -53,7 +53,7 @@ def taken(what: str) -> RefusedError:
 
 def exhausted(limit: int) -> ExceededError:
     """All opens are spent. Nothing was spent by asking."""
-    what = f"All {limit:,} opens of the license are spent."
+    what = f"All opens of the license are spent: it allowed {limit:,}."
     return ExceededError(Reason.OPENS_EXHAUSTED, what, "Ask the vendor for a revision of the license with more.")
 
 

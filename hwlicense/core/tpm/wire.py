@@ -6,6 +6,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Final
 
 from hwlicense.core.errors import DamagedError, Reason
+from hwlicense.core.wording import quantity
 
 if TYPE_CHECKING:
     from collections.abc import Container
@@ -79,7 +80,7 @@ class Reader:
     def end(self) -> None:
         """Nothing may be left."""
         if self._at != len(self._raw):
-            raise self.damaged(f"{len(self._raw) - self._at} bytes follow its end")
+            raise self.damaged(f"after its end there is more: {quantity(len(self._raw) - self._at, 'byte')}")
 
     def damaged(self, why: str) -> DamagedError:
         """The error to raise."""
