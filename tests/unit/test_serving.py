@@ -56,7 +56,7 @@ class Client:
 
     def gone(self):
         try:
-            return self.end.recv(1) == b""
+            return self.end.recv(1000) in {b"", b"no USAGE -\n"} and self.end.recv(1) == b""
         except ConnectionResetError:
             return True
 
