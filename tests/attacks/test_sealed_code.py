@@ -31,11 +31,11 @@ def test_a_module_in_its_place_is_refused_beforehand(vendor, tmp_path, name):
 
 
 def test_it_takes_no_module_that_is_there_already(vendor, tmp_path):
-    sealed = Sealed(vendor, tmp_path, {"click/__init__.py": "", "cffi.py": ""})
-    assert "a module 'click', which is already imported" in sealed.run("import click\n" + REFUSED).stdout
-    assert "a module 'cffi', which is also found in" in sealed.run(REFUSED).stdout
-    odd = "import types\nsys.modules['click.core'] = types.ModuleType('click.core')\n"
-    assert "a module 'click', which is already imported from elsewhere" in sealed.run(odd + REFUSED).stdout
+    sealed = Sealed(vendor, tmp_path, {"pluggy/__init__.py": "", "iniconfig.py": ""})
+    assert "a module 'pluggy', which is already imported" in sealed.run("import pluggy\n" + REFUSED).stdout
+    assert "a module 'iniconfig', which is also found in" in sealed.run(REFUSED).stdout
+    odd = "import types\nsys.modules['pluggy._hooks'] = types.ModuleType('pluggy._hooks')\n"
+    assert "a module 'pluggy', which is already imported from elsewhere" in sealed.run(odd + REFUSED).stdout
 
 
 def test_a_module_that_comes_later_is_not_taken(vendor, tmp_path):
