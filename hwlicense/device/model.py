@@ -13,9 +13,9 @@ from hwlicense.core.errors import ClosedError, DamagedError, HwlicenseError, Rea
 from hwlicense.device.keyring import Keyring
 from hwlicense.device.licensed import Licensed
 from hwlicense.device.memory import Memory, Protection, SealedFile, lend, protection
-from hwlicense.device.reading import THREADS
 from hwlicense.device.starting import Session, Standing, check_count, foremost, too_long
 from hwlicense.device.streaming import MemberReader
+from hwlicense.threads import THREADS
 
 if TYPE_CHECKING:
     import ctypes
