@@ -10,17 +10,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cold_start, dongles, importing, monitor, outputs, throughput, use
+from benchmarks import cold_start, dongles, importing, monitor, opening, outputs, throughput, use
 from benchmarks.measure import Failed, machine
 from benchmarks.scene import Scene
 from hwlicense_simulators import SimulatorError, Tpm
 
 RESULTS = Path(__file__).parent / "results"
 MEMORY = Path("/dev/shm")  # noqa: S108  # so that no disk is measured; a folder of this program's own within
-PARTS = ("cold", "throughput", "importing", "dongles", "monitor", "use", "outputs")
+PARTS = ("cold", "throughput", "opening", "importing", "dongles", "monitor", "use", "outputs")
 
 
-def main() -> int:
+def main() -> int:  # noqa: C901  # a part after the other
     """Run it. 1 where something that is to be measured fails."""
     options = _parser().parse_args()
     found: dict[str, Any] = {"taken": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
@@ -37,6 +37,9 @@ def main() -> int:
                 size = options.size << 20
                 found["throughput"] = throughput.measure(scene, max(5, options.runs // 3), size)
                 _show(throughput.table(found["throughput"]))
+            if options.part in {"all", "opening"}:
+                found["opening"] = opening.measure(scene, options.runs)
+                _show(opening.table(found["opening"]))
             if options.part in {"all", "importing"}:
                 found["importing"] = importing.measure(scene, options.runs)
                 _show(importing.table(found["importing"]))

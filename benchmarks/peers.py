@@ -74,7 +74,8 @@ tensors = source_tensors()
     ),
     Peer(
         "tensorizer, encrypted",
-        "import torch\nfrom tensorizer import DecryptionParams, EncryptionParams, TensorDeserializer, TensorSerializer\n",
+        "import torch\n"
+        "from tensorizer import DecryptionParams, EncryptionParams, TensorDeserializer, TensorSerializer\n",
         """
 made = EncryptionParams.random()
 open(keys, "wb").write(made.key)
@@ -114,11 +115,11 @@ def versions() -> dict[str, str]:
     """What was measured."""
     if not PYTHON.exists():
         return {}
-    names = "cryptotensors", "tensorizer", "torch"
+    known = "cryptotensors", "tensorizer", "torch"
     code = (
-        f"import json\nfrom importlib.metadata import version\nprint(json.dumps([version(name) for name in {names}]))"
+        f"import json\nfrom importlib.metadata import version\nprint(json.dumps([version(name) for name in {known}]))"
     )
-    return dict(zip(names, json.loads(run([str(PYTHON), "-c", code]).output), strict=True))
+    return dict(zip(known, json.loads(run([str(PYTHON), "-c", code]).output), strict=True))
 
 
 def _script(imports: str, prepare: str, work: str, told: str) -> str:

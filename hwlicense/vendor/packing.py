@@ -36,7 +36,9 @@ if TYPE_CHECKING:
     from hwlicense.vendor.compiling import Compiled
 
 CHUNK_SIZES: Final = range(4096, (1 << 26) + 1)
-THREADED: Final = 8  # chunks from which on several threads are worth their start
+THREADED: Final = 8 << 20  # bytes from which on several threads are worth their start
+CHUNKS: Final = 2048  # from which on chunks are larger
+LARGEST_CHUNK: Final = 8 << 20
 MEMBER_LIMIT: Final = 100_000
 NAME_LIMIT: Final = 200
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")  # what Python makes of arguments that are not in UTF-8
@@ -105,6 +107,18 @@ def total_size(inputs: Sequence[Path], compiled: Compiled | None = None) -> int:
     return sum(source.size for source in sources(inputs, compiled))
 
 
+def chunk_size_for(size: int) -> int:
+    """Bytes of a chunk, for files of `size` bytes together: 1 MiB, and for large packages up to 8.
+
+    Manifest and key table grow by 32 bytes for each chunk, and opening with them. Whoever reads a part of a file
+    decrypts whole chunks.
+    """
+    step = package.DEFAULT_CHUNK_SIZE
+    while step < LARGEST_CHUNK and size > CHUNKS * step:
+        step *= 2
+    return step
+
+
 def pack(  # noqa: PLR0913  # what a package says, and who says it
     inputs: Sequence[Path],
     out: Path,
@@ -114,7 +128,7 @@ def pack(  # noqa: PLR0913  # what a package says, and who says it
     vendor: VendorPublic,
     signers: Sequence[Signer],
     wrap_content_key: Callable[[Secret, str], bytes],
-    chunk_size: int = package.DEFAULT_CHUNK_SIZE,
+    chunk_size: int | None = None,
     algorithm: package.Algorithm = "blake3",
     progress: Callable[[int], None] | None = None,
     force: bool = False,
@@ -130,12 +144,13 @@ def pack(  # noqa: PLR0913  # what a package says, and who says it
 
     Raises UsageError (FILE_EXISTS unless `force`, FILE_ABSENT, MEMBER_NAME, USAGE), StorageError.
     """
-    if chunk_size not in CHUNK_SIZES:
-        raise UsageError(Reason.USAGE, "The chunk size must be 4 KiB to 64 MiB.", "Leave it out for 1 MiB.")
+    if chunk_size is not None and chunk_size not in CHUNK_SIZES:
+        raise UsageError(Reason.USAGE, "The chunk size must be 4 KiB to 64 MiB.", "Leave it out.")
     if not all(1 <= len(text) <= NAME_LIMIT and not _SURROGATE.search(text) for text in (name, version)):
         what = f"Name and version must have 1 to {NAME_LIMIT} characters, in UTF-8."
         raise UsageError(Reason.USAGE, what, "Shorten them, or check the terminal's encoding.")
     found = sources(inputs, compiled)
+    chunk_size = chunk_size or chunk_size_for(sum(source.size for source in found))
     if os.path.realpath(out) in {os.path.realpath(source.path) for source in found}:
         raise UsageError(
             Reason.USAGE, f"{out} is also one of the inputs.", "Write the package outside of what it packs."
@@ -251,7 +266,7 @@ class _Packer:
 
                 return seal
 
-            share_out(range(count), worker, threads=THREADS if count >= THREADED else 1)
+            share_out(range(count), worker, threads=THREADS if source.size >= THREADED else 1)
             _check_unchanged(source, file)
 
 

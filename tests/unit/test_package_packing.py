@@ -102,6 +102,13 @@ def test_one_file_given_twice(tmp_path):
     assert refused.value.reason == Reason.MEMBER_NAME
 
 
+@pytest.mark.parametrize(
+    ("size", "chunk_size"), [(0, 1), (2 << 30, 1), (2**31 + 1, 2), (4 << 30, 2), (16 << 30, 8), (1 << 40, 8)]
+)
+def test_large_packages_have_larger_chunks(size, chunk_size):
+    assert packing.chunk_size_for(size) == chunk_size << 20
+
+
 def test_progress_counts_every_byte_once(vendor, tmp_path):
     tree(tmp_path / "in", {"a": bytes(10_001), "b": b"", "c": b"x"})
     seen: list[int] = []
