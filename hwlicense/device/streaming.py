@@ -29,7 +29,7 @@ class MemberReader(io.BufferedIOBase):
         open_chunks: Callable[[int, int, memoryview], None],
         using: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        """`open_chunks` decrypts so many, from one on, into a buffer; `using` keeps the model open meanwhile, or raises."""
+        """`open_chunks` decrypts so many, from one on, into a buffer; `using` keeps the model open, or raises."""
         self.size = size
         self._step = chunk_size
         self._open_chunks = open_chunks
