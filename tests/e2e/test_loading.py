@@ -160,8 +160,8 @@ def test_no_memory_may_be_locked(shop):
 @pytest.mark.parametrize("how", ["refused", "disabled"])
 def test_no_huge_pages(shop, how):
     if how == "refused":
-        words = ("strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=madvise", "-e", "inject=madvise:error=EINVAL")
+        words = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=madvise", "-e", "inject=madvise:error=EINVAL"]
     else:  # PR_SET_THP_DISABLE, prctl(2): as where the system says "never"
         disable = "import ctypes, os, sys; assert not ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)"
-        words = (sys.executable, "-c", f"{disable}; os.execv(sys.argv[1], sys.argv[1:])")
+        words = [sys.executable, "-c", f"{disable}; os.execv(sys.argv[1], sys.argv[1:])"]
     assert [line.split()[0] for line in shop.read(*words)] == [whole()] * 3

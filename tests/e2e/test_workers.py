@@ -116,7 +116,8 @@ def start(own_vendor, device, tmp_path):
         words = [sys.executable, "-c", script, own_vendor.package, own_vendor.text, device.home.path, WORKERS, *given]
         environment = os.environ | device.tpm.environment
         done = subprocess.run([*map(str, words)], check=True, env=environment, stdout=subprocess.PIPE, timeout=120)
-        return json.loads(done.stdout)
+        found: dict = json.loads(done.stdout)
+        return found
 
     return start
 
