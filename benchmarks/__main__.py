@@ -10,14 +10,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cold_start, dongles, importing, monitor, opening, outputs, throughput, use
+from benchmarks import cold_start, dongles, importing, large, monitor, opening, outputs, throughput, use
 from benchmarks.measure import Failed, machine
 from benchmarks.scene import Scene
 from hwlicense_simulators import SimulatorError, Tpm
 
 RESULTS = Path(__file__).parent / "results"
 MEMORY = Path("/dev/shm")  # noqa: S108  # so that no disk is measured; a folder of this program's own within
-PARTS = ("cold", "throughput", "opening", "importing", "dongles", "monitor", "use", "outputs")
+PARTS = ("cold", "throughput", "opening", "large", "importing", "dongles", "monitor", "use", "outputs")
 
 
 def main() -> int:  # noqa: C901  # a part after the other
@@ -40,6 +40,10 @@ def main() -> int:  # noqa: C901  # a part after the other
             if options.part in {"all", "opening"}:
                 found["opening"] = opening.measure(scene, options.runs)
                 _show(opening.table(found["opening"]))
+            if options.part in {"all", "large"}:
+                sizes = [int(gib) << 30 for gib in options.large.split(",")]
+                found["large"] = large.measure(scene, max(3, options.runs // 5), sizes)
+                _show(large.table(found["large"]))
             if options.part in {"all", "importing"}:
                 found["importing"] = importing.measure(scene, options.runs)
                 _show(importing.table(found["importing"]))
@@ -78,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         help="runs of each process of the cold start (a third of it, at least 5, for the throughput)",
     )
     parser.add_argument("--size", type=int, default=1024, help="MiB of the large model")
+    parser.add_argument("--large", default="1,4", help="GiB of the models whose memory is measured, by commas")
     parser.add_argument("--pulls", type=int, default=50, help="how often token and dongle are pulled")
     parser.add_argument("--seconds", type=float, default=60, help="how long the load on a token lasts")
     parser.add_argument("--days", type=int, default=100, help="normal days of each product that is monitored")

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -112,11 +113,11 @@ def start(own_vendor, device, tmp_path):
     own_vendor.manifest = own_vendor.pack(own_vendor.package, tmp_path / "weights")
     licensed(own_vendor, device, f"{TERMS}[limits]\ninferences = {LIMIT}\n")
 
-    def start(script: str, *given: str) -> dict:
+    def start(script: str, *given: str) -> dict[str, Any]:
         words = [sys.executable, "-c", script, own_vendor.package, own_vendor.text, device.home.path, WORKERS, *given]
         environment = os.environ | device.tpm.environment
         done = subprocess.run([*map(str, words)], check=True, env=environment, stdout=subprocess.PIPE, timeout=120)
-        found: dict = json.loads(done.stdout)
+        found: dict[str, Any] = json.loads(done.stdout)
         return found
 
     return start
