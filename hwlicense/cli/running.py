@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import signal
 import sys
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 import click
 
-from hwlicense.cli import output, secrets
+from hwlicense.cli import USUAL_COLLECTION, output, secrets
 from hwlicense.cli.options import FILE, place_options, token_option, tpm_option
 from hwlicense.core.errors import HwlicenseError, Reason, UsageError
 from hwlicense.device import opening, running, selecting
@@ -74,6 +75,7 @@ def run(
         # After threads and exit handlers of the program: they may still need the model
         atexit.register(_close, stack.pop_all())
     _terminate_children_at_once()
+    gc.set_threshold(*USUAL_COLLECTION)
     sys.argv = [str(package), *(arguments[1:] if arguments[:1] == ("--",) else arguments)]
     sys.exit(_status(begin))
 
