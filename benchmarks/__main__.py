@@ -10,17 +10,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cold_start, dongles, importing, monitor, outputs, throughput, use
+from benchmarks import cold_start, dongles, importing, large, monitor, opening, outputs, throughput, use
 from benchmarks.measure import Failed, machine
 from benchmarks.scene import Scene
 from hwlicense_simulators import SimulatorError, Tpm
 
 RESULTS = Path(__file__).parent / "results"
 MEMORY = Path("/dev/shm")  # noqa: S108  # so that no disk is measured; a folder of this program's own within
-PARTS = ("cold", "throughput", "importing", "dongles", "monitor", "use", "outputs")
+PARTS = ("cold", "throughput", "opening", "large", "importing", "dongles", "monitor", "use", "outputs")
 
 
-def main() -> int:
+def main() -> int:  # noqa: C901  # a part after the other
     """Run it. 1 where something that is to be measured fails."""
     options = _parser().parse_args()
     found: dict[str, Any] = {"taken": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
@@ -37,6 +37,13 @@ def main() -> int:
                 size = options.size << 20
                 found["throughput"] = throughput.measure(scene, max(5, options.runs // 3), size)
                 _show(throughput.table(found["throughput"]))
+            if options.part in {"all", "opening"}:
+                found["opening"] = opening.measure(scene, options.runs)
+                _show(opening.table(found["opening"]))
+            if options.part in {"all", "large"}:
+                sizes = [int(gib) << 30 for gib in options.large.split(",")]
+                found["large"] = large.measure(scene, max(3, options.runs // 5), sizes)
+                _show(large.table(found["large"]))
             if options.part in {"all", "importing"}:
                 found["importing"] = importing.measure(scene, options.runs)
                 _show(importing.table(found["importing"]))
@@ -75,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         help="runs of each process of the cold start (a third of it, at least 5, for the throughput)",
     )
     parser.add_argument("--size", type=int, default=1024, help="MiB of the large model")
+    parser.add_argument("--large", default="1,4", help="GiB of the models whose memory is measured, by commas")
     parser.add_argument("--pulls", type=int, default=50, help="how often token and dongle are pulled")
     parser.add_argument("--seconds", type=float, default=60, help="how long the load on a token lasts")
     parser.add_argument("--days", type=int, default=100, help="normal days of each product that is monitored")

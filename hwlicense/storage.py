@@ -148,6 +148,13 @@ def new_file(path: Path, mode: int = 0o644, *, force: bool = False) -> Iterator[
             os.close(folder)
 
 
+def write_at(fd: int, data: memoryview, offset: int) -> None:
+    """All of `data` at `offset`; several threads may write to one file. Raises OSError."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done:], offset + done)
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder (mode 0700) that takes its name, whole, when the block ends well; otherwise nothing remains.

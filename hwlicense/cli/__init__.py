@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 
 import click
 
@@ -14,10 +15,14 @@ from hwlicense.core.errors import HwlicenseError, Reason, unforeseen
 if TYPE_CHECKING:
     from types import FrameType
 
+USUAL_COLLECTION: Final = gc.get_threshold()
+"""For programs that a command runs within its own process."""
+
 
 def main() -> NoReturn:
     """Run the command line and exit: 0 done, 1 refused, 2 usage, 3 hardware, 4 damaged or forged input, 5 other."""
     signal.signal(signal.SIGTERM, _terminated)
+    gc.set_threshold(50_000)  # looking for garbage among what was just imported costs a tenth of a command's time
     try:
         from hwlicense.cli.commands import root  # noqa: PLC0415  # so that signals are heeded from the start
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
@@ -102,12 +103,24 @@ def shown(value: object) -> str:
 
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar in bytes; what it gives takes the number of bytes done since the last call."""
+    """A progress bar in bytes, with rate and time left; what it gives takes the bytes done since the last call."""
     if sys.stderr is None or not sys.stderr.isatty():
         yield lambda _done: None
         return
-    with click.progressbar(length=total, label=label, file=sys.stderr, width=30, update_min_steps=1 << 22) as bar:
-        yield bar.update
+    started, done = time.monotonic(), 0
+
+    def rate(_: object) -> str:
+        return f"{done / max(time.monotonic() - started, 1e-3) / 1e6:,.0f} MB/s"
+
+    options: dict[str, Any] = {"width": 30, "update_min_steps": 1 << 22, "item_show_func": rate}
+    with click.progressbar(length=total, label=label, file=sys.stderr, **options) as bar:
+
+        def advance(size: int) -> None:
+            nonlocal done
+            done += size
+            bar.update(size)
+
+        yield advance
 
 
 @contextmanager

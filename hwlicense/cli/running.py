@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import signal
 import sys
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 import click
 
-from hwlicense.cli import output
+from hwlicense.cli import USUAL_COLLECTION, output
 from hwlicense.cli.opening import Opener, opener_options
 from hwlicense.cli.options import FILE
 from hwlicense.core.errors import HwlicenseError, Reason, UsageError
@@ -59,6 +60,7 @@ def run(
         # After threads and exit handlers of the program: they may still need the model
         atexit.register(_close, stack.pop_all())
     _terminate_children_at_once()
+    gc.set_threshold(*USUAL_COLLECTION)
     sys.argv = [str(package), *(arguments[1:] if arguments[:1] == ("--",) else arguments)]
     sys.exit(_status(begin))
 

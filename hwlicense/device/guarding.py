@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from hwlicense import loaded
 from hwlicense.core.errors import Reason, RefusedError, StorageError
-from hwlicense.device.background import begin
 from hwlicense.device.checks import findings
 from hwlicense.device.memory import sealed_inodes
+from hwlicense.threads import begin
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from hwlicense.core.errors import Reason, StorageError
+from hwlicense.device.room import check_room
 from hwlicense.storage import HINTS, above_standard
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class Memory:
         """`secret` is for keys: see above. Raises StorageError where the system has no `size` bytes left."""
         self.size = size
         forbid_dumps()
+        check_room(size)
         self._spare: Memory | None = None
         self._take(secret=secret)
         self.lent = self._wiped = False
@@ -176,6 +178,7 @@ class SealedFile:
         self._map: mmap.mmap | None = None
         self.fd = -1
         forbid_dumps()
+        check_room(size)
         try:
             self.fd = memory_file()
             self.inode = os.fstat(self.fd).st_ino

@@ -13,9 +13,9 @@ from hwlicense.core.errors import ClosedError, DamagedError, HwlicenseError, Rea
 from hwlicense.device.keyring import Keyring
 from hwlicense.device.licensed import Conditions, Licensed
 from hwlicense.device.memory import Memory, Protection, SealedFile, lend, protection
-from hwlicense.device.reading import THREADS
 from hwlicense.device.starting import Session, Standing, check_count, foremost, too_long
 from hwlicense.device.streaming import MemberReader
+from hwlicense.threads import THREADS
 
 if TYPE_CHECKING:
     import ctypes
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from hwlicense.device.reading import PackageFile
     from hwlicense.device.sealed_code import Importer
 
-THREADED: Final = 8  # chunks from which on several threads are worth their start
+THREADED: Final = 8 << 20  # bytes from which on several threads are worth their start
 _NONE: Final = Conditions()
 
 
@@ -94,15 +94,18 @@ class Model(Licensed):
     def open(self, name: str) -> MemberReader:
         """A member as a binary file that is decrypted as it is read, in little memory. Raises as `read`."""
         member = self._member(name)
-        buffer = bytearray()  # for ciphertext; a reader opens one chunk at a time
+        buffer = bytearray()  # for ciphertext; a reader opens one chunk at a time, or many by `_decrypt`
 
-        def open_chunk(index: int, out: memoryview) -> None:
-            chunk = self._layout.chunk(member, index)
+        def open_chunks(first: int, count: int, out: memoryview) -> None:
+            if count > 1:
+                self._decrypt(member, out, range(first, first + count))
+                return
+            chunk = self._layout.chunk(member, first)
             self._open(chunk, self._file.sealed(chunk, buffer), out)
 
         with self._lock:
             self._check()
-            reader = MemberReader(member.size, self._layout.manifest.chunk_size, open_chunk, self._using)
+            reader = MemberReader(member.size, self._layout.manifest.chunk_size, open_chunks, self._using)
             self._readers.add(reader)
         return reader
 
@@ -333,16 +336,18 @@ class Model(Licensed):
         with self._lock:
             return self._turns.setdefault(name, threading.RLock())
 
-    def _decrypt(self, member: Member, out: memoryview) -> None:
-        step, count = self._layout.manifest.chunk_size, self._layout.count(member)
-        first = self._layout.chunk(member, 0).key if count else 0
+    def _decrypt(self, member: Member, out: memoryview, places: range | None = None) -> None:
+        """The chunks at `places`, or all, into `out`."""
+        step = self._layout.manifest.chunk_size
+        places = range(self._layout.count(member)) if places is None else places
+        first = self._layout.chunk(member, places[0]).key if places else 0
 
         def handle(chunk: package.Chunk, sealed: memoryview) -> None:
             start = (chunk.key - first) * step
             self._open(chunk, sealed, out[start : start + chunk.size])
 
-        chunks = (self._layout.chunk(member, index) for index in range(count))
-        self._file.scan(chunks, handle, THREADS if count >= THREADED else 1)
+        chunks = (self._layout.chunk(member, place) for place in places)
+        self._file.scan(chunks, handle, THREADS if len(places) * step >= THREADED else 1)
 
     def _open(self, chunk: package.Chunk, sealed: memoryview, out: memoryview) -> None:
         self._check()

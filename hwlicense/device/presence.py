@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Final, Protocol
 from hwlicense.core import documents
 from hwlicense.core.errors import HardwareError, HwlicenseError, Reason, RefusedError, StorageError
 from hwlicense.core.presence import Proofs
-from hwlicense.device.background import begin
 from hwlicense.device.pin_turn import PinTurn
+from hwlicense.threads import begin
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import threading
-from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Self
 
 from hwlicense.core import package
@@ -12,6 +10,7 @@ from hwlicense.core.documents import Manifest
 from hwlicense.core.envelope import verified
 from hwlicense.core.errors import Reason, RefusedError
 from hwlicense.storage import OpenFile
+from hwlicense.threads import THREADS, share_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -20,8 +19,8 @@ if TYPE_CHECKING:
 
     from hwlicense.core.documents import VendorPublic
 
-THREADS: Final = 4
-"""At most so many read, verify and decrypt side by side: more outrun no memory bus."""
+RUN: Final = 4 << 20
+"""Bytes of neighbouring chunks that one thread takes at a time: two that fill one huge page would both clear it."""
 
 
 class PackageFile:
@@ -88,40 +87,13 @@ class PackageFile:
         handle: Callable[[package.Chunk, memoryview], None],
         threads: int = THREADS,
     ) -> None:
-        """Call `handle` with the verified ciphertext of each chunk, in any order and from several threads.
+        """Call `handle` with the verified ciphertext of each chunk, in any order and from several threads."""
 
-        Reading, hashing and decrypting leave the interpreter's lock, so the threads do run side by side. They end
-        before this returns: none is left for a fork to lose.
-        """
-        source, turn, stop = iter(chunks), threading.Lock(), threading.Event()
-
-        def work() -> None:
+        def worker() -> Callable[[package.Chunk], None]:
             buffer = bytearray()
-            try:
-                while not stop.is_set():
-                    with turn:
-                        chunk = next(source, None)
-                    if chunk is None:
-                        return
-                    handle(chunk, self.sealed(chunk, buffer))
-            except BaseException:
-                stop.set()
-                raise
+            return lambda chunk: handle(chunk, self.sealed(chunk, buffer))
 
-        others = min(threads, len(os.sched_getaffinity(0))) - 1
-        if others < 1:
-            work()
-            return
-        from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415  # slow to import, for large members alone
-
-        with ThreadPoolExecutor(others) as pool:
-            running = []
-            with suppress(RuntimeError):  # the system allows no more threads: those that run do the work of all
-                for _ in range(others):
-                    running.append(pool.submit(work))  # noqa: PERF401  # those before the failure count
-            work()
-            for each in running:
-                each.result()
+        share_out(chunks, worker, run=max(1, RUN // self.manifest.chunk_size), threads=threads)
 
     def close(self) -> None:
         """Close the file."""

@@ -30,7 +30,7 @@ from hwlicense.core.chain import (
 from hwlicense.core.errors import ClosedError, HwlicenseError, Reason, StorageError, UsageError
 from hwlicense.core.wording import quantity
 from hwlicense.device import clock
-from hwlicense.device.background import begin
+from hwlicense.threads import begin
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

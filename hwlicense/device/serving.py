@@ -25,8 +25,8 @@ from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Final
 
 from hwlicense.core.errors import ExceededError, HwlicenseError, Reason, StorageError, UsageError, unforeseen
-from hwlicense.device.background import begin
 from hwlicense.storage import above_standard
+from hwlicense.threads import begin
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Final
 
 from hwlicense import storage
 from hwlicense.core.errors import DamagedError, HwlicenseError, Reason, StorageError, UsageError
-from hwlicense.device.background import begin
 from hwlicense.device.locking import LockedFile, holders
 from hwlicense.device.memory import memory_file
 from hwlicense.device.records import PAGE, Records
+from hwlicense.threads import begin
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -26,13 +26,13 @@ class MemberReader(io.BufferedIOBase):
         self,
         size: int,
         chunk_size: int,
-        open_chunk: Callable[[int, memoryview], None],
+        open_chunks: Callable[[int, int, memoryview], None],
         using: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        """`open_chunk` decrypts one chunk into a buffer; `using` keeps the model open meanwhile, or raises."""
+        """`open_chunks` decrypts so many, from one on, into a buffer; `using` keeps the model open, or raises."""
         self.size = size
         self._step = chunk_size
-        self._open_chunk = open_chunk
+        self._open_chunks = open_chunks
         self._using = using
         self._position = 0
         self._places = max(1, min(CACHE_SIZE // chunk_size, -(-size // chunk_size)))
@@ -79,6 +79,11 @@ class MemberReader(io.BufferedIOBase):
         done = 0
         with memoryview(buffer).cast("B") as out, self._using(), self._lock:
             while done < len(out) and self._position < self.size:
+                if direct := self._whole(len(out) - done):  # what nobody asks for again needs no copy
+                    self._open_chunks(self._position // self._step, -(-direct // self._step), out[done : done + direct])
+                    done += direct
+                    self._position += direct
+                    continue
                 with self._chunk_at(self._position) as piece:
                     part = piece[: len(out) - done]
                     out[done : done + len(part)] = part
@@ -142,6 +147,14 @@ class MemberReader(io.BufferedIOBase):
         if self.closed:
             raise ValueError("I/O operation on closed file")
 
+    def _whole(self, room: int) -> int:
+        """Bytes of the whole chunks from the position on that fit into so many bytes; 0 where the first is cached."""
+        index, within = divmod(self._position, self._step)
+        if within or index in self._cached:
+            return 0
+        left = self.size - self._position
+        return left if room >= left else room - room % self._step
+
     def _chunk_at(self, position: int) -> memoryview:
         """The plaintext from `position` to the end of its chunk."""
         index = position // self._step
@@ -155,7 +168,7 @@ class MemberReader(io.BufferedIOBase):
             if len(self._cached) == self._places:
                 self._cached.popitem(last=False)
             place = min(set(range(self._places)) - set(self._cached.values()))
-            self._open_chunk(index, self._memory.view[place * self._step :][:size])
+            self._open_chunks(index, 1, self._memory.view[place * self._step :][:size])
             self._cached[index] = place
         self._cached.move_to_end(index)
         return self._memory.view[self._cached[index] * self._step :][position - index * self._step : size]

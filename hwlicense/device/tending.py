@@ -17,8 +17,8 @@ from hwlicense.core.account import RESERVATIONS, Field
 from hwlicense.core.errors import HardwareError, HwlicenseError, Reason, StorageError
 from hwlicense.core.terms import check_validity
 from hwlicense.device import clock
-from hwlicense.device.background import begin
 from hwlicense.device.locking import PATIENCE, Turn
+from hwlicense.threads import begin
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

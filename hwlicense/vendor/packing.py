@@ -1,9 +1,9 @@
 """Packing: files in, one encrypted and signed package out.
 
 The inputs are read twice. The first pass encrypts in memory and keeps the digests alone; then the manifest is signed;
-the second pass encrypts again, with the same keys, and writes. So the package is written once, from its start to its
-end, needs no disk space but its own, and only ciphertext reaches the disk. The keys serve one ciphertext as ever: the
-second pass writes a chunk only if it has the digest of the first, so an input that changes meanwhile is an error.
+the second pass encrypts again, with the same keys, and writes. So the package is written once, needs no disk space but
+its own, and only ciphertext reaches the disk. The keys serve one ciphertext as ever: the second pass writes a chunk
+only if it has the digest of the first, so an input that changes meanwhile is an error.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -22,7 +23,8 @@ from hwlicense.core.errors import DamagedError, Reason, RefusedError, StorageErr
 from hwlicense.core.keys import TAG_SIZE
 from hwlicense.core.schema import SCHEMA
 from hwlicense.core.secret import SIZE, Secret
-from hwlicense.storage import OpenFile, new_file, reporting
+from hwlicense.storage import OpenFile, new_file, reporting, write_at
+from hwlicense.threads import THREADS, share_out
 from hwlicense.vendor.folder import KEYS, PUBLIC
 
 if TYPE_CHECKING:
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
     from hwlicense.vendor.compiling import Compiled
 
 CHUNK_SIZES: Final = range(4096, (1 << 26) + 1)
+THREADED: Final = 8 << 20  # bytes from which on several threads are worth their start
+CHUNKS: Final = 2048  # from which on chunks are larger
+LARGEST_CHUNK: Final = 8 << 20
 MEMBER_LIMIT: Final = 100_000
 NAME_LIMIT: Final = 200
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")  # what Python makes of arguments that are not in UTF-8
@@ -102,6 +107,18 @@ def total_size(inputs: Sequence[Path], compiled: Compiled | None = None) -> int:
     return sum(source.size for source in sources(inputs, compiled))
 
 
+def chunk_size_for(size: int) -> int:
+    """Bytes of a chunk, for files of `size` bytes together: 1 MiB, and for large packages up to 8.
+
+    Manifest and key table grow by 32 bytes for each chunk, and opening with them. Whoever reads a part of a file
+    decrypts whole chunks.
+    """
+    step = package.DEFAULT_CHUNK_SIZE
+    while step < LARGEST_CHUNK and size > CHUNKS * step:
+        step *= 2
+    return step
+
+
 def pack(  # noqa: PLR0913  # what a package says, and who says it
     inputs: Sequence[Path],
     out: Path,
@@ -111,7 +128,7 @@ def pack(  # noqa: PLR0913  # what a package says, and who says it
     vendor: VendorPublic,
     signers: Sequence[Signer],
     wrap_content_key: Callable[[Secret, str], bytes],
-    chunk_size: int = package.DEFAULT_CHUNK_SIZE,
+    chunk_size: int | None = None,
     algorithm: package.Algorithm = "blake3",
     progress: Callable[[int], None] | None = None,
     force: bool = False,
@@ -122,16 +139,18 @@ def pack(  # noqa: PLR0913  # what a package says, and who says it
     `wrap_content_key` wraps that key for the vendor's later use.
 
     `progress` gets the bytes done since its last call. `out` appears when it is complete and on the disk; after any
-    failure, interruption or kill what was there before is still there. Needs memory for a chunk and 64 bytes for each.
+    failure, interruption or kill what was there before is still there. Needs memory for two chunks
+    a thread, and 64 bytes for each chunk.
 
     Raises UsageError (FILE_EXISTS unless `force`, FILE_ABSENT, MEMBER_NAME, USAGE), StorageError.
     """
-    if chunk_size not in CHUNK_SIZES:
-        raise UsageError(Reason.USAGE, "The chunk size must be 4 KiB to 64 MiB.", "Leave it out for 1 MiB.")
+    if chunk_size is not None and chunk_size not in CHUNK_SIZES:
+        raise UsageError(Reason.USAGE, "The chunk size must be 4 KiB to 64 MiB.", "Leave it out.")
     if not all(1 <= len(text) <= NAME_LIMIT and not _SURROGATE.search(text) for text in (name, version)):
         what = f"Name and version must have 1 to {NAME_LIMIT} characters, in UTF-8."
         raise UsageError(Reason.USAGE, what, "Shorten them, or check the terminal's encoding.")
     found = sources(inputs, compiled)
+    chunk_size = chunk_size or chunk_size_for(sum(source.size for source in found))
     if os.path.realpath(out) in {os.path.realpath(source.path) for source in found}:
         raise UsageError(
             Reason.USAGE, f"{out} is also one of the inputs.", "Write the package outside of what it packs."
@@ -141,7 +160,7 @@ def pack(  # noqa: PLR0913  # what a package says, and who says it
         count = sum(package.chunk_count(source.size, chunk_size) for source in found)
         with Secret.random(count * SIZE) as keys:
             packer = _Packer(keys, chunk_size, algorithm, progress or (lambda _: None))
-            members = [Member(s.name, s.size, b"".join(d for d, _ in packer.seal(s))) for s in found]
+            members = [Member(source.name, source.size, packer.digests(source)) for source in found]
             table = package.seal_table(content_key, keys.buffer)
             identifier = secrets.token_hex(16)
             manifest = Manifest(
@@ -161,13 +180,13 @@ def pack(  # noqa: PLR0913  # what a package says, and who says it
             _check(envelope, vendor)
             with reporting(out):
                 file.write(package.header(envelope) + envelope + table)
+                file.flush()
             packer.rewind()
+            at = file.tell()
             for source, member in zip(found, members, strict=True):
-                for place, (digest, sealed) in enumerate(packer.seal(source)):
-                    if digest != member.digests[place * package.DIGEST_SIZE :][: package.DIGEST_SIZE]:
-                        raise _changed(source)
-                    with reporting(out):
-                        file.write(sealed)
+                with reporting(out):
+                    packer.write(source, member.digests, file.fileno(), at)
+                at += source.size + package.chunk_count(source.size, chunk_size) * TAG_SIZE
     return manifest
 
 
@@ -190,9 +209,10 @@ class _Packer:
         self, keys: Secret, chunk_size: int, algorithm: package.Algorithm, progress: Callable[[int], None]
     ) -> None:
         self._keys = memoryview(keys.buffer)
+        self._chunk_size = chunk_size
         self._algorithm = algorithm
         self._progress = progress
-        self._plain, self._sealed = memoryview(bytearray(chunk_size)), memoryview(bytearray(chunk_size + TAG_SIZE))
+        self._turn = threading.Lock()  # a progress bar belongs to one thread at a time
         self._next = 0
         self._passes = 0
 
@@ -201,20 +221,52 @@ class _Packer:
         self._next = 0
         self._passes += 1
 
-    def seal(self, source: Source) -> Iterator[tuple[bytes, memoryview]]:
-        """Digest and ciphertext of each chunk; the ciphertext is good until the next is asked for."""
+    def digests(self, source: Source) -> bytes:
+        """One for each chunk of ciphertext."""
+        step = package.DIGEST_SIZE
+        found = bytearray(package.chunk_count(source.size, self._chunk_size) * step)
+
+        def keep(place: int, digest: bytes, _sealed: memoryview) -> None:
+            found[place * step : (place + 1) * step] = digest
+
+        self._seal(source, keep)
+        return bytes(found)
+
+    def write(self, source: Source, digests: bytes, fd: int, offset: int) -> None:
+        """The ciphertext, if it has the digests of the first pass."""
+
+        def write(place: int, digest: bytes, sealed: memoryview) -> None:
+            if digest != digests[place * package.DIGEST_SIZE :][: package.DIGEST_SIZE]:
+                raise _changed(source)
+            write_at(fd, sealed, offset + place * (self._chunk_size + TAG_SIZE))
+
+        self._seal(source, write)
+
+    def _seal(self, source: Source, handle: Callable[[int, bytes, memoryview], None]) -> None:
+        """`handle` each chunk's place, digest and ciphertext, in any order and from several threads."""
+        step, count, first = self._chunk_size, package.chunk_count(source.size, self._chunk_size), self._next
+        self._next += count
         with _opened(source) as file:
             _check_unchanged(source, file)
-            for start in range(0, source.size, len(self._plain)):
-                size = min(len(self._plain), source.size - start)
-                plain, sealed = self._plain[:size], self._sealed[: size + TAG_SIZE]
-                if file.read_into(plain, start) < size:
-                    raise _changed(source)
-                key = self._keys[self._next * SIZE :][:SIZE]
-                package.seal_chunk_into(key, plain, sealed, last=start + size == source.size)
-                self._next += 1
-                yield package.digest(sealed, self._algorithm), sealed
-                self._progress(size // 2 if self._passes else size - size // 2)
+
+            def worker() -> Callable[[int], None]:
+                room = min(step, source.size)
+                plain, sealed = memoryview(bytearray(room)), memoryview(bytearray(room + TAG_SIZE))
+
+                def seal(place: int) -> None:
+                    size = min(step, source.size - place * step)
+                    if file.read_into(plain[:size], place * step) < size:
+                        raise _changed(source)
+                    key = self._keys[(first + place) * SIZE :][:SIZE]
+                    out = sealed[: size + TAG_SIZE]
+                    package.seal_chunk_into(key, plain[:size], out, last=place + 1 == count)
+                    handle(place, package.digest(out, self._algorithm), out)
+                    with self._turn:
+                        self._progress(size // 2 if self._passes else size - size // 2)
+
+                return seal
+
+            share_out(range(count), worker, threads=THREADS if source.size >= THREADED else 1)
             _check_unchanged(source, file)
 
 

@@ -38,6 +38,12 @@ def made(vendor, tmp_path_factory):
     return pack(vendor, tmp_path_factory.mktemp("model"), MEMBERS, chunk_size=CHUNK)
 
 
+@pytest.fixture(autouse=True)
+def threads_for_little(monkeypatch):
+    monkeypatch.setattr("hwlicense.device.model.THREADED", 8 * CHUNK)
+    monkeypatch.setattr("hwlicense.device.reading.RUN", CHUNK)
+
+
 @pytest.fixture
 def model(vendor, made):
     with opened(vendor, made[0], made[1]) as model:
@@ -193,6 +199,24 @@ def test_a_member_reads_as_a_file_does(vendor, made, name, operations):
             else:
                 assert getattr(file, operation)(*arguments) == getattr(oracle, operation)(*arguments)
             assert file.tell() == oracle.tell()
+
+
+def test_large_reads_go_straight_into_the_buffer(model):
+    """Whole chunks are decrypted where they are wanted; what a small read left in the cache serves as before."""
+    content = MEMBERS["big"]
+    for start, size in ((0, len(content)), (CHUNK, 3 * CHUNK), (CHUNK - 1, 20 * CHUNK), (39 * CHUNK, 5 * CHUNK)):
+        file, buffer, before = model.open("big"), bytearray(size), protection().held
+        file.seek(start)
+        got = file.readinto(buffer)
+        assert buffer[:got] == content[start : start + size]
+        assert file.tell() == start + got == min(start + size, len(content))
+        assert protection().held - before in {0, 41 * CHUNK}  # the cache, where an end of a chunk was wanted
+        file.seek(start)
+        assert file.read(10) == content[start:][:10]
+        file.seek(start)
+        assert file.readinto(buffer) == got
+        assert buffer[:got] == content[start : start + size]
+        file.close()
 
 
 def test_lines_and_other_readers(model):

@@ -1,0 +1,133 @@
+"""Encrypting formats for tensors, in an environment of their own (`scripts/peers`): CryptoTensors and tensorizer."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from benchmarks.measure import Run, run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PYTHON = Path(__file__).parents[1] / ".peers" / "bin" / "python"
+TENSOR = 64 << 20
+
+# Each is given the source, what it writes and its keys, and prints the seconds after its imports, and bytes.
+_PREPARED = """
+import base64, json, mmap, os, sys, time
+import numpy
+source, sealed, keys = sys.argv[1:4]
+size = os.path.getsize(source)
+def source_tensors():
+    data = numpy.fromfile(source, dtype="u1")
+    return {{f"tensor{{at:05}}": data[at * {tensor}:][:{tensor}] for at in range(-(-size // {tensor}))}}
+def touch():
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    memory.madvise(23)
+    memory.close()
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # forget the peak
+{imports}
+{prepare}
+touch()
+started = time.perf_counter()
+{work}
+seconds = time.perf_counter() - started
+print(json.dumps([seconds, {told}]))
+"""
+
+
+class Peer(NamedTuple):
+    """How a peer writes and reads."""
+
+    name: str
+    imports: str
+    keys: str
+    write: str
+    prepare: str
+    read: str
+
+
+_BASE64 = "base64.b64encode"
+PEERS = (
+    Peer(
+        "CryptoTensors",
+        "import cryptotensors, cryptotensors.numpy\n"
+        "from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey\n",
+        f"""
+key = Ed25519PrivateKey.generate()
+made = [
+    {{"kty": "oct", "alg": "aes256gcm", "kid": "e", "k": {_BASE64}(os.urandom(32)).decode()}},
+    {{"kty": "okp", "alg": "ed25519", "kid": "s", "d": {_BASE64}(key.private_bytes_raw()).decode(),
+     "x": {_BASE64}(key.public_key().public_bytes_raw()).decode()}},
+]
+json.dump(made, open(keys, "w"))
+tensors = source_tensors()
+""",
+        'cryptotensors.numpy.save_file(tensors, sealed, config={"enc_key": made[0], "sign_key": made[1]})',
+        "cryptotensors.register_direct_key_provider(keys=json.load(open(keys)))",
+        "read = cryptotensors.numpy.load_file(sealed)",
+    ),
+    Peer(
+        "tensorizer, encrypted",
+        "import torch\n"
+        "from tensorizer import DecryptionParams, EncryptionParams, TensorDeserializer, TensorSerializer\n",
+        """
+made = EncryptionParams.random()
+open(keys, "wb").write(made.key)
+tensors = {name: torch.from_numpy(one) for name, one in source_tensors().items()}
+""",
+        """
+writer = TensorSerializer(sealed, encryption=made)
+writer.write_state_dict(tensors)
+writer.close()
+""",
+        'key = DecryptionParams.from_key(open(keys, "rb").read())',
+        'read = dict(TensorDeserializer(sealed, device="cpu", encryption=key))',
+    ),
+)
+
+
+class Measures(NamedTuple):
+    """What `in_turn` takes, by the peers' names."""
+
+    packing: dict[str, Callable[[], Run]]
+    reading: dict[str, Callable[[], Run]]
+
+
+def measures(folder: Path, source: Path) -> Measures:
+    """Of the peers that are there; none without `scripts/peers`."""
+    found = Measures({}, {})
+    for place, peer in enumerate(PEERS if PYTHON.exists() else ()):
+        paths = [str(source), str(folder / f"peer{place}.sealed"), str(folder / f"peer{place}.keys")]
+        write = _script(peer.imports, peer.keys, peer.write, "size")
+        read = _script(peer.imports, peer.prepare, peer.read, "sum(one.nbytes for one in read.values())")
+        found.packing[f"{peer.name}: write"] = partial(_inside, [str(PYTHON), "-P", "-c", write, *paths], source)
+        found.reading[f"{peer.name}: read"] = partial(_inside, [str(PYTHON), "-P", "-c", read, *paths], source)
+    return found
+
+
+def versions() -> dict[str, str]:
+    """What was measured."""
+    if not PYTHON.exists():
+        return {}
+    known = "cryptotensors", "tensorizer", "torch"
+    code = (
+        f"import json\nfrom importlib.metadata import version\nprint(json.dumps([version(name) for name in {known}]))"
+    )
+    return dict(zip(known, json.loads(run([str(PYTHON), "-c", code]).output), strict=True))
+
+
+def _script(imports: str, prepare: str, work: str, told: str) -> str:
+    return _PREPARED.format(imports=imports, prepare=prepare, work=work, told=told, tensor=TENSOR)
+
+
+def _inside(command: list[str], source: Path) -> Run:
+    done = run(command)
+    found: list[Any] = json.loads(done.output.splitlines()[-1])
+    assert found[1] == source.stat().st_size, "what was read is not what was written"
+    return done._replace(seconds=found[0])
