@@ -43,7 +43,9 @@ def test_weights_are_decrypted_where_openvino_uses_them(model):
     before = protection().held
     network = read_model(model, "rec.xml")
     assert protection().held == before  # no buffer of ours besides
-    largest = max((one for one in network.get_ops() if one.get_type_name() == "Constant"), key=lambda one: one.data.nbytes)
+    largest = max(
+        (one for one in network.get_ops() if one.get_type_name() == "Constant"), key=lambda one: one.data.nbytes
+    )
     assert largest.data.tobytes() in bytes(model.read("rec.bin"))
 
 
