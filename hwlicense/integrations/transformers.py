@@ -30,18 +30,16 @@ N = TypeVar("N")
 
 
 def from_pretrained(model: Model, kind: type[N], subfolder: str = "", **options: Any) -> N:  # noqa: ANN401
-    """A network of the class `kind` (AutoModelForCausalLM, or one class), as its `from_pretrained` makes it of a folder.
+    """A network of the class `kind` (such as AutoModelForCausalLM), as its `from_pretrained` makes it of a folder.
 
     Members are named as there: config.json, generation_config.json, model.safetensors or its parts with their index.
-    `options` are `kind.from_pretrained`'s (dtype=..., attn_implementation=...). Raises as `Model.read`, and DamagedError
-    MEMBER_MALFORMED; what transformers itself finds wrong, it raises.
+    `options` are `kind.from_pretrained`'s (dtype=..., attn_implementation=...). Raises as `Model.read`, DamagedError
+    MEMBER_MALFORMED, UsageError EXTRA_UNSUPPORTED, and what transformers itself raises.
     """
     where = _Folder(model, subfolder)
     config = options.pop("config", None) or configuration(model, subfolder)
     made: Any = kind
-    if not issubclass(
-        made, transformers.PreTrainedModel
-    ):  # an auto class asks a folder or a hub: only its choice is taken
+    if not issubclass(made, transformers.PreTrainedModel):  # an auto class looks for files: only its choice is taken
         with torch.device("meta"):
             made = type(made.from_config(config, trust_remote_code=False))
     network = made.from_pretrained(None, config=config, state_dict=where.weights(WEIGHTS), **options)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import gc
+import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import gguf
-import numpy
 import onnx
 import pytest
 
 from hwlicense.core.errors import Reason, StorageError, UsageError
 from hwlicense.integrations import gguf as integration
 from tests.packages import opened, pack
+
+if TYPE_CHECKING:
+    import numpy
 
 PARTS = [f"net-{part:05}-of-00003.gguf" for part in (1, 2, 3)]
 
@@ -89,7 +93,7 @@ def test_a_file_in_one_part_is_a_path_as_every_other(net):
         assert path == net.path("cls.gguf")
 
 
-def test_what_is_wrong_with_parts_is_said(net, vendor, files, tmp_path, monkeypatch):
+def test_what_is_wrong_with_parts_is_said(net, vendor, tmp_path, monkeypatch):
     with pytest.raises(UsageError) as refused, integration.path(net, f"parts/{PARTS[1]}"):
         pass
     assert (refused.value.reason, PARTS[0] in refused.value.hint) == (Reason.USAGE, True)
@@ -97,7 +101,7 @@ def test_what_is_wrong_with_parts_is_said(net, vendor, files, tmp_path, monkeypa
     with opened(vendor, package, key) as alone, pytest.raises(UsageError) as refused, integration.path(alone, PARTS[0]):
         pass
     assert (refused.value.reason, PARTS[1] in refused.value.what) == (Reason.MEMBER_ABSENT, True)
-    monkeypatch.setattr(integration.tempfile, "mkdtemp", fails)
+    monkeypatch.setattr(tempfile, "mkdtemp", fails)
     with pytest.raises(StorageError), integration.path(net, f"parts/{PARTS[0]}"):
         pass
 

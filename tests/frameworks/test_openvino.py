@@ -25,7 +25,7 @@ def expected(made) -> bytes:
 def output(network: openvino.CompiledModel) -> bytes:
     found = network(picture("rec.onnx"))[0]
     assert found.std() > 0
-    return found.tobytes()
+    return bytes(found.tobytes())
 
 
 def test_the_output_is_that_of_the_plain_file(model, expected):
@@ -102,7 +102,7 @@ def test_openvinos_own_encryption_leaves_weights_in_plaintext(made, tmp_path):
 
 
 def test_a_compiled_network_is_metered(model, expected):
-    spent = []
+    spent: list[int] = []
     model.spend = spent.append
     run = metered(compile_model(model, "rec.xml"), model)
     assert run([picture("rec.onnx")])[0].tobytes() == expected

@@ -1,13 +1,12 @@
-"""A small language model, its tokenizer and an adapter, as hubs lay them out; and static embeddings that are real.
+"""A small language model, its tokenizer and an adapter, as hubs lay them out; and real static embeddings.
 
-The language model has random weights: no registry of packages has a small one that was trained. The embeddings and their
-tokenizer are wordllama's.
+The language model has random weights. The embeddings and their tokenizer are wordllama's.
 """
 
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
+from importlib import resources
 from pathlib import Path
 
 import peft
@@ -18,13 +17,13 @@ import transformers
 
 from tests.packages import opened, pack
 
-WORDLLAMA = Path(find_spec("wordllama").origin).parent
+WORDLLAMA = Path(str(resources.files("wordllama")))
 TEXTS = ["the bolt is loose", "the nut is tight, and the flange is not"]
 
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("torch") / "files"
+    folder: Path = tmp_path_factory.mktemp("torch") / "files"
     torch.manual_seed(1)
     made = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()

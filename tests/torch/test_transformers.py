@@ -107,7 +107,7 @@ def test_what_one_network_does_to_its_weights_no_other_sees(model):
     assert logits(from_pretrained(model, AutoModelForCausalLM, "one")).std() > 0
 
 
-def test_code_that_a_configuration_names_is_not_run(model, vendor, files, tmp_path):
+def test_code_that_a_configuration_names_is_not_run(vendor, files, tmp_path):
     members = {path.name: path.read_bytes() for path in (files / "one").iterdir()}
     text = members["config.json"].decode()
     members["config.json"] = text.replace("{", '{"auto_map": {"AutoModelForCausalLM": "evil.Model"},', 1).encode()
@@ -157,7 +157,7 @@ def test_real_embeddings_and_their_tokenizer(model, files):
 
 
 def test_generation_is_metered_by_its_batch(model):
-    spent = []
+    spent: list[int] = []
 
     def spend(count):
         if sum(spent) + count > 5:
