@@ -65,7 +65,7 @@ def made(vendor: Vendor, tmp_path_factory: pytest.TempPathFactory) -> Made:
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(files / "cls.ort")
     onnxruntime.InferenceSession(files / "cls.onnx", options, ["CPUExecutionProvider"])
-    openvino.save_model(openvino.convert_model(files / "rec.onnx"), files / "rec.xml", compress_to_fp16=False)
+    openvino.save_model(openvino.Core().read_model(files / "rec.onnx"), files / "rec.xml", compress_to_fp16=False)
     package, key, _ = pack(vendor, folder, {}, chunk_size=CHUNK)
     return Made(package, key, files)
 
