@@ -23,7 +23,7 @@ with extra("transformers", "transformers", "torch", "tokenizers"):
 if TYPE_CHECKING:
     from hwlicense.device.model import Model
 
-require("transformers", "transformers", transformers.__version__, "4.51")
+require("transformers", "transformers", transformers.__version__, "4.57")
 
 WEIGHTS, ADAPTER = "model.safetensors", "adapter_model.safetensors"
 N = TypeVar("N")
@@ -44,7 +44,8 @@ def from_pretrained(model: Model, kind: type[N], subfolder: str = "", **options:
             made = type(made.from_config(config, trust_remote_code=False))
     network = made.from_pretrained(None, config=config, state_dict=where.weights(WEIGHTS), **options)
     if where.has("generation_config.json") and network.can_generate():
-        network.generation_config = transformers.GenerationConfig.from_dict(where.json("generation_config.json"))
+        said = {"_from_model_config": False} | where.json("generation_config.json")
+        network.generation_config.update(**said)
     found: N = network
     return found
 
