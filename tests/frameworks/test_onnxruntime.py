@@ -186,3 +186,17 @@ def test_locations_with_folders_and_long_names(made, vendor, tmp_path):
     given = picture()
     with opened(vendor, package, key) as model:
         assert run(session(model, "net/cls.onnx"), given).tobytes() == plain(files / "net/cls.onnx", given).tobytes()
+
+
+def test_a_network_that_the_runtime_refuses_is_refused_once_and_leaves_nothing(vendor, tmp_path, capfd):
+    package, key, _ = pack(vendor, tmp_path, {"bad.onnx": b"none of these"})
+    with opened(vendor, package, key) as model:
+        gc.collect()  # of tests before
+        files, held = len(list(Path("/proc/self/fd").iterdir())), protection().held
+        with pytest.raises(Exception, match="Protobuf") as refused:
+            session(model, "bad.onnx")
+        assert type(refused.value).__module__.startswith("onnxruntime")
+        assert capfd.readouterr().out == ""  # the runtime's fallback would print, and try the path again
+        del refused
+        gc.collect()
+        assert (len(list(Path("/proc/self/fd").iterdir())), protection().held) == (files, held)
