@@ -2,12 +2,13 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TORCH ?= .venv-torch
 PACKAGES := hwlicense simulators examples $(wildcard benchmarks)
 export PATH := $(abspath $(BIN)):$(PATH)
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo clinic test test-quick lint format types bench lock build clean
+.PHONY: help setup demo clinic test test-quick test-torch lint format types bench lock build clean
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +31,13 @@ test: $(READY) ## every test
 
 test-quick: $(READY) ## unit tests and format vectors, under a minute
 	python -m pytest -n auto --dist worksteal $(wildcard tests/unit tests/vectors) $(ARGS)
+
+$(TORCH)/.ready: $(READY) requirements/torch.txt scripts/environment-torch
+	scripts/environment-torch $(VENV) $(TORCH)
+	@touch $@
+
+test-torch: $(TORCH)/.ready ## tests with torch, transformers and peft, which take 3 GB to download
+	$(TORCH)/bin/python -m pytest tests/torch $(ARGS)
 
 lint: $(READY) ## style, formatting and who imports whom
 	ruff check
@@ -57,6 +65,6 @@ build: $(READY) ## source archive and wheel in dist/, of the product alone
 		echo 'error: what is not the product got into dist/' >&2; exit 1; fi
 
 clean: ## remove what was made, the virtual environment too
-	rm -rf $(VENV) build dist simulators/build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(TORCH) build dist simulators/build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name '*.egg-info' -prune -exec rm -rf {} +
 	find hwlicense simulators tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -8,19 +8,21 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks import cold_start, dongles, importing, large, monitor, opening, outputs, throughput, use
+from benchmarks import cold_start, dongles, frameworks, importing, large, monitor, opening, outputs, throughput, use
 from benchmarks.measure import Failed, machine
 from benchmarks.scene import Scene
 from hwlicense_simulators import SimulatorError, Tpm
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 RESULTS = Path(__file__).parent / "results"
 MEMORY = Path("/dev/shm")  # noqa: S108  # so that no disk is measured; a folder of this program's own within
-PARTS = ("cold", "throughput", "opening", "large", "importing", "dongles", "monitor", "use", "outputs")
 
 
-def main() -> int:  # noqa: C901  # a part after the other
+def main() -> int:  # a part after the other
     """Run it. 1 where something that is to be measured fails."""
     options = _parser().parse_args()
     found: dict[str, Any] = {"taken": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
@@ -30,35 +32,10 @@ def main() -> int:  # noqa: C901  # a part after the other
     try:
         with tempfile.TemporaryDirectory(prefix="hwlicense-bench-", dir=folder) as place, Tpm() as tpm:
             scene = Scene(Path(place), tpm)
-            if options.part in {"all", "cold"}:
-                found["cold_start"] = cold_start.measure(scene, options.runs)
-                _show(cold_start.table(found["cold_start"]))
-            if options.part in {"all", "throughput"}:
-                size = options.size << 20
-                found["throughput"] = throughput.measure(scene, max(5, options.runs // 3), size)
-                _show(throughput.table(found["throughput"]))
-            if options.part in {"all", "opening"}:
-                found["opening"] = opening.measure(scene, options.runs)
-                _show(opening.table(found["opening"]))
-            if options.part in {"all", "large"}:
-                sizes = [int(gib) << 30 for gib in options.large.split(",")]
-                found["large"] = large.measure(scene, max(3, options.runs // 5), sizes)
-                _show(large.table(found["large"]))
-            if options.part in {"all", "importing"}:
-                found["importing"] = importing.measure(scene, options.runs)
-                _show(importing.table(found["importing"]))
-            if options.part in {"all", "dongles"}:
-                found["dongles"] = dongles.measure(scene, options.runs, options.pulls, options.seconds)
-                _show(dongles.table(found["dongles"]))
-            if options.part in {"all", "monitor"}:
-                found["monitor"] = monitor.measure(options.days, options.labelling)
-                _show(monitor.table(found["monitor"]))
-            if options.part in {"all", "use"}:
-                found["use"] = use.measure(scene, options)
-                _show(use.table(found["use"]))
-            if options.part in {"all", "outputs"}:
-                found["outputs"] = outputs.measure(scene, options.recording, options.cut_recordings)
-                _show(outputs.table(found["outputs"]))
+            for part, (name, measure, table) in _parts(scene, options).items():
+                if options.part in {"all", part}:
+                    found[name] = measure()
+                    _show(table(found[name]))
     except (Failed, SimulatorError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -72,9 +49,41 @@ def main() -> int:  # noqa: C901  # a part after the other
     return 0
 
 
+def _parts(scene: Any, options: Any) -> dict[str, tuple[str, Callable[[], Any], Callable[[Any], list[str]]]]:  # noqa: ANN401
+    """For each part: what it is called among the figures, what measures it, and what shows it."""
+
+    def throughputs() -> Any:  # noqa: ANN401  # figures
+        return throughput.measure(scene, max(5, options.runs // 3), options.size << 20)
+
+    def memory() -> Any:  # noqa: ANN401
+        sizes = [int(gib) << 30 for gib in options.large.split(",")]
+        return large.measure(scene, max(3, options.runs // 5), sizes)
+
+    return {
+        "cold": ("cold_start", lambda: cold_start.measure(scene, options.runs), cold_start.table),
+        "throughput": ("throughput", throughputs, throughput.table),
+        "opening": ("opening", lambda: opening.measure(scene, options.runs), opening.table),
+        "large": ("large", memory, large.table),
+        "importing": ("importing", lambda: importing.measure(scene, options.runs), importing.table),
+        "dongles": (
+            "dongles",
+            lambda: dongles.measure(scene, options.runs, options.pulls, options.seconds),
+            dongles.table,
+        ),
+        "monitor": ("monitor", lambda: monitor.measure(options.days, options.labelling), monitor.table),
+        "use": ("use", lambda: use.measure(scene, options), use.table),
+        "outputs": (
+            "outputs",
+            lambda: outputs.measure(scene, options.recording, options.cut_recordings),
+            outputs.table,
+        ),
+        "frameworks": ("frameworks", lambda: frameworks.measure(scene, max(5, options.runs // 3)), frameworks.table),
+    }
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("part", nargs="?", choices=("all", *PARTS), default="all", help="what to measure")
+    parser.add_argument("part", nargs="?", choices=("all", *_parts(None, None)), default="all", help="what to measure")
     parser.add_argument(
         "--runs",
         type=int,

@@ -75,7 +75,8 @@ def install(folder: Path) -> tuple[Path, Path]:
     packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
     source = Path(hwlicense.__file__).parent
     shutil.copytree(source, packages / "hwlicense", ignore=shutil.ignore_patterns("__pycache__"))
-    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    below = [place for place in sys.path if Path(place).name == "site-packages"]
+    (packages / "dependencies.pth").write_text("".join(f"{place}\n" for place in below))
     compileall.compile_dir(packages, quiet=1)
     python, program = folder / "bin" / "python", folder / "bin" / "hwlicense"
     program.write_text(f"#!{python}\nimport sys\nfrom hwlicense.cli import main\nsys.exit(main())\n")

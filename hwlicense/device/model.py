@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import ctypes
     from collections.abc import Iterator, Sequence
 
+    from _typeshed import WriteableBuffer
+
     from hwlicense.core import package
     from hwlicense.core.documents import Member
     from hwlicense.core.keys import Content
@@ -90,6 +92,19 @@ class Model(Licensed):
                     raise
                 array = self._lent[name] = lend(memory)
             return memoryview(array).cast("B").toreadonly()
+
+    def readinto(self, name: str, buffer: WriteableBuffer) -> None:
+        """The whole of a member, verified, into a buffer of the caller's and of the member's size. Raises as `read`.
+
+        Raises UsageError where the size is another. What failed leaves nothing certain in the buffer.
+        """
+        member = self._member(name)
+        with memoryview(buffer).cast("B") as out:
+            if len(out) != member.size:
+                what = f"The member {name!r} has {member.size:,} bytes, and the buffer {len(out):,}."
+                raise UsageError(Reason.USAGE, what, "Give a buffer of `model.size(name)` bytes.")
+            with self._using():
+                self._decrypt(member, out)
 
     def open(self, name: str) -> MemberReader:
         """A member as a binary file that is decrypted as it is read, in little memory. Raises as `read`."""

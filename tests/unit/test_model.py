@@ -71,6 +71,25 @@ def test_reading_gives_one_read_only_buffer(model):
     assert bytes(model.read("empty")) == b""
 
 
+def test_reading_into_a_buffer_of_the_callers(model):
+    held = protection().held
+    for name, content in MEMBERS.items():
+        buffer = bytearray(len(content))
+        model.readinto(name, buffer)
+        assert buffer == content
+    numbers = numpy.empty(CHUNK // 4, "<f4")
+    model.readinto("one-chunk", numbers)
+    assert numbers.tobytes() == MEMBERS["one-chunk"]
+    assert protection().held == held
+    for size in (CHUNK - 1, CHUNK + 1, 0):
+        with pytest.raises(UsageError) as refused:
+            model.readinto("one-chunk", bytearray(size))
+        assert refused.value.reason == Reason.USAGE
+    model.close()
+    with pytest.raises(ClosedError):
+        model.readinto("one-chunk", numbers)
+
+
 def test_memory_is_given_back_with_the_last_buffer_open_or_closed(model):
     before = protection().held
     first, second = model.read("big"), model.read("big")

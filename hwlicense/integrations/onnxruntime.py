@@ -1,0 +1,138 @@
+"""ONNX Runtime: sessions of a model in a package. Importing raises UsageError EXTRA_MISSING, EXTRA_UNSUPPORTED.
+
+A session's weights are its own: it lives on when the model is closed. Those in members of their own (external data) are
+not copied, and wiped when session and options are gone.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+import weakref
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+from hwlicense.core.errors import Reason, UsageError
+from hwlicense.device.memory import SealedFile
+from hwlicense.integrations.extras import extra, require
+
+with extra("onnxruntime", "onnxruntime"):
+    import onnxruntime
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from hwlicense.device.model import Model
+
+require("onnxruntime", "onnxruntime", onnxruntime.__version__, "1.20")
+
+WRITING: Final = (
+    "session.optimized_model_external_initializers_file_name",
+    "session.enable_saved_runtime_optimizations",
+    "session.collect_node_memory_stats_to_file",
+    "session.debug_layout_transformation",
+    "session.moe_expert_counter_state_file",
+    "session.moe.offload.derived_cache_dir",
+    "session.moe.offload.popularity_file",
+    "ep.context_enable",
+    "ep.context_file_path",
+    "ep.context_model_external_initializers_file_name",
+)
+"""Entries of session options that have ONNX Runtime write files."""
+_WRITING = re.compile("cache|dump|save|context|profil", re.IGNORECASE)  # in names of the execution providers' options
+_OFF: Final = {"", "0", "false", "none", "off"}
+# A StringStringEntryProto with the key "location": serializers write its two fields in this order. The name's length
+# follows as a varint of one byte or two.
+_LOCATION = re.compile(rb"\x0a\x08location\x12([\x01-\x7f]|[\x80-\xff][\x01-\x7f])", re.DOTALL)
+
+_used: weakref.WeakKeyDictionary[Any, list[memoryview]] = weakref.WeakKeyDictionary()
+"""Options point to the buffers that they were given, and hold none."""
+
+
+class Session(onnxruntime.InferenceSession):  # type: ignore[misc]  # it has no types
+    """An InferenceSession that cannot be made anew from a file, as there is none."""
+
+    def __init__(self, path: str, buffers: list[memoryview], options: Any, providers: Any) -> None:  # noqa: ANN401
+        """`buffers` are what the weights lie in."""
+        self._buffers = buffers
+        super().__init__(path, options, providers, enable_fallback=0, read_config_from_model=0)
+
+    def set_providers(self, *_args: object, **_kwargs: object) -> NoReturn:
+        """Raises UsageError."""
+        what = "The session would be made anew from a file, and a licensed model has none."
+        raise UsageError(Reason.USAGE, what, "Give providers=... when the session is made.")
+
+    def enable_fallback(self) -> NoReturn:
+        """Raises UsageError, for the same reason."""
+        self.set_providers()
+
+
+def session(
+    model: Model,
+    name: str,
+    *,
+    session_options: onnxruntime.SessionOptions | None = None,
+    providers: Sequence[str | tuple[str, Mapping[str, Any]]] = ("CPUExecutionProvider",),
+) -> Session:
+    """An InferenceSession of the member `name`, in ONNX or (with the ending .ort) ORT format.
+
+    Members that hold its weights are found by the locations that it names, relative to it, and are read whole. Session
+    options serve one such model. Raises as `Model.read`, and UsageError PLAINTEXT_CACHE where options would write
+    what is in the model to a file.
+    """
+    options = session_options or onnxruntime.SessionOptions()
+    _refuse_caches(options, providers)
+    if name.endswith(".ort"):
+        options.add_session_config_entry("session.load_model_format", "ORT")
+    locations: list[str] = []
+
+    def fill(view: memoryview) -> None:
+        model.readinto(name, view)
+        locations.extend(dict.fromkeys(_locations(view)))  # each once, in their order
+
+    staged = SealedFile(model.size(name), fill)
+    try:
+        buffers = _lend(model, name, locations, options) if locations else []
+        return Session(staged.path, buffers, options, list(providers))
+    finally:
+        staged.close()
+
+
+def _refuse_caches(
+    options: onnxruntime.SessionOptions, providers: Sequence[str | tuple[str, Mapping[str, Any]]]
+) -> None:
+    asked = [key for key in ("optimized_model_filepath", "enable_profiling") if getattr(options, key)]
+    for key in WRITING:
+        try:
+            value = options.get_session_config_entry(key)
+        except RuntimeError:  # not given
+            continue
+        if value.lower() not in _OFF:
+            asked.append(key)
+    for provider in providers:
+        if not isinstance(provider, str):
+            on = [key for key, value in provider[1].items() if str(value).lower() not in _OFF]
+            asked += [f"{provider[0]} {key}" for key in on if _WRITING.search(key)]
+    if asked:
+        what = f"ONNX Runtime would write what is in the licensed model to files ({', '.join(asked)})."
+        raise UsageError(Reason.PLAINTEXT_CACHE, what, "Leave these options out.")
+
+
+def _locations(view: memoryview) -> Iterator[str]:
+    for found in _LOCATION.finditer(view):
+        low, *high = found[1]
+        size = (low & 127) + (high[0] << 7 if high else 0)
+        yield bytes(view[found.end() : found.end() + size]).decode("utf-8", "replace")
+
+
+def _lend(model: Model, name: str, locations: list[str], options: Any) -> list[memoryview]:  # noqa: ANN401
+    if not hasattr(options, "add_external_initializers_from_files_in_memory"):
+        require("onnxruntime", "onnxruntime", onnxruntime.__version__, "1.24")
+    if options in _used:
+        what = "These session options hold the weights of another session."
+        raise UsageError(Reason.USAGE, what, "Make new ones for each session of a model with external data.")
+    members = [posixpath.normpath(posixpath.join(posixpath.dirname(name), location)) for location in locations]
+    buffers = [model.read(member) for member in members]
+    _used[options] = buffers
+    options.add_session_config_entry("session.use_external_initializer_file_buffers_directly", "1")
+    options.add_external_initializers_from_files_in_memory(locations, buffers, [len(one) for one in buffers])
+    return buffers

@@ -1,0 +1,79 @@
+"""OpenVINO: networks of a model in a package. Importing raises UsageError EXTRA_MISSING, EXTRA_UNSUPPORTED.
+
+Weights are decrypted into memory that OpenVINO itself allots and shares out between network and compiled network: they
+live as long as it uses them, whatever is closed, and are not zeroed when it frees them.
+"""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from hwlicense.core.errors import Reason, UsageError
+from hwlicense.integrations.extras import extra, require
+
+with extra("openvino", "openvino"):
+    import openvino
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from hwlicense.device.model import Model
+
+require("openvino", "openvino", openvino.__version__.partition("-")[0], "2024.6")
+
+CACHE = "CACHE_DIR"
+
+
+def read_model(
+    model: Model, name: str, *, weights: str | None = None, core: openvino.Core | None = None
+) -> openvino.Model:
+    """The network in the member `name`: OpenVINO's own format (.xml) or another that it reads from memory, as ONNX.
+
+    `weights` are by default in the member beside it that ends with .bin, if there is one. Raises as `Model.read`, and
+    UsageError PLAINTEXT_CACHE where the core has a folder for its cache.
+    """
+    core = core or openvino.Core()
+    _refuse_cache(core, None, {})
+    beside = str(PurePosixPath(name).with_suffix(".bin"))
+    if weights is None and name.endswith(".xml") and beside in model.names:
+        weights = beside
+    if weights is None:
+        return core.read_model(bytes(model.read(name)), b"")
+    allotted = openvino.Tensor(openvino.Type.u8, [model.size(weights)])
+    model.readinto(weights, allotted.data)
+    return core.read_model(bytes(model.read(name)), allotted)
+
+
+def compile_model(
+    model: Model,
+    name: str,
+    device_name: str = "CPU",
+    config: Mapping[str, Any] | None = None,
+    *,
+    weights: str | None = None,
+    core: openvino.Core | None = None,
+) -> openvino.CompiledModel:
+    """The same, compiled. UsageError PLAINTEXT_CACHE too where `config` names a folder for the cache."""
+    core = core or openvino.Core()
+    _refuse_cache(core, device_name, config or {})
+    return core.compile_model(read_model(model, name, weights=weights, core=core), device_name, dict(config or {}))
+
+
+def _refuse_cache(core: openvino.Core, device: str | None, config: Mapping[str, Any]) -> None:
+    """OpenVINO's own encryption of its cache covers how the network is built, and no weights."""
+    given = [core.get_property(CACHE), _asked(config)]
+    if device:
+        try:
+            given.append(core.get_property(device, CACHE))
+        except RuntimeError:  # a device that knows no such property, or is not there, which compiling says
+            given.append("")
+    if any(given):
+        what = f"OpenVINO would keep the licensed model's weights in files ({CACHE})."
+        raise UsageError(Reason.PLAINTEXT_CACHE, what, "Leave it out; OpenVINO's encryption does not cover weights.")
+
+
+def _asked(config: Mapping[str, Any]) -> bool:
+    return any(
+        _asked(value) if hasattr(value, "items") else bool(value) and str(key) == CACHE for key, value in config.items()
+    )

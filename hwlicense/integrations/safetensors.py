@@ -1,0 +1,230 @@
+"""safetensors: tensors of a member for NumPy and torch. Importing raises UsageError EXTRA_MISSING, EXTRA_UNSUPPORTED.
+
+The library's own parser checks the header: sizes, offsets without overlaps or holes, at most 100 MB of it. Tensors live
+on when the model is closed, and are zeroed when nobody holds them.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from hwlicense.core.errors import DamagedError, Reason, UsageError
+from hwlicense.device.memory import Memory, lend, memory_file
+from hwlicense.integrations.extras import extra, require
+
+with extra("safetensors", "safetensors"):
+    import safetensors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+    from hwlicense.device.model import Model
+
+require("safetensors", "safetensors", safetensors.__version__, "0.6")
+
+TORCH: Final = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
+    "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
+    "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}  # fmt: skip
+"""The format's types by torch's names. NumPy names its own alike, and ml_dtypes the others."""
+MOST: Final = 100_000_000
+"""Bytes of a header: the library's own limit."""
+_OWN: Final = {name for name in TORCH.values() if not name.startswith(("bfloat", "float8"))}
+
+
+class Tensors:
+    """A member in safetensors format, as safetensors' `safe_open` gives a file: one tensor costs what it is long.
+
+    Only the package's chunks that a tensor lies in are read and decrypted. Threads may share it. A context manager.
+    """
+
+    def __init__(self, model: Model, name: str, framework: str = "np") -> None:
+        """`framework` is np or pt. Raises as `Model.open`, and DamagedError MEMBER_MALFORMED, UsageError."""
+        self.name = name
+        self._array, self._type = _numpy() if framework in {"np", "numpy"} else _torch(framework)
+        self._file = model.open(name)
+        self._lock = threading.Lock()
+        try:
+            self._places, self._metadata = self._header()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def keys(self) -> list[str]:
+        """The names of the tensors, in the order in which they are stored."""
+        return list(self._places)
+
+    def metadata(self) -> dict[str, str] | None:
+        """What the member says of itself."""
+        return self._metadata
+
+    def get_tensor(self, name: str) -> Any:  # noqa: ANN401  # an array or a tensor
+        """The tensor, in memory of its own. Raises UsageError TENSOR_ABSENT, and as `Model.read`."""
+        kind, shape, offset = self._place(name)
+        return self._read(kind, shape, offset)
+
+    def get_slice(self, name: str) -> Slice:
+        """The tensor, to be indexed: only the rows (of the first axis) that are asked for are read. Raises as above."""
+        kind, shape, offset = self._place(name)
+        return Slice(kind, shape, lambda rows, start: self._read(kind, rows, offset + start))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def _place(self, name: str) -> tuple[str, tuple[int, ...], int]:
+        try:
+            return self._places[name]
+        except KeyError:
+            what = f"{self.name!r} has no tensor {name!r}."
+            raise UsageError(Reason.TENSOR_ABSENT, what, "`keys()` lists the tensors.") from None
+
+    def _read(self, kind: str, shape: tuple[int, ...], offset: int) -> Any:  # noqa: ANN401  # as get_tensor
+        dtype, size = self._type(kind), math.prod(shape) * _bits(kind) // 8
+        if not size:
+            return self._array(bytearray(), dtype, shape)
+        memory = Memory(size)
+        with self._lock:
+            self._file.seek(offset)
+            self._file.readinto(memory.view)
+        return self._array(lend(memory), dtype, shape)
+
+    def _header(self) -> tuple[dict[str, tuple[str, tuple[int, ...], int]], dict[str, str] | None]:
+        """Where each tensor lies, by the library's parser.
+
+        It wants a file: one in memory that has the header, and as many bytes that are never read as tensors follow.
+        """
+        start = self._file.read(8)
+        size = min(int.from_bytes(start, "little"), MOST)  # a longer one is refused below
+        fd = memory_file()
+        try:
+            os.truncate(fd, self._file.size)
+            os.pwrite(fd, start + self._file.read(size), 0)
+            with safetensors.safe_open(f"/proc/self/fd/{fd}", "np") as parsed:
+                places, offset = {}, 8 + size
+                for name in parsed.offset_keys():
+                    found = parsed.get_slice(name)
+                    shape = tuple(found.get_shape())
+                    places[name] = found.get_dtype(), shape, offset
+                    offset += math.prod(shape) * _bits(found.get_dtype()) // 8
+                return places, parsed.metadata()
+        except safetensors.SafetensorError as error:
+            what = f"The member {self.name!r} is no safetensors file: {error}."
+            raise DamagedError(
+                Reason.MEMBER_MALFORMED, what, "Ask the vendor for a package with a sound one."
+            ) from error
+        finally:
+            os.close(fd)
+
+
+class Slice:
+    """A tensor that is read as it is indexed."""
+
+    def __init__(self, kind: str, shape: tuple[int, ...], read: Callable[[tuple[int, ...], int], Any]) -> None:
+        """`read` gives a tensor of that shape from that offset in bytes."""
+        self._kind, self._shape, self._rows = kind, shape, read
+
+    def get_shape(self) -> list[int]:
+        """The length of each axis."""
+        return list(self._shape)
+
+    def get_dtype(self) -> str:
+        """The type, by the format's name."""
+        return self._kind
+
+    def __getitem__(self, index: Any) -> Any:  # noqa: ANN401  # what NumPy and torch take
+        """As of a whole tensor. Integers and slices of the first axis are read alone; others need all of it."""
+        first, *rest = index if isinstance(index, tuple) else (index,)
+        within: int | slice
+        if isinstance(first, int) and self._shape:
+            start = range(self._shape[0])[first]  # IndexError, as of a tensor
+            stop, within = start + 1, 0
+        elif isinstance(first, slice) and self._shape and (first.step is None or first.step > 0):
+            start, stop, step = first.indices(self._shape[0])
+            stop, within = max(start, stop), slice(None, None, step)
+        else:
+            return self._rows(self._shape, 0)[index]
+        row = math.prod(self._shape[1:]) * _bits(self._kind) // 8
+        return self._rows((stop - start, *self._shape[1:]), start * row)[(within, *rest)]
+
+
+def load(model: Model, name: str, framework: str = "np") -> dict[str, Any]:
+    """All tensors of a member over one buffer, which is decrypted by several threads.
+
+    NumPy's arrays are read-only, over the buffer that `model.read` lends to all; torch's may be written to, and share a
+    buffer of their own. Raises as `Tensors`.
+    """
+    with Tensors(model, name, framework) as tensors:
+        if framework in {"np", "numpy"}:
+            buffer: Any = model.read(name)
+        else:
+            memory = Memory(max(1, model.size(name)))
+            model.readinto(name, memory.view[: model.size(name)])
+            buffer = memoryview(lend(memory)).cast("B")
+        found = {}
+        for key, (kind, shape, offset) in tensors._places.items():  # noqa: SLF001  # of this module
+            size = math.prod(shape) * _bits(kind) // 8
+            found[key] = tensors._array(buffer[offset : offset + size], tensors._type(kind), shape)  # noqa: SLF001
+        return found
+
+
+def _bits(kind: str) -> int:
+    return int("".join(filter(str.isdigit, kind.partition("_")[0])) or 8)
+
+
+def _named(kind: str) -> str:
+    if kind not in TORCH:  # those of less than a byte
+        what = f"Tensors of the type {kind} are not read here."
+        raise UsageError(
+            Reason.EXTRA_UNSUPPORTED, what, "Store them as bytes (U8), and unpack them in the application."
+        )
+    return TORCH[kind]
+
+
+def _numpy() -> tuple[Callable[..., Any], Callable[[str], Any]]:
+    with extra("safetensors", "numpy"):
+        import numpy  # noqa: PLC0415  # torch's users need not have it
+
+    def dtype(kind: str) -> Any:  # noqa: ANN401
+        name = _named(kind)
+        if name in _OWN:
+            return numpy.dtype(name)
+        with extra("safetensors", "ml_dtypes"):
+            import ml_dtypes  # noqa: PLC0415  # few models have such types
+        return numpy.dtype(getattr(ml_dtypes, name))
+
+    def array(buffer: Any, kind: Any, shape: tuple[int, ...]) -> Any:  # noqa: ANN401
+        return numpy.frombuffer(buffer, kind).reshape(shape)
+
+    return array, dtype
+
+
+def _torch(framework: str) -> tuple[Callable[..., Any], Callable[[str], Any]]:
+    if framework not in {"pt", "torch", "pytorch"}:
+        what = f"{framework!r} is no framework that tensors are made for."
+        raise UsageError(Reason.USAGE, what, "Give np (NumPy) or pt (torch).")
+    with extra("torch", "torch"):
+        import torch  # noqa: PLC0415  # NumPy's users need not have it
+
+    def dtype(kind: str) -> Any:  # noqa: ANN401
+        name = _named(kind)
+        if not hasattr(torch, name):
+            require("torch", "torch", torch.__version__, "2.7")
+        return getattr(torch, name)
+
+    def array(buffer: Any, kind: Any, shape: tuple[int, ...]) -> Any:  # noqa: ANN401
+        if not len(buffer):
+            return torch.empty(shape, dtype=kind)
+        return torch.frombuffer(buffer, dtype=kind).reshape(shape)
+
+    return array, dtype

@@ -1,0 +1,128 @@
+"""transformers: networks, tokenizers and adapters of a package. Importing raises EXTRA_MISSING, EXTRA_UNSUPPORTED.
+
+Nothing is downloaded, no code of a configuration is run, and no file written. Weights lie in memory of the network's
+own, decrypted there once where their type stays; they live on when the model is closed, and are zeroed with the last of
+the tensors that share a file.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+
+from hwlicense.core.errors import DamagedError, Reason, UsageError
+from hwlicense.integrations.extras import extra, require
+from hwlicense.integrations.safetensors import load
+
+with extra("transformers", "transformers", "torch", "tokenizers"):
+    import tokenizers
+    import torch
+    import transformers
+
+if TYPE_CHECKING:
+    from hwlicense.device.model import Model
+
+require("transformers", "transformers", transformers.__version__, "4.57")
+
+WEIGHTS, ADAPTER = "model.safetensors", "adapter_model.safetensors"
+N = TypeVar("N")
+
+
+def from_pretrained(model: Model, kind: type[N], subfolder: str = "", **options: Any) -> N:  # noqa: ANN401
+    """A network of the class `kind` (such as AutoModelForCausalLM), as its `from_pretrained` makes it of a folder.
+
+    Members are named as there: config.json, generation_config.json, model.safetensors or its parts with their index.
+    `options` are `kind.from_pretrained`'s (dtype=..., attn_implementation=...). Raises as `Model.read`, DamagedError
+    MEMBER_MALFORMED, UsageError EXTRA_UNSUPPORTED, and what transformers itself raises.
+    """
+    where = _Folder(model, subfolder)
+    config = options.pop("config", None) or configuration(model, subfolder)
+    made: Any = kind
+    if not issubclass(made, transformers.PreTrainedModel):  # an auto class looks for files: only its choice is taken
+        with torch.device("meta"):
+            made = type(made.from_config(config, trust_remote_code=False))
+    network = made.from_pretrained(None, config=config, state_dict=where.weights(WEIGHTS), **options)
+    if where.has("generation_config.json") and network.can_generate():
+        said = {"_from_model_config": False} | where.json("generation_config.json")
+        network.generation_config.update(**said)
+    found: N = network
+    return found
+
+
+def configuration(model: Model, subfolder: str = "") -> transformers.PreTrainedConfig:
+    """What config.json says, for one of transformers' own classes. Raises as above, and EXTRA_UNSUPPORTED."""
+    said = _Folder(model, subfolder).json("config.json")
+    try:
+        known = transformers.CONFIG_MAPPING[said.get("model_type")]
+    except KeyError:
+        what = f"transformers {transformers.__version__} has no model of the type {said.get('model_type')!r}."
+        raise UsageError(Reason.EXTRA_UNSUPPORTED, what, "Use the version that the model was made with.") from None
+    return known.from_dict(said)
+
+
+def tokenizer(model: Model, subfolder: str = "", **options: Any) -> transformers.PreTrainedTokenizerFast:  # noqa: ANN401
+    """The tokenizer in tokenizer.json, with what tokenizer_config.json says of it. Raises as above."""
+    where = _Folder(model, subfolder)
+    said = where.json("tokenizer_config.json") if where.has("tokenizer_config.json") else {}
+    if where.has("chat_template.jinja"):
+        said["chat_template"] = str(where.read("chat_template.jinja"), "utf-8")
+    left_out = ("tokenizer_class", "auto_map", "added_tokens_decoder", "tokenizer_file")
+    given = {key: value for key, value in said.items() if key not in left_out}
+    made = tokenizers.Tokenizer.from_buffer(bytes(where.read("tokenizer.json")))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, **given | options)
+
+
+def adapted(network: Any, model: Model, subfolder: str = "", **options: Any) -> Any:  # noqa: ANN401  # a PeftModel
+    """`network` with the adapter (LoRA and others of peft's) in adapter_config.json and adapter_model.safetensors.
+
+    `model` may be another package than the network's. `options` are PeftModel's. Raises as above.
+    """
+    with extra("transformers", "peft"):
+        import peft  # noqa: PLC0415  # most applications have no adapter
+    where = _Folder(model, subfolder)
+    config = peft.PeftConfig.from_peft_type(**where.json("adapter_config.json"))
+    config.inference_mode = True
+    wrapped = peft.PeftModel if config.task_type is None else peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[config.task_type]
+    made = wrapped(network, config, **options)
+    peft.set_peft_model_state_dict(made, where.weights(ADAPTER))
+    return made.eval()
+
+
+class _Folder:
+    """Members below one folder of a package, as hubs lay them out."""
+
+    def __init__(self, model: Model, subfolder: str) -> None:
+        self._model = model
+        self._start = subfolder.rstrip("/") + "/" if subfolder else ""
+
+    def has(self, name: str) -> bool:
+        return self._start + name in self._model.names
+
+    def read(self, name: str) -> memoryview:
+        return self._model.read(self._start + name)
+
+    def json(self, name: str) -> dict[str, Any]:
+        try:
+            return msgspec.json.decode(self.read(name), type=dict[str, Any])
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise self._malformed(name, str(error)) from error
+
+    def weights(self, name: str) -> dict[str, torch.Tensor]:
+        """All tensors, of one file or of those that an index names."""
+        index = f"{name}.index.json"
+        if not self.has(index):
+            return load(self._model, self._start + name, "pt")
+        parts = self.json(index).get("weight_map")
+        if not isinstance(parts, dict):
+            raise self._malformed(index, "it has no weight_map")
+        found: dict[str, torch.Tensor] = {}
+        for part in dict.fromkeys(parts.values()):
+            found |= load(self._model, self._start + str(part), "pt")
+        if missing := parts.keys() - found:
+            raise self._malformed(index, f"its files have no tensor {min(missing)!r}")
+        return found
+
+    def _malformed(self, name: str, why: str) -> DamagedError:
+        what = f"The member {self._start + name!r} is not as transformers writes it: {why}."
+        return DamagedError(Reason.MEMBER_MALFORMED, what, "Ask the vendor for a package with a sound one.")

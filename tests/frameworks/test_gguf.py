@@ -1,0 +1,110 @@
+"""GGUF over a package: the library's reader, and files in several parts."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import gguf
+import onnx
+import pytest
+
+from hwlicense.core.errors import Reason, StorageError, UsageError
+from hwlicense.integrations import gguf as integration
+from tests.packages import opened, pack
+
+if TYPE_CHECKING:
+    import numpy
+
+PARTS = [f"net-{part:05}-of-00003.gguf" for part in (1, 2, 3)]
+
+
+@pytest.fixture(scope="module")
+def weights(made) -> dict[str, numpy.ndarray]:
+    """Of PP-OCR's classifier."""
+    network = onnx.load(made.files / "apart/cls.onnx")
+    return {one.name: onnx.numpy_helper.to_array(one) for one in network.graph.initializer if len(one.dims) > 1}
+
+
+@pytest.fixture(scope="module")
+def files(weights, vendor, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gguf")
+    (folder / "files/parts").mkdir(parents=True)
+    write(folder / "files/cls.gguf", weights)
+    for number, part in enumerate(PARTS):
+        write(folder / "files/parts" / part, dict(list(weights.items())[number::3]))
+    return pack(vendor, folder, {}), folder / "files"
+
+
+def write(path: Path, weights: dict[str, numpy.ndarray]) -> None:
+    writer = gguf.GGUFWriter(path, "network")
+    writer.add_name("PP-OCR")
+    for name, array in weights.items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture
+def net(vendor, files):
+    (package, key, _), _ = files
+    with opened(vendor, package, key) as model:
+        yield model
+
+
+def contents(reader: gguf.GGUFReader) -> dict[str, bytes]:
+    return {one.name: one.data.tobytes() for one in reader.tensors}
+
+
+def test_fields_and_tensors_are_those_of_the_plain_file(net, files, weights):
+    reader, plain = integration.reader(net, "cls.gguf"), gguf.GGUFReader(files[1] / "cls.gguf")
+    assert contents(reader) == contents(plain) == {name: array.tobytes() for name, array in weights.items()}
+    assert list(reader.fields) == list(plain.fields)
+    assert reader.get_field("general.name").contents() == "PP-OCR"
+
+
+def test_tensors_are_the_sealed_memory_itself_and_outlive_the_model(net, weights):
+    reader = integration.reader(net, "cls.gguf")
+    assert any("/memfd:hwlicense" in line for line in Path("/proc/self/maps").read_text().splitlines())
+    net.close()
+    assert contents(reader) == {name: array.tobytes() for name, array in weights.items()}
+    del reader
+    gc.collect()
+    assert "/memfd:hwlicense" not in Path("/proc/self/maps").read_text()
+
+
+def test_parts_lie_beside_each_other_in_memory_and_leave_no_trace(net, files):
+    with integration.path(net, f"parts/{PARTS[0]}") as path:
+        folder = Path(path).parent
+        assert [one.name for one in sorted(folder.iterdir())] == PARTS
+        assert all(one.is_symlink() for one in folder.iterdir())  # no content on any file system
+        assert folder.stat().st_mode & 0o777 == 0o700
+        for part in PARTS:
+            assert contents(gguf.GGUFReader(folder / part)) == contents(gguf.GGUFReader(files[1] / "parts" / part))
+    assert not folder.exists()
+
+
+def test_a_file_in_one_part_is_a_path_as_every_other(net):
+    with integration.path(net, "cls.gguf") as path:
+        assert path == net.path("cls.gguf")
+
+
+def test_what_is_wrong_with_parts_is_said(net, vendor, tmp_path, monkeypatch):
+    with pytest.raises(UsageError) as refused, integration.path(net, f"parts/{PARTS[1]}"):
+        pass
+    assert (refused.value.reason, PARTS[0] in refused.value.hint) == (Reason.USAGE, True)
+    package, key, _ = pack(vendor, tmp_path, {PARTS[0]: b"alone"})
+    with opened(vendor, package, key) as alone, pytest.raises(UsageError) as refused, integration.path(alone, PARTS[0]):
+        pass
+    assert (refused.value.reason, PARTS[1] in refused.value.what) == (Reason.MEMBER_ABSENT, True)
+    monkeypatch.setattr(tempfile, "mkdtemp", fails)
+    with pytest.raises(StorageError), integration.path(net, f"parts/{PARTS[0]}"):
+        pass
+
+
+def fails(**_options):
+    raise OSError(28, "No space left on device")

@@ -1,0 +1,202 @@
+"""ONNX Runtime over a package, beside ONNX Runtime over files: the same bytes come out."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import numpy
+import onnx
+import onnxruntime
+import pytest
+
+from hwlicense.core.errors import ClosedError, Reason, UsageError
+from hwlicense.device.memory import protection
+from hwlicense.integrations.onnxruntime import WRITING, session
+from tests.frameworks.conftest import NETWORKS, picture, with_initializers
+from tests.packages import opened, pack
+
+CPU = ["CPUExecutionProvider"]
+
+
+def plain(path: Path, given: numpy.ndarray) -> numpy.ndarray:
+    return run(onnxruntime.InferenceSession(path, providers=CPU), given)
+
+
+def run(of: onnxruntime.InferenceSession, given: numpy.ndarray) -> numpy.ndarray:
+    found: numpy.ndarray = of.run(None, {of.get_inputs()[0].name: given})[0]
+    return found
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_output_is_that_of_the_plain_file(model, made, name):
+    given = picture(name)
+    made_of = session(model, name)
+    assert run(made_of, given).tobytes() == plain(made.files / name, given).tobytes()
+    assert run(made_of, given).std() > 0
+
+
+@pytest.fixture
+def bare(model) -> int:  # noqa: ARG001  # it is open
+    """Bytes that are held of an open model of which nothing was read: its keys."""
+    gc.collect()
+    return protection().held
+
+
+def test_nothing_of_the_model_is_kept_twice(model, bare):
+    files = len(list(Path("/proc/self/fd").iterdir()))
+    made_of = session(model, "rec.onnx")
+    assert protection().held == bare
+    assert len(list(Path("/proc/self/fd").iterdir())) == files
+    assert made_of.get_providers() == CPU
+
+
+def test_weights_in_other_members_are_found_used_without_a_copy_and_wiped_with_the_session(model, made, bare):
+    made_of = session(model, "apart/cls.onnx")
+    assert protection().held == bare + model.size("apart/cls.weights")
+    given = picture()
+    expected = plain(made.files / "apart/cls.onnx", given).tobytes()
+    assert run(made_of, given).tobytes() == expected
+    model.close()
+    assert run(made_of, given).tobytes() == expected
+    del made_of
+    gc.collect()
+    assert protection().held == 0
+
+
+def test_weights_in_other_members_are_read_where_the_session_reads_them(model):
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    made_of = session(model, "apart/cls.onnx", session_options=options)
+    given = picture()
+    before = run(made_of, given)
+    lent = model.read("apart/cls.weights").obj
+    kept = bytes(lent)
+    numpy.frombuffer(lent, "u1")[:] = 0
+    assert (run(made_of, given) != before).any()  # so they were not copied
+    numpy.frombuffer(lent, "u1")[:] = numpy.frombuffer(kept, "u1")
+    assert (run(made_of, given) == before).all()
+
+
+def test_the_runtimes_own_format(model, made):
+    given = picture()
+    assert run(session(model, "cls.ort"), given).tobytes() == plain(made.files / "cls.ort", given).tobytes()
+
+
+def test_options_serve_one_model_with_weights_apart_and_any_number_of_others(model, bare):
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    first = session(model, "apart/cls.onnx", session_options=options)
+    with pytest.raises(UsageError) as refused:
+        session(model, "apart/cls.onnx", session_options=options)
+    assert refused.value.reason == Reason.USAGE
+    del first
+    gc.collect()
+    session(model, "cls.onnx", session_options=options)
+    assert protection().held == bare + model.size("apart/cls.weights")  # the options still point to it
+
+
+@pytest.mark.parametrize("key", WRITING)
+def test_options_that_would_write_files_are_refused(model, key):
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry(key, "1")
+    refused_as_a_cache(model, key, session_options=options)
+
+
+def test_options_that_say_no_to_that_are_given_on(model):
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("ep.context_enable", "0")
+    session(model, "cls.onnx", session_options=options)
+
+
+def test_an_optimized_model_is_not_written(model, tmp_path):
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    refused_as_a_cache(model, "optimized_model_filepath", session_options=options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_profile_is_not_written(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling = True
+    refused_as_a_cache(model, "enable_profiling", session_options=options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("provider", "option", "value"),
+    [
+        ("TensorrtExecutionProvider", "trt_engine_cache_enable", True),
+        ("TensorrtExecutionProvider", "trt_dump_subgraphs", 1),
+        ("OpenVINOExecutionProvider", "cache_dir", "/tmp/cache"),  # noqa: S108  # never made
+        ("CoreMLExecutionProvider", "ModelCacheDirectory", "/tmp/cache"),  # noqa: S108
+        ("MIGraphXExecutionProvider", "migraphx_save_compiled_model", "True"),
+    ],
+)
+def test_caches_of_execution_providers_are_refused(model, provider, option, value):
+    refused_as_a_cache(model, option, providers=[(provider, {option: value}), *CPU])
+
+
+def test_options_of_execution_providers_that_write_nothing_are_given_on(model):
+    given = {"arena_extend_strategy": "kNextPowerOfTwo", "cache_dir": "", "trt_engine_cache_enable": "0"}
+    assert session(model, "cls.onnx", providers=[("CPUExecutionProvider", given)]).get_providers() == CPU
+
+
+def refused_as_a_cache(model, said: str, **options) -> None:
+    with pytest.raises(UsageError) as refused:
+        session(model, "cls.onnx", **options)
+    assert refused.value.reason == Reason.PLAINTEXT_CACHE
+    assert said in refused.value.what
+
+
+def test_a_session_is_never_made_anew_from_a_path_that_is_gone(model):
+    made_of = session(model, "cls.onnx")
+    with pytest.raises(UsageError):
+        made_of.set_providers(CPU)
+    with pytest.raises(UsageError):
+        made_of.enable_fallback()
+
+
+def test_what_is_missing(model):
+    with pytest.raises(UsageError) as refused:
+        session(model, "other.onnx")
+    assert refused.value.reason == Reason.MEMBER_ABSENT
+    model.close()
+    with pytest.raises(ClosedError):
+        session(model, "cls.onnx")
+
+
+def test_a_location_that_no_member_has_is_named(vendor, made, tmp_path):
+    alone = {"cls.onnx": (made.files / "apart/cls.onnx").read_bytes()}
+    package, key, _ = pack(vendor, tmp_path, alone)
+    with opened(vendor, package, key) as other, pytest.raises(UsageError) as refused:
+        session(other, "cls.onnx")
+    assert refused.value.reason == Reason.MEMBER_ABSENT
+    assert "'cls.weights'" in refused.value.what
+
+
+def test_locations_with_folders_and_long_names(made, vendor, tmp_path):
+    network = with_initializers(onnx.load(made.files / "cls.onnx"))
+    location = f"{'w' * 140}/{'x' * 100}.bin"
+    files = tmp_path / "files"
+    (files / "net" / location).parent.mkdir(parents=True)
+    onnx.save(network, files / "net/cls.onnx", save_as_external_data=True, location=location, size_threshold=100)
+    package, key, _ = pack(vendor, tmp_path, {})
+    given = picture()
+    with opened(vendor, package, key) as model:
+        assert run(session(model, "net/cls.onnx"), given).tobytes() == plain(files / "net/cls.onnx", given).tobytes()
+
+
+def test_a_network_that_the_runtime_refuses_is_refused_once_and_leaves_nothing(vendor, tmp_path, capfd):
+    package, key, _ = pack(vendor, tmp_path, {"bad.onnx": b"none of these"})
+    with opened(vendor, package, key) as model:
+        gc.collect()  # of tests before
+        files, held = len(list(Path("/proc/self/fd").iterdir())), protection().held
+        with pytest.raises(Exception, match="Protobuf") as refused:
+            session(model, "bad.onnx")
+        assert type(refused.value).__module__.startswith("onnxruntime")
+        assert capfd.readouterr().out == ""  # the runtime's fallback would print, and try the path again
+        del refused
+        gc.collect()
+        assert (len(list(Path("/proc/self/fd").iterdir())), protection().held) == (files, held)

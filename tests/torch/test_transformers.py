@@ -1,0 +1,183 @@
+"""transformers and peft over a package, beside themselves over a folder: the same numbers come out."""
+
+from __future__ import annotations
+
+import gc
+
+import peft
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, LlamaModel
+
+from hwlicense.core.errors import ClosedError, DamagedError, ExceededError, Reason, UsageError
+from hwlicense.device.memory import protection
+from hwlicense.integrations import metered
+from hwlicense.integrations.transformers import adapted, configuration, from_pretrained, tokenizer
+from tests.packages import opened, pack
+from tests.torch.conftest import TEXTS
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """Whoever asks a hub fails."""
+    import socket  # noqa: PLC0415
+
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("something asks for a host")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def logits(network) -> torch.Tensor:
+    with torch.no_grad():
+        return network(torch.arange(3, 15).reshape(2, 6)).logits
+
+
+@pytest.mark.parametrize("kind", [AutoModelForCausalLM, LlamaForCausalLM])
+@pytest.mark.parametrize("folder", ["one", "many", "half"])
+def test_the_output_is_that_of_the_plain_folder(model, files, kind, folder):
+    ours, plain = from_pretrained(model, kind, folder), kind.from_pretrained(files / folder)
+    assert type(ours) is type(plain) is LlamaForCausalLM
+    assert ours.dtype == plain.dtype
+    assert torch.equal(logits(ours), logits(plain))
+    assert ours.generation_config.to_dict() == plain.generation_config.to_dict()
+    assert not ours.training
+
+
+def test_texts_go_through_tokenizer_and_generation_alike(model, files):
+    ours, plain = tokenizer(model, "one"), AutoTokenizer.from_pretrained(files / "one")
+    given = ours(TEXTS, padding=True, return_tensors="pt", return_token_type_ids=False, padding_side="left")
+    assert {key: value.tolist() for key, value in given.items()} == {
+        key: value.tolist()
+        for key, value in plain(
+            TEXTS, padding=True, return_tensors="pt", return_token_type_ids=False, padding_side="left"
+        ).items()
+    }
+    assert (ours.bos_token, ours.eos_token, ours.pad_token) == (plain.bos_token, plain.eos_token, plain.pad_token)
+    network, from_folder = (
+        from_pretrained(model, AutoModelForCausalLM, "many"),
+        LlamaForCausalLM.from_pretrained(files / "many"),
+    )
+    said, expected = network.generate(**given), from_folder.generate(**given)
+    assert torch.equal(said, expected)
+    assert ours.batch_decode(said) == plain.batch_decode(expected)
+
+
+def test_options_go_to_transformers(model, files):
+    network = from_pretrained(model, AutoModelForCausalLM, "one", dtype=torch.bfloat16, attn_implementation="eager")
+    plain = LlamaForCausalLM.from_pretrained(files / "one", dtype=torch.bfloat16, attn_implementation="eager")
+    assert network.dtype == torch.bfloat16
+    assert torch.equal(logits(network), logits(plain))
+
+
+def test_an_adapter_of_another_folder_or_package(model, files, vendor, tmp_path):
+    plain = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(files / "many"), files / "adapter").eval()
+    base = from_pretrained(model, AutoModelForCausalLM, "many")
+    before = logits(base)
+    network = adapted(base, model, "adapter")
+    assert type(network) is type(plain)
+    assert torch.equal(logits(network), logits(plain))
+    assert not torch.equal(logits(network), before)
+    apart = {name.name: name.read_bytes() for name in (files / "adapter").glob("adapter_*")}
+    package, key, _ = pack(vendor, tmp_path, apart, name="adapter")
+    with opened(vendor, package, key) as other:
+        again = adapted(from_pretrained(model, AutoModelForCausalLM, "many"), other)
+    assert torch.equal(logits(again), logits(plain))
+    assert not any(one.requires_grad for one in again.parameters())
+
+
+def test_weights_lie_in_one_buffer_that_is_zeroed_with_the_network(model):
+    before = protection().held
+    network = from_pretrained(model, AutoModelForCausalLM, "one")
+    assert protection().held == before + model.size("one/model.safetensors")
+    expected = logits(network)
+    model.close()
+    assert torch.equal(logits(network), expected)
+    with pytest.raises(ClosedError):
+        from_pretrained(model, AutoModelForCausalLM, "one")
+    del network
+    gc.collect()
+    assert protection().held == 0
+
+
+def test_what_one_network_does_to_its_weights_no_other_sees(model):
+    first, second = (from_pretrained(model, AutoModelForCausalLM, "one") for _ in range(2))
+    with torch.no_grad():
+        first.lm_head.weight.zero_()
+    assert logits(second).std() > 0
+    assert logits(from_pretrained(model, AutoModelForCausalLM, "one")).std() > 0
+
+
+def test_code_that_a_configuration_names_is_not_run(vendor, files, tmp_path):
+    members = {path.name: path.read_bytes() for path in (files / "one").iterdir()}
+    text = members["config.json"].decode()
+    members["config.json"] = text.replace("{", '{"auto_map": {"AutoModelForCausalLM": "evil.Model"},', 1).encode()
+    members["evil.py"] = b"raise SystemExit('run')"
+    package, key, _ = pack(vendor, tmp_path, members)
+    with opened(vendor, package, key) as other:
+        assert type(from_pretrained(other, AutoModelForCausalLM)) is LlamaForCausalLM
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("config.json", b"{", Reason.MEMBER_MALFORMED),
+        ("config.json", b"[]", Reason.MEMBER_MALFORMED),
+        ("config.json", b'{"model_type": "none such"}', Reason.EXTRA_UNSUPPORTED),
+        ("config.json", b"{}", Reason.EXTRA_UNSUPPORTED),
+        ("model.safetensors.index.json", b"{}", Reason.MEMBER_MALFORMED),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": "model.safetensors"}}', Reason.MEMBER_MALFORMED),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": "../b"}}', Reason.MEMBER_ABSENT),
+        ("model.safetensors", b"none", Reason.MEMBER_MALFORMED),
+    ],
+)
+def test_what_is_malformed_is_said(vendor, files, tmp_path, name, content, reason):
+    members = {path.name: path.read_bytes() for path in (files / "one").iterdir()} | {name: content}
+    package, key, _ = pack(vendor, tmp_path, members)
+    with opened(vendor, package, key) as other, pytest.raises((DamagedError, UsageError)) as refused:
+        from_pretrained(other, AutoModelForCausalLM)
+    assert refused.value.reason == reason
+
+
+def test_real_embeddings_and_their_tokenizer(model, files):
+    import safetensors.torch  # noqa: PLC0415
+    import tokenizers  # noqa: PLC0415
+
+    from hwlicense.integrations.safetensors import Tensors, load  # noqa: PLC0415
+
+    plain = safetensors.torch.load_file(files / "words/model.safetensors")
+    whole = load(model, "words/model.safetensors", "pt")
+    assert whole.keys() == plain.keys()
+    name = next(iter(plain))
+    assert torch.equal(whole[name], plain[name])
+    ids = tokenizer(model, "words")(TEXTS[0])["input_ids"]
+    assert ids == tokenizers.Tokenizer.from_file(str(files / "words/tokenizer.json")).encode(TEXTS[0]).ids
+    with Tensors(model, "words/model.safetensors", "pt") as tensors:
+        rows = torch.stack([tensors.get_slice(name)[one] for one in ids])
+    assert torch.equal(rows.mean(0), plain[name][ids].mean(0))
+
+
+def test_generation_is_metered_by_its_batch(model):
+    spent: list[int] = []
+
+    def spend(count):
+        if sum(spent) + count > 5:
+            raise ExceededError(Reason.INFERENCES_EXHAUSTED, "No inferences are left.")
+        spent.append(count)
+
+    model.spend = spend
+    network = from_pretrained(model, AutoModelForCausalLM, "one")
+    generate, run = metered(network.generate, model), metered(network, model)
+    given = tokenizer(model, "one")(TEXTS, padding=True, return_tensors="pt", return_token_type_ids=False)
+    assert generate(**given).shape[0] == 2
+    assert run(given["input_ids"]).logits.shape[0] == 2
+    with pytest.raises(ExceededError):
+        generate(inputs=given["input_ids"])
+    assert run(given["input_ids"][:1]).logits.shape[0] == 1
+    assert spent == [2, 2, 1]
+
+
+def test_configuration_alone(model):
+    assert isinstance(configuration(model, "half"), transformers.LlamaConfig)
+    assert type(from_pretrained(model, LlamaModel, "half")) is LlamaModel
