@@ -200,3 +200,15 @@ def test_a_network_that_the_runtime_refuses_is_refused_once_and_leaves_nothing(v
         del refused
         gc.collect()
         assert (len(list(Path("/proc/self/fd").iterdir())), protection().held) == (files, held)
+
+
+def test_a_provider_that_does_not_exist_is_refused_not_replaced(model, capfd):
+    with pytest.warns(UserWarning, match="NoSuch"), pytest.raises(RuntimeError, match="NoSuch"):
+        session(model, "cls.onnx", providers=["NoSuch"])
+    assert capfd.readouterr().out == ""
+
+
+def test_a_provider_that_is_not_here_leaves_the_next(model):
+    with pytest.warns(UserWarning, match="CUDA"):
+        made_of = session(model, "cls.onnx", providers=["CUDAExecutionProvider", *CPU])
+    assert made_of.get_providers() == CPU
