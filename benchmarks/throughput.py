@@ -169,5 +169,7 @@ def table(found: dict[str, Any]) -> list[str]:
     for name, one in found["goals"].items():
         met = "" if one["ratio"] >= one["goal"] else "  missed"
         lines.append(f"{name:<34}{one['ratio']:>7.2f}x{one['goal']:>7.1f}x{met}")
+    if not found["peers"]:
+        lines.append("CryptoTensors and tensorizer were not measured: `scripts/peers` installs them.")
     lines.append(f"an interpreter with everything imported: {found['imports_peak'] >> 20} MiB")
     return lines[1:]

@@ -87,7 +87,10 @@ class PackageFile:
         handle: Callable[[package.Chunk, memoryview], None],
         threads: int = THREADS,
     ) -> None:
-        """Call `handle` with the verified ciphertext of each chunk, in any order and from several threads."""
+        """Call `handle` with the verified ciphertext of each chunk, in any order and from several threads.
+
+        Takes memory for two chunks a thread at the most.
+        """
 
         def worker() -> Callable[[package.Chunk], None]:
             buffer = bytearray()

@@ -8,6 +8,7 @@ import os
 import resource
 import threading
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from hwlicense.core.errors import ClosedError, DamagedError, HwlicenseError, Rea
 from hwlicense.device.memory import protection
 from hwlicense.device.model import Model
 from hwlicense.device.reading import PackageFile
+from hwlicense.threads import THREADS
 from tests.packages import in_child, nothing_enclosed, opened, ordinary_user, pack, reachable
 
 CHUNK = 4096
@@ -261,6 +263,16 @@ def test_a_stream_holds_little_memory(vendor, tmp_path):
             done += got
             assert protection().held - before <= 4 << 20
         assert done == len(content)
+
+
+def test_reading_takes_little_memory_besides(vendor, tmp_path):
+    package, key, _ = pack(vendor, tmp_path, {"big": bytes(24 << 20)}, chunk_size=1 << 20)
+    with opened(vendor, package, key) as model:
+        tracemalloc.start()
+        model.read("big")
+        beside = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert beside < THREADS * (2 << 20) + (1 << 20)  # for ciphertext; what is read lies in a mapping of its own
 
 
 def test_many_threads_get_one_buffer(model):
