@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from hwlicense.core.secret import Secret
 from hwlicense_simulators import Tpm
 from tests.world import MEMBERS, TERMS, licensed
 
@@ -86,17 +87,21 @@ def test_the_program_of_the_service_runs_without_writable_code(vendor, device):
     assert int(told) == sum(map(len, MEMBERS.values()))
 
 
-def test_the_program_of_the_container(vendor, device, tmp_path):
-    licensed(vendor, device, WITH_DATES)
+def program(vendor, folder):
+    """The command of service and container, with what it needs beside it."""
     for source, name in (
         (ROOT / "examples/container/application.py", "application.py"),
         (vendor.package, "reader.hwpkg"),
         (vendor.folder / "vendor" / "vendor.pub.json", "vendor.pub.json"),
     ):
-        shutil.copy(source, tmp_path / name)
+        shutil.copy(source, folder / name)
+    return sys.executable, "-I", folder / "application.py"
+
+
+def test_the_program_of_the_container(vendor, device, tmp_path):
+    licensed(vendor, device, WITH_DATES)
     where = {"HWLICENSE_HOME": str(device.home.path), "READER_STATE": str(tmp_path / "state")}
-    program = (sys.executable, "-I", tmp_path / "application.py")
-    told = run(*program, env=os.environ | where | device.tpm.environment)
+    told = run(*program(vendor, tmp_path), env=os.environ | where | device.tpm.environment)
     assert f"weights.bin {len(MEMBERS['weights.bin'])}" in told
     assert list((tmp_path / "state").rglob("ledger"))
 
@@ -111,3 +116,48 @@ def test_the_containers_system_has_the_libraries_that_the_tpms_binding_needs():
         found = re.search(r"^(\S+):\S+: ", run("dpkg", "-S", Path(library).resolve()), re.MULTILINE)
         assert found
         assert found[1] in recipe.split()
+
+
+def test_keys_lie_in_ordinary_memory_where_a_unit_forbids_memfd_secret(vendor, device):
+    """As @system-service of systemd 252 does: what the unit's line for it is about."""
+    licensed(vendor, device)
+    forbidding = (
+        "import ctypes, struct, sys, pathlib, hwlicense\n"
+        "libc = ctypes.CDLL(None)\n"
+        "assert libc.prctl(38, 1, 0, 0, 0) == 0\n"  # PR_SET_NO_NEW_PRIVS
+        # seccomp(2): load the call's number; memfd_secret gives EPERM; all else goes
+        "steps = struct.pack('HBBI' * 4, 0x20, 0, 0, 0, 0x15, 0, 1, 447, 6, 0, 0, 0x50001, 6, 0, 0, 0x7FFF0000)\n"
+        "held = ctypes.create_string_buffer(steps)\n"
+        "program = ctypes.create_string_buffer(struct.pack('HxxxxxxP', 4, ctypes.addressof(held)))\n"
+        "assert libc.prctl(22, 2, program) == 0\n"
+    )
+    opening = (
+        "package, vendor, home, tpm = sys.argv[1:]\n"
+        "with hwlicense.open(package, vendor=pathlib.Path(vendor).read_text(), home=home, tpm=tpm) as model:\n"
+        "    print(model.protection.secret > 0)\n"
+    )
+    public = vendor.folder / "vendor" / "vendor.pub.json"
+    given = (vendor.package, public, device.home.path, device.tpm.tcti)
+    assert run(sys.executable, "-c", "import sys, pathlib, hwlicense\n" + opening, *given) == "True\n"
+    assert run(sys.executable, "-c", forbidding + opening, *given) == "False\n"
+    unit = (ROOT / "examples" / "service" / "reader.service").read_text()
+    assert "\nSystemCallFilter=memfd_secret\n" in unit
+    assert "memfd_secret" not in run("systemd-analyze", "syscall-filter", "@system-service").split()
+
+
+def test_a_pin_that_is_refused_waits_for_a_person(vendor, device, tmp_path):
+    """By a status that the unit does not restart on. Refusals that may pass have another, and are tried again."""
+    licensed(vendor, device, TERMS, pin=Secret(bytearray(b"2468")))
+    where = {"HWLICENSE_HOME": str(device.home.path), "CREDENTIALS_DIRECTORY": str(tmp_path)}
+    ended = []
+    for pin in ("1357", "2468"):
+        (tmp_path / "pin").write_text(pin)
+        ended.append(
+            subprocess.run(program(vendor, tmp_path), env=os.environ | where | device.tpm.environment, check=False)
+        )
+    elsewhere = {"HWLICENSE_HOME": str(tmp_path / "empty")}
+    ended.append(subprocess.run(program(vendor, tmp_path), env=os.environ | elsewhere, check=False))
+    assert [done.returncode for done in ended] == [77, 0, 1]
+    unit = (ROOT / "examples" / "service" / "reader.service").read_text()
+    assert "\nRestart=on-failure\n" in unit
+    assert "\nRestartPreventExitStatus=2 4 77\n" in unit
