@@ -88,6 +88,14 @@ def marked(mark: str) -> set[int]:
     return found
 
 
+def runs(pid: int) -> bool:
+    """A zombie does not: whoever should reap it may be slow, or there is no init that does."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def mounts(path: Path) -> set[int]:
     """Processes that see something mounted at `path`."""
     found = set()

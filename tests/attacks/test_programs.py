@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.forging import as_root
-from tests.programs import children, marked, mounts, shop, until
+from tests.programs import children, marked, mounts, runs, shop, until
 from tests.world import PROGRAM, run
 
 STAY = "(while :; do sleep 0.1; done) & setsid sleep 60 & while :; do sleep 0.1; done"
@@ -42,7 +42,7 @@ def test_whichever_is_killed_nothing_stays(here, how, victim):
         began = time.monotonic()
         killed = {"hwlicense": {-signal.SIGKILL}, "command": {128 + signal.SIGKILL}}
         assert process.wait(10) in killed.get(victim, {128 + signal.SIGKILL, 5})  # the latter before it could say more
-        until(lambda: not marked(mark) and not any(Path(f"/proc/{pid}").exists() for pid in (keeper, command)))
+        until(lambda: not marked(mark) and not any(map(runs, (keeper, command))))
         assert time.monotonic() - began < 5
         assert not mounts(here.at)
         assert not list(here.at.iterdir())
@@ -68,7 +68,7 @@ def test_a_stopped_tree_ends_as_well(here, how):
         for pid in (keeper, command):
             os.kill(pid, signal.SIGSTOP)
         process.kill()
-        until(lambda: not marked(mark) and not any(Path(f"/proc/{pid}").exists() for pid in (keeper, command)))
+        until(lambda: not marked(mark) and not any(map(runs, (keeper, command))))
     assert not mounts(here.at)
 
 
@@ -239,7 +239,7 @@ def test_instances(vendor, tmp_path):
         assert "reason: INSTANCES_EXCEEDED" in refused.stderr
         keeper = children(process.pid)[0]
         process.kill()
-        until(lambda: not Path(f"/proc/{keeper}").exists())
+        until(lambda: not runs(keeper))
         limited.exec("true", given=["--fd"])
 
 

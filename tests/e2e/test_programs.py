@@ -15,7 +15,7 @@ import pytest
 
 import hwlicense
 from hwlicense.vendor.compiling import compile_code
-from tests.programs import READY, children, shop, until
+from tests.programs import READY, children, runs, shop, until
 from tests.sealed import Sealed
 from tests.world import MEMBERS, PROGRAM, run
 
@@ -189,7 +189,7 @@ def test_an_opening_that_is_interrupted_starts_nothing(here):
             process.terminate()
             assert process.wait(10) == 143
         silent.close()
-    until(lambda: not Path(f"/proc/{keeper}").exists())
+    until(lambda: not runs(keeper))
     assert not (here.folder / "started").exists()
 
 

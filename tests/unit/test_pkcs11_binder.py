@@ -1294,8 +1294,8 @@ def test_an_interrupted_request_leaves_no_answer_for_the_next(reader, enrolled):
     main = threading.get_ident()
     with open_again(reader) as hardware:
         hardware.unwrap(binding, b"", [], Asked())
-        reader.slow(1.0, "C_DeriveKey")
-        timer = threading.Timer(0.3, lambda: signal.pthread_kill(main, signal.SIGINT))
+        reader.slow(4.0, "C_DeriveKey")  # much longer than it takes to get there
+        timer = threading.Timer(1.5, lambda: signal.pthread_kill(main, signal.SIGINT))
         timer.start()
         with pytest.raises(KeyboardInterrupt):
             hardware.present(binding, b"")
