@@ -218,6 +218,32 @@ def test_code_in_no_file_that_names_itself_as_the_measured_program(installation,
     assert "__main__ is in no file" in refused(done)
 
 
+@pytest.mark.parametrize("how", ["option", "pipe"])
+def test_the_measured_program_run_by_code_in_no_file(installation, given, how):
+    """All that the program loads is as measured, its own module included; who began is another."""
+    code = "import runpy, sys\nrunpy.run_path('app.py', run_name='__main__')\n"
+    command = [installation.python, *(["-c", code] if how == "option" else ["-"]), *given]
+    done = subprocess.run(
+        command, input=code, cwd=installation.folder, capture_output=True, text=True, check=False
+    )
+    assert "__main__ is in no file" in refused(done)
+
+
+def test_a_thief_that_replaces_a_function_and_runs_the_measured_program(installation, given):
+    """What it hooks is the application's own module, which no check of hwlicense looks into."""
+    thief = """
+import runpy, sys
+sys.path.insert(0, ".")
+import logic
+logic.prepare = lambda: print("stolen")
+runpy.run_path("app.py", run_name="__main__")
+"""
+    installation.write("thief.py", thief)
+    done = start(installation, given, "thief.py")
+    assert done.stdout.startswith("stolen\nAPPLICATION_CHANGED "), done.stdout + done.stderr
+    assert f"{installation.folder}/thief.py is not among the measured" in done.stdout
+
+
 def test_bytecode_that_names_itself_as_the_measured_program(installation, given):
     """What it was compiled of is whatever its maker wrote into it, the interpreter's own modules included."""
     app = installation.folder / "app.py"
