@@ -15,7 +15,7 @@ from hwlicense.cli import output
 from hwlicense.cli.opening import Opener, opener_options
 from hwlicense.cli.options import FILE
 from hwlicense.core.errors import HwlicenseError, Reason, UsageError
-from hwlicense.core.process import PRELOADS
+from hwlicense.core.process import isolated
 from hwlicense.device import running
 
 if TYPE_CHECKING:
@@ -65,9 +65,7 @@ def run(
 
 def isolate() -> None:
     """Start anew, isolated, unless that is so already. No secret is there yet. Raises UsageError."""
-    clean = {
-        name: value for name, value in os.environ.items() if not name.startswith("PYTHON") and name not in PRELOADS
-    }
+    clean = isolated(os.environ)
     if sys.flags.isolated and len(clean) == len(os.environ):
         return
     if not sys.executable:

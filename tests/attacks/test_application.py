@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import py_compile
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -18,7 +19,7 @@ import pytest
 from hwlicense import loaded, program
 from hwlicense_simulators import Tpm
 from tests.installed import OPENING, Installation, Sold, shared_library
-from tests.world import TERMS, run
+from tests.world import PROGRAM, TERMS, run
 
 APPLICATION = "import logic, other\nlogic.prepare()\n" + OPENING
 LOGIC = "def prepare(): return 1\n"
@@ -223,9 +224,7 @@ def test_the_measured_program_run_by_code_in_no_file(installation, given, how):
     """All that the program loads is as measured, its own module included; who began is another."""
     code = "import runpy, sys\nrunpy.run_path('app.py', run_name='__main__')\n"
     command = [installation.python, *(["-c", code] if how == "option" else ["-"]), *given]
-    done = subprocess.run(
-        command, input=code, cwd=installation.folder, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, input=code, cwd=installation.folder, capture_output=True, text=True, check=False)
     assert "__main__ is in no file" in refused(done)
 
 
@@ -549,19 +548,84 @@ def test_measuring_what_runs_already(tmp_path):
         (["--pid", "999999999"], "USAGE"),
         (["--", "absent.py"], "FILE_ABSENT"),
         (["--", "fails.py"], "USAGE"),
-        (["--", "leaves.py"], "USAGE"),
+        (["--", "-m", "absent"], "USAGE"),
+        (["--", "-m", "absent.late"], "USAGE"),
+        (["--python", "./bare", "--", "fine.py"], "USAGE"),
         (["--python", "absent", "--", "fine.py"], "FILE_ABSENT"),
         (["--python", "/bin/false", "--", "fine.py"], "USAGE"),
     ],
 )
 def test_what_cannot_be_measured(tmp_path, arguments, reason):
     (tmp_path / "fails.py").write_text("raise SystemExit(3)")
-    (tmp_path / "leaves.py").write_text("import os; os._exit(0)")
     (tmp_path / "fine.py").write_text("")
+    (tmp_path / "bare").write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
+    (tmp_path / "bare").chmod(0o755)
     done = run("vendor", "measure", "-o", "app.toml", *arguments, cwd=tmp_path, status=None)
     assert done.returncode == 2
     assert f"reason: {reason}" in done.stderr
     assert not (tmp_path / "app.toml").exists()
+    if "-m" in arguments[:-1]:
+        assert f"{arguments[-1]} is no module that this Python finds" in done.stderr
+    if "./bare" in arguments:
+        assert " cannot import hwlicense (No module named 'hwlicense')" in done.stderr
+
+
+ENDLESS = {
+    "as any": "",
+    "with a handler": "import signal; signal.signal(signal.SIGTERM, lambda *_: sys.exit('ended'))",
+    "in a thread": "threading.Thread(target=time.sleep, args=(60,)).start(); print('up', flush=True); sys.exit()",
+}
+
+
+@pytest.mark.parametrize("how", ENDLESS)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_program_that_never_ends_is_measured_by_a_signal(tmp_path, number, how):
+    lines = f"import json, sys, threading, time\n{ENDLESS[how]}\nprint('up', flush=True)\nimport late\ntime.sleep(60)\n"
+    (tmp_path / "endless.py").write_text(lines)
+    (tmp_path / "late.py").write_text("")
+    command = [PROGRAM, "vendor", "measure", "-o", "app.toml", "--", "endless.py"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as measuring:
+        assert measuring.stderr.readline() == "up\n"
+        time.sleep(0.3)
+        measuring.send_signal(number)
+        said = measuring.communicate(timeout=30)[1]
+    assert measuring.returncode == 0, said
+    assert "Traceback" not in said
+    table = tomllib.loads((tmp_path / "app.toml").read_text())["application"]
+    assert {Path(name).name for name in table["required"]} == {
+        "endless.py",
+        Path(os.path.realpath(sys.executable)).name,
+    }
+    assert (str(tmp_path / "late.py") in table["files"]) == (how != "in a thread")
+
+
+def test_a_program_is_measured_however_it_ends(tmp_path):
+    """At once, with what its threads and exit handlers import; not by what it forks."""
+    (tmp_path / "leaves.py").write_text("import os, wave\nif not os.fork(): os._exit(0)\nos._exit(0)")
+    late = "import atexit, threading, time\natexit.register(lambda: __import__('wave'))\n"
+    late += "threading.Thread(target=lambda: (time.sleep(0.5), __import__('chunk_'))).start()"
+    (tmp_path / "late.py").write_text(late)
+    (tmp_path / "chunk_.py").write_text("")
+    for name, expected in (("leaves.py", {"wave.py"}), ("late.py", {"wave.py", "chunk_.py"})):
+        run("vendor", "measure", "-o", "app.toml", "--force", "--", name, cwd=tmp_path)
+        table = tomllib.loads((tmp_path / "app.toml").read_text())["application"]
+        assert {Path(each).name for each in table["files"]} >= expected
+
+
+def test_measuring_what_exec_runs_over(tmp_path, vendor):
+    with Tpm() as tpm:
+        sold = Sold(tmp_path, vendor, tpm)
+
+        def command(given):
+            package, _, home, tcti = given
+            return ["exec", package, "--fd", "--home", home, "--tpm", tcti, "--", "true"]
+
+        for start in (["-m", "hwlicense"], [PROGRAM]):
+            run("vendor", "measure", "--force", "-o", tmp_path / "app.toml", "--", *start, *command(sold.license()))
+            begin = [sys.executable, *start] if start[0] == "-m" else start
+            words = [*begin, *command(sold.license((tmp_path / "app.toml").read_text()))]
+            done = subprocess.run(words, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
 
 
 def test_names_of_every_kind_come_back(tmp_path):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -236,6 +237,23 @@ def test_the_program_that_a_license_names_is_hwlicense_itself(shop):
         capture_output=True, text=True, timeout=60, check=True,
     )  # fmt: skip
     assert json.loads(done.stdout) == [{"file": str(Path(hwlicense.__file__).with_name("__main__.py")), "problem": ""}]
+
+
+@pytest.mark.parametrize("way", ["module", "command"])
+def test_what_run_loads_is_measured_and_then_required(shop, way, tmp_path):
+    """In the isolated process that it starts anew; a native module of the package is not among it."""
+    start = ["-m", "hwlicense"] if way == "module" else [PROGRAM]
+    given = ["run", "--home", shop / "home", shop / "program.hwpkg"]
+    hostile = os.environ | {"PYTHONPATH": str(tmp_path), "LD_PRELOAD": str(tmp_path / "no.so")}
+    run("vendor", "measure", "-o", tmp_path / "app.toml", "--", *start, *given, env=hostile)
+    table = tomllib.loads((tmp_path / "app.toml").read_text())["application"]
+    own = str(Path(hwlicense.__file__).with_name("__main__.py"))
+    assert own in table["required"]
+    assert not [name for name in table["files"] if name.startswith(("/memfd", "<"))]
+    with Tpm() as tpm:
+        deliver(shop, tpm, f"measured-{way}", TERMS + (tmp_path / "app.toml").read_text())
+        command = ["run", "--home", shop / f"measured-{way}", "--tpm", tpm.tcti, shop / "program.hwpkg", "x"]
+        assert json.loads(run(*command).stdout)[0] == ["x"]
 
 
 @pytest.mark.parametrize(
