@@ -208,6 +208,16 @@ def test_site_hooks(installation, reporting, refusing, tmp_path, name):
                 assert f"site: sitecustomize was loaded from {path}" in said
 
 
+def test_an_optimizing_python(installation, reporting, refusing):
+    """As by the variable, which is told once."""
+    for how in ({"options": ("-O",)}, {"options": ("-I", "-OO")}):
+        for said in both(installation, reporting, refusing, "", **how):
+            assert "environment: Python was started with -O" in said
+    for said in both(installation, reporting, refusing, "", PYTHONOPTIMIZE="1"):
+        assert "environment: PYTHONOPTIMIZE is set" in said
+        assert "started with -O" not in said
+
+
 def test_a_path_file_that_runs_code(installation, reporting, refusing):
     with installation.laid("spy.pth", "import sys; sys.spied = True\n") as path:
         for said in both(installation, reporting, refusing, ""):
