@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
+    from hwlicense.core.process import Application
+
 # What an opening imports where terms ask for it, and what that imports in turn, is measured whether or not it is here
 _RUN: Final = """
 import os, sys
@@ -60,6 +62,19 @@ class Measurement:
         if len(self.files) > FILE_LIMIT:
             what = f"A license names at most {FILE_LIMIT:,} files, and there are {len(self.files):,}."
             raise UsageError(Reason.USAGE, what, "Measure what the application loads: a command, not whole folders.")
+
+    def admit(self, other: Application) -> None:
+        """Files of another version, too. Required are then only those that both require, with the same content."""
+        self.required &= {
+            file.name for file in other.files if file.required and self.files.get(file.name) == file.digest
+        }
+        here = set(self.files.values())
+        for file in other.files:
+            name = file.name
+            while self.files.get(name, file.digest) != file.digest:
+                name = f"{name} (other version)"[-_NAME_LIMIT:]
+            if file.digest not in here:
+                self.add([Loaded(name, file.digest)])
 
     def text(self) -> str:
         """The table `[application]` of the terms, in TOML."""

@@ -103,8 +103,57 @@ def test_what_was_measured_opens(installation, given, measured):
 def test_a_changed_program(installation, given):
     installation.write("app.py", APPLICATION + "print('and more')\n")
     said = refused(start(installation, given))
+    assert said.count("app.py") == 1
     assert f"{installation.folder}/app.py is another than measured" in said
-    assert f"{installation.folder}/app.py is missing" in said
+
+
+def test_the_whole_list_is_in_the_notes(installation, given):
+    """The sentence names three."""
+    code = APPLICATION.replace(
+        "    sys.exit", "    print(*getattr(error, '__notes__', ()), sep='\\n')\n    sys.exit", 1
+    )
+    installation.write("app.py", "".join(f"import more_{each}\n" for each in range(4)) + code)
+    for each in range(4):
+        installation.write(f"more_{each}.py", f"x = {each}\n")
+    said, *notes = refused(start(installation, given)).splitlines()
+    assert said.endswith("; and 2 more.")
+    told = {f"{installation.folder}/more_{each}.py is not among the measured" for each in range(4)}
+    assert set(notes) == told | {f"{installation.folder}/app.py is another than measured"}
+    assert len(notes) == 5
+
+
+def test_both_versions_of_an_application_open_in_the_time_of_an_update(installation, sold, measured):
+    """Neither is required, as the other runs in its place; what both require stays so."""
+    (sold.folder / "before.toml").write_text(measured)
+    installation.write("app.py", APPLICATION + "# the next version\n")
+    installation.write("logic.py", LOGIC + "# the next version\n")
+    options = ["--with", sold.folder / "before.toml", "--python", installation.python]
+    target = sold.folder / "both.toml"
+    run(
+        "vendor", "measure", "-o", target, "--force", *options, "--", "app.py", *sold.license(), cwd=installation.folder
+    )
+    table = tomllib.loads(target.read_text())["application"]
+    assert table["required"] == [os.path.realpath(sys.executable)]
+    assert len([name for name in table["files"] if "app.py" in name]) == 2
+    both = sold.license(target.read_text())
+    assert start(installation, both).stdout == "open\n"
+    installation.write("app.py", APPLICATION)
+    installation.write("logic.py", LOGIC)
+    assert start(installation, both).stdout == "open\n"
+    installation.write("logic.py", EVIL)
+    assert "logic.py is another than measured" in refused(start(installation, both))
+
+
+def test_a_table_to_be_named_with_that_is_none(tmp_path):
+    (tmp_path / "fine.py").write_text("")
+    for text, reason in (("", "TERM_INVALID"), ("[application]\nfiles = 1", "TERM_INVALID"), ("x", "TERM_INVALID")):
+        (tmp_path / "old.toml").write_text(text)
+        done = run("vendor", "measure", "-o", "a.toml", "--with", "old.toml", "--file", ".", cwd=tmp_path, status=2)
+        assert f"reason: {reason}" in done.stderr
+        assert "error: old.toml: " in done.stderr
+    (tmp_path / "old.toml").write_text('[application.files]\n"a" = "zz"')
+    done = run("vendor", "measure", "-o", "a.toml", "--with", "old.toml", "--file", ".", cwd=tmp_path, status=2)
+    assert "reason: TERM_INVALID" in done.stderr
 
 
 def test_a_changed_module(installation, given):
@@ -317,6 +366,28 @@ def test_the_measured_program_opens_however_it_is_started(installation, measured
             cwd=installation.folder, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.stdout == "open\n", done.stdout + done.stderr
+
+
+def test_modules_of_the_interpreter_that_are_files(installation, sold, measured_ways, tmp_path):
+    """What runs a module is then one of them, and is named like any other."""
+
+    def said_by(given):
+        command = [installation.python, *options, *given]
+        return subprocess.run(command, cwd=installation.folder, capture_output=True, text=True, check=False).stdout
+
+    installation.write("ways.py", WAYS)
+    options = ["-X", "frozen_modules=off", "-m", "ways", "main"]
+    assert "/runpy.py is not among the measured" in said_by(measured_ways)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {installation.python} -X frozen_modules=off "$@"\n')
+    python.chmod(0o755)
+    measuring = ["--python", python, "-o", tmp_path / "app.toml", "--", "-m", "ways", "main", *sold.license()]
+    run("vendor", "measure", *measuring, cwd=installation.folder)
+    given = sold.license((tmp_path / "app.toml").read_text())
+    assert said_by(given) == "open\n"
+    installation.write("second.py", WAYS + "# another\n")
+    options[3] = "second"
+    assert "second.py is not among" in said_by(given)
 
 
 @pytest.mark.parametrize(
@@ -583,7 +654,7 @@ def test_a_program_that_never_ends_is_measured_by_a_signal(tmp_path, number, how
     lines = f"import json, sys, threading, time\n{ENDLESS[how]}\nprint('up', flush=True)\nimport late\ntime.sleep(60)\n"
     (tmp_path / "endless.py").write_text(lines)
     (tmp_path / "late.py").write_text("")
-    command = [PROGRAM, "vendor", "measure", "-o", "app.toml", "--", "endless.py"]
+    command: list[str | Path] = [PROGRAM, "vendor", "measure", "-o", "app.toml", "--", "endless.py"]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as measuring:
         assert measuring.stderr.readline() == "up\n"
         time.sleep(0.3)
