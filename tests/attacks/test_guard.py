@@ -349,13 +349,15 @@ with model.session():
     import time
     (lambda: time.sleep(3))()
     print(len(held), bytes(held[:8]), model.locked, model.standing().reason)
+    try: model.read("labels/names.txt")
+    except hwlicense.RefusedError as error: print(error.reason)
 try:
     with model.session(): pass
 except hwlicense.RefusedError as error: print(error.reason)
 """
     done = installation.run(OPENING + code, *refusing)
     size = len(MEMBERS["weights.bin"])
-    assert done.stdout.splitlines()[1:] == [f"{size} b'a marker' True GUARD", "GUARD"], done.stderr
+    assert done.stdout.splitlines()[1:] == [f"{size} b'a marker' True GUARD", "GUARD", "GUARD"], done.stderr
 
 
 def test_a_forked_child_is_looked_at_too(installation, refusing):
