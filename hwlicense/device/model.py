@@ -169,7 +169,8 @@ class Model(Licensed):
         takes from them. Those that are not used are given back at the end. Read what the procedure needs before it
         begins: where hardware is lost or the guard finds something, its keys are gone at once, and only buffers and
         paths that were given out stay. Touches no hardware; a lease that must be renewed for the reserved ones is
-        waited for, two seconds at the most. Raises UsageError, ClosedError; RefusedError and HardwareError where `standing` says no.
+        waited for, two seconds at the most.
+        Raises UsageError, ClosedError; RefusedError and HardwareError where `standing` says no.
         """
         check_count(inferences, least=0)
         if refusal := self._denial(0, wait=True):

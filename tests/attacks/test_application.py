@@ -697,6 +697,12 @@ def test_measuring_what_exec_runs_over(tmp_path, vendor):
             words = [*begin, *command(sold.license((tmp_path / "app.toml").read_text()))]
             done = subprocess.run(words, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr
+        bare = f'[application.files]\n"a" = "{"0" * 64}"\n'
+        done = run(*command(sold.license(bare)), status=1)
+        lines = done.stderr.splitlines()
+        assert [line.partition(":")[0] for line in lines[:3]] == ["error", "reason", "hint"]
+        assert len(lines) > 100
+        assert all(line.startswith("  /") and line.endswith(" is not among the measured") for line in lines[3:])
 
 
 def test_names_of_every_kind_come_back(tmp_path):

@@ -5,6 +5,7 @@ Every finding is reported by a license that says nothing of a guard, and refused
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import hmac
 import os
@@ -17,7 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hwlicense.core.errors import Reason, RefusedError
+from hwlicense.core.errors import ExceededError, Reason, RefusedError
 from hwlicense.core.process import CHECKS
 from hwlicense.device import checks, memory
 from hwlicense_simulators import Tpm
@@ -85,6 +86,7 @@ def work():
 threading.Thread(target=work, daemon=True).start()
 """
 DUMPABLE_AGAIN = """
+import copy
 import ctypes
 held = model.read("weights.bin")  # while it is held, reading it makes no new memory, which would forbid dumps again
 ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)
@@ -417,8 +419,13 @@ def test_a_refusal_crosses_processes_and_names_a_few(installation, refusing):
     )
     done = installation.run(code + "    set(lambda *_: None)\n" + OPENING, *refusing)
     assert "; and 1 more" in done.stdout
-    error = RefusedError(Reason.GUARD, "x")
-    assert error.exit_status == 1
+    error = RefusedError(Reason.GUARD, "x", "y")
+    error.add_note("one")
+    for found in (copy.copy(error), error.again()):
+        assert (vars(found), found.exit_status) == (vars(error), 1)
+    waiting = ExceededError(Reason.RATE_EXCEEDED, "x", "y", 3.0)
+    for found in (copy.copy(waiting), waiting.again()):
+        assert (type(found), vars(found)) == (ExceededError, vars(waiting))
 
 
 # ---- what the kernel stops -----------------------------------------------------------------------------------
