@@ -143,9 +143,8 @@ def run(python: str, arguments: Sequence[str]) -> tuple[list[Loaded], list[Loade
         raise UsageError(Reason.USAGE, what, "Let it end on SIGTERM, or by itself.")
     if not pairs or (program.returncode and not ended):
         what = f"The program ended with status {program.returncode}, so it was not measured."
-        raise UsageError(
-            Reason.USAGE, what, "Let it end well, on its own or by Ctrl-C or SIGTERM given to this command."
-        )
+        hint = "Let it open under a license without [application], and end by itself, or by Ctrl-C or SIGTERM to this."
+        raise UsageError(Reason.USAGE, what, hint)
     found = [
         Loaded(name, said, "") if isinstance(said, bytes) else Loaded(name, None, str(said)) for name, said in pairs
     ]

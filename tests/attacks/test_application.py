@@ -144,6 +144,14 @@ def test_both_versions_of_an_application_open_in_the_time_of_an_update(installat
     assert "logic.py is another than measured" in refused(start(installation, both))
 
 
+def test_measuring_under_a_license_that_refuses_says_what_to_do(installation, given):
+    installation.write("app.py", APPLICATION + "# the next version\n")
+    options = ["--python", installation.python, "-o", "new.toml"]
+    done = run("vendor", "measure", *options, "--", "app.py", *given, cwd=installation.folder, status=2)
+    assert "APPLICATION_CHANGED" in done.stderr
+    assert "hint: Let it open under a license without [application]" in done.stderr
+
+
 def test_a_table_to_be_named_with_that_is_none(tmp_path):
     (tmp_path / "fine.py").write_text("")
     for text, reason in (("", "TERM_INVALID"), ("[application]\nfiles = 1", "TERM_INVALID"), ("x", "TERM_INVALID")):
