@@ -6,21 +6,23 @@ compared with the file that is digested, byte for byte, and cached bytecode with
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import importlib.util
 import marshal
 import os
+import signal
 import stat
 import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 
 from hwlicense.program import origins, written
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from types import ModuleType
 
 _DELETED: Final = " (deleted)"
@@ -236,38 +238,75 @@ def _compiles_to(text: bytes, bytecode: bytes) -> bool:
 # ---- a program that is run to be measured ----------------------------------------------------------------
 
 
-def report(fd: int, arguments: list[str]) -> None:
+def report(fd: int, arguments: list[str], memory_files: Callable[[], frozenset[int]]) -> None:
     """Run a program (SCRIPT or -m MODULE, and its arguments) as Python does, and write down what it had loaded.
 
     Each line on `fd` is a file as a pair of Python's literals: the name, and its digest or what is wrong with it. The
-    first is the program, the second the interpreter.
+    first is the program, the second the interpreter. All is written when the program ends, and again, with what came
+    later, when the process does. SIGTERM ends the program unless it has a handler of its own. `memory_files`: as for
+    `everything`.
     """
     os.set_inheritable(fd, False)  # noqa: FBT003  # as it is called
+    os.register_at_fork(after_in_child=lambda: os.close(fd))  # so that whoever reads does not wait for children
     import runpy  # noqa: PLC0415  # for programs that are measured alone
 
-    if arguments[0] == "-m":
+    by_name = arguments[0] == "-m"
+    if by_name:
         arguments = arguments[1:]
-        spec = importlib.util.find_spec(arguments[0])
-        if spec is not None and spec.submodule_search_locations is not None:
-            spec = importlib.util.find_spec(f"{arguments[0]}.__main__")
-        program = str(spec.origin if spec else arguments[0])
+        program = _file_of_module(arguments[0])
     else:
         program = os.path.realpath(arguments[0])
         sys.path[0] = os.path.dirname(program)  # noqa: PTH120  # as Python spells it
-    own, sys.argv = sys.argv, arguments
-    try:
-        if own[2] == "-m":
-            runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
-        else:
-            runpy.run_path(arguments[0], run_name="__main__")
-    finally:
+    process, leave = os.getpid(), os._exit
+
+    def write() -> None:
+        if os.getpid() != process:
+            return
         interpreter = os.readlink("/proc/self/exe")  # noqa: PTH115  # as in the mappings
         # Which of its own modules this package loads depends on the license
         own_files = map(str, sorted(Path(__file__).parent.rglob("*.py")))
         found = [Loaded(each, file_digest(each)) for each in (program, interpreter, *own_files)]
-        found += [*native(os.getpid()), *modules()]
-        with os.fdopen(fd, "w") as out:
-            out.writelines(ascii((one.name, one.digest or one.problem)) + "\n" for one in found)
+        _say(fd, [*found, *native(os.getpid(), memory_files()), *modules()])
+
+    def leave_at_once(status: int) -> NoReturn:
+        write()
+        leave(status)
+
+    if not program:
+        _say(fd, [Loaded(arguments[0], None, "is no module that this Python finds")])
+        return
+    sys.argv = arguments
+    unheeded = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if unheeded:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    os._exit = leave_at_once
+    atexit.register(write)
+    try:
+        if by_name:
+            runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(arguments[0], run_name="__main__")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        write()
+        if unheeded:  # from here on only threads are waited for
+            signal.signal(signal.SIGTERM, lambda *_: leave(143))
+
+
+def _file_of_module(name: str) -> str:
+    """What `-m` runs of a module. Empty where there is none."""
+    with suppress(ModuleNotFoundError):
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.submodule_search_locations is not None:
+            spec = importlib.util.find_spec(f"{name}.__main__")
+        return str((spec and spec.origin) or "")
+    return ""
+
+
+def _say(fd: int, found: list[Loaded]) -> None:
+    with os.fdopen(os.dup(fd), "w") as out:
+        out.writelines(ascii((one.name, one.digest or one.problem)) + "\n" for one in found)
 
 
 # ---- digests ---------------------------------------------------------------------------------------------

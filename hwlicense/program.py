@@ -52,7 +52,12 @@ class _DoubtfulError(Exception):
 @cache  # whose memory no other code of Python writes into
 def _found() -> tuple[Origin, ...]:
     main = _codes(sys._current_frames().get(threading.main_thread().ident or 0))  # noqa: SLF001  # there is no other way
-    while main and _frozen(main[0], "runpy"):  # -m, and what is run out of a folder or an archive
+    runner: dict[Origin, None] = {}  # of -m, and of folders and archives, where it is a file like others
+    while main:
+        if _runs_modules(main[0]):
+            runner[_origin(main[0], whole=False)] = None
+        elif not _frozen(main[0], "runpy"):
+            break
         del main[0]
     if main and set(main[0].co_names) in _MULTIPROCESSING and main[0].co_filename == "<string>":
         inside = [code for code in (*main, *_codes(sys._getframe())) if code is not main[0]]  # noqa: SLF001
@@ -61,7 +66,11 @@ def _found() -> tuple[Origin, ...]:
         raise _DoubtfulError("the program", "cannot be told: the main thread is not in it; open a package while it is")
     if main[0].co_filename.startswith("<"):
         raise _DoubtfulError("__main__", "is in no file: given on the command line, piped, or typed")
-    return (_origin(main[0], whole=True),)
+    return (*runner, _origin(main[0], whole=True))
+
+
+def _runs_modules(code: CodeType) -> bool:
+    return bool(code.co_flags & _FUNCTION) and code.co_filename.endswith("/runpy.py")
 
 
 def _codes(frame: FrameType | None) -> list[CodeType]:

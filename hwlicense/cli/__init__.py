@@ -40,7 +40,7 @@ def _run(command: click.Command) -> int:  # noqa: PLR0911  # one return for each
     try:
         status = command.main(standalone_mode=False, prog_name="hwlicense")
     except HwlicenseError as error:
-        output.failure(error.reason, error.what, error.hint)
+        output.failed(error)
         return error.exit_status
     except click.exceptions.Exit as error:
         return error.exit_code

@@ -83,7 +83,7 @@ def execute(
     except HwlicenseError as error:
         if error.reason not in _STATUSES:
             raise
-        output.failure(error.reason, error.what, error.hint)
+        output.failed(error)
         status = _STATUSES[error.reason]
     context.exit(status)
 

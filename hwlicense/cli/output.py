@@ -18,7 +18,7 @@ import msgspec
 from hwlicense.core.errors import HwlicenseError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from hwlicense.core.errors import Reason
@@ -42,14 +42,21 @@ def note(text: str) -> None:
     click.echo(printable(text), err=True)
 
 
-def failure(reason: Reason, what: str, hint: str) -> None:
+def failed(error: HwlicenseError) -> None:
+    """The lines of an error, and a line for each of its notes."""
+    failure(error.reason, error.what, error.hint, getattr(error, "__notes__", []))
+
+
+def failure(reason: Reason, what: str, hint: str, notes: Sequence[str] = ()) -> None:
     """The three lines of an error, and the same as JSON where the command was asked for JSON."""
     note(f"error: {what}")
     note(f"reason: {reason}")
     if hint:
         note(f"hint: {hint}")
+    for each in notes:
+        note(f"  {each}")
     if "--json" in sys.argv:
-        emit({"error": {"reason": str(reason), "what": what, "hint": hint}})
+        emit({"error": {"reason": str(reason), "what": what, "hint": hint} | ({"notes": list(notes)} if notes else {})})
 
 
 def emit(value: Any, *, indent: bool = True) -> None:  # noqa: ANN401  # whatever JSON can hold

@@ -16,15 +16,18 @@ from hwlicense.cli import USUAL_COLLECTION, output
 from hwlicense.cli.opening import Opener, opener_options
 from hwlicense.cli.options import FILE
 from hwlicense.core.errors import HwlicenseError, Reason, UsageError
-from hwlicense.core.process import PRELOADS
-from hwlicense.device import running
+from hwlicense.core.process import isolated
+from hwlicense.device import running, sealed_code, sealed_resources
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from types import TracebackType
 
     from hwlicense.core.code import Entry
 
 _INTERRUPTED: Final = 130
+_HUNG_UP: Final = 129
+_IMPORTING: Final = (__name__, running.__name__, sealed_code.__name__, sealed_resources.__name__)
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
@@ -59,7 +62,9 @@ def run(
         stack.enter_context(running.started(model))
         # After threads and exit handlers of the program: they may still need the model
         atexit.register(_close, stack.pop_all())
-    _terminate_children_at_once()
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # the terminal is gone, and nobody ignores that (nohup)
+        signal.signal(signal.SIGHUP, lambda *_: sys.exit(_HUNG_UP))
+    _end_children_at_once()
     gc.set_threshold(*USUAL_COLLECTION)
     sys.argv = [str(package), *(arguments[1:] if arguments[:1] == ("--",) else arguments)]
     sys.exit(_status(begin))
@@ -67,9 +72,7 @@ def run(
 
 def isolate() -> None:
     """Start anew, isolated, unless that is so already. No secret is there yet. Raises UsageError."""
-    clean = {
-        name: value for name, value in os.environ.items() if not name.startswith("PYTHON") and name not in PRELOADS
-    }
+    clean = isolated(os.environ)
     if sys.flags.isolated and len(clean) == len(os.environ):
         return
     if not sys.executable:
@@ -84,42 +87,55 @@ def _status(begin: Entry) -> int | str | None:
     except SystemExit as end:
         return end.code
     except HwlicenseError as error:
-        output.failure(error.reason, error.what, error.hint)
+        output.failed(error)
         return error.exit_status
     except BaseException as error:  # noqa: BLE001  # the program's own, shown as Python shows it
-        trace = error.__traceback__
-        while trace and trace.tb_frame.f_globals["__name__"].startswith((__name__, running.__name__, "importlib")):
-            trace = trace.tb_next
+        trace = _without_own(error.__traceback__)
         shown = error.with_traceback(trace)
         sys.excepthook(type(shown), shown, trace)
         return _INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
     return status if isinstance(status, int | str) else None if status is None else str(status)
 
 
+def _without_own(trace: TracebackType | None) -> TracebackType | None:
+    """What Python shows of its own importing: nothing, at the beginning and where sealed code is found and read."""
+    while trace and trace.tb_frame.f_globals.get("__name__", "").startswith((*_IMPORTING, "importlib")):
+        trace = trace.tb_next
+    last = trace
+    while last:
+        following = last.tb_next
+        while following and following.tb_frame.f_globals.get("__name__", "").startswith(_IMPORTING):
+            following = following.tb_next
+        last.tb_next = following
+        last = following
+    return trace
+
+
 def _close(stack: ExitStack) -> None:
     try:
         stack.close()
     except HwlicenseError as error:
-        output.failure(error.reason, error.what, error.hint)
+        output.failed(error)
 
 
-def _terminate_children_at_once() -> None:
-    """SIGTERM ends a child that the program forks at once, as the parent expects that terminates it.
+def _end_children_at_once() -> None:
+    """SIGTERM and SIGHUP end a child that the program forks at once, as the parent expects that terminates it.
 
     Blocked meanwhile: the exception that it is in this process would come in the midst of other handlers of forking.
     """
     before: list[set[signal.Signals]] = []
 
     def block() -> None:
-        before.append({signal.Signals(n) for n in signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})})
+        before.append({signal.Signals(n) for n in signal.pthread_sigmask(signal.SIG_BLOCK, ours.keys())})
 
     def unblock() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before.pop())
 
     def in_child() -> None:
-        if signal.getsignal(signal.SIGTERM) is ours:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, handler in ours.items():
+            if callable(handler) and signal.getsignal(number) is handler:
+                signal.signal(number, signal.SIG_DFL)
         unblock()
 
-    ours = signal.getsignal(signal.SIGTERM)
+    ours = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=in_child)

@@ -9,8 +9,9 @@ import click
 
 from hwlicense import storage
 from hwlicense.cli import output
-from hwlicense.cli.vendor_input import FILE, force_option, refuse_existing
+from hwlicense.cli.vendor_input import FILE, force_option, refuse_existing, text
 from hwlicense.core.errors import Reason, UsageError
+from hwlicense.core.terms import parse_measured
 from hwlicense.core.wording import quantity
 from hwlicense.vendor import measuring
 
@@ -23,6 +24,14 @@ if TYPE_CHECKING:
 @click.option("--python", metavar="PYTHON", help="The interpreter that runs the program.  [default: this one]")
 @click.option("--pid", "processes", multiple=True, type=int, metavar="PID", help="Native code of a running process.")
 @click.option("--file", "files", multiple=True, type=FILE, metavar="PATH", help="A file, or all files in a folder.")
+@click.option(
+    "--with",
+    "others",
+    multiple=True,
+    type=FILE,
+    metavar="OLD.toml",
+    help="Name the files of this table too, of another version: both may run. Required is then what both require.",
+)
 @force_option
 @click.argument("program", nargs=-1, type=click.UNPROCESSED, metavar="[-- PROGRAM]...")
 def measure(
@@ -30,6 +39,7 @@ def measure(
     python: str | None,
     processes: tuple[int, ...],
     files: tuple[Path, ...],
+    others: tuple[Path, ...],
     force: bool,
     program: tuple[str, ...],
 ) -> None:
@@ -56,6 +66,9 @@ def measure(
         needed, found = measuring.run(python or sys.executable, program)
         measured.add(needed, required=True)
         measured.add(found)
+    for path in others:
+        with output.naming(path):
+            measured.admit(parse_measured(text(path)))
     storage.atomic_write(target, measured.text().encode(), 0o644, force=force)
     output.note(
         f"Measured {quantity(len(measured.files), 'file')}, {len(measured.required):,} of them required, into {target}."

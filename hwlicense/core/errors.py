@@ -7,7 +7,7 @@ and translations, and carries the exit status of the command line. Nothing else 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import ClassVar, Final, Self
+from typing import Any, ClassVar, Final, Self
 
 REPORT: Final = "Please report this, with the command and the version (`hwlicense --version`)."
 """What to do about what should not be."""
@@ -129,7 +129,10 @@ class Reason(StrEnum):
 
 
 class HwlicenseError(Exception):
-    """Root of the tree. `str()` is the sentence for a person; `hint` says what to do next, and may be empty."""
+    """Root of the tree. `str()` is the sentence for a person; `hint` says what to do next, and may be empty.
+
+    A sentence that names a few of many things has all of them in `__notes__`, which Python shows below a traceback.
+    """
 
     exit_status: ClassVar[int] = 5
 
@@ -141,10 +144,19 @@ class HwlicenseError(Exception):
 
     def again(self) -> Self:
         """The same error once more: one that was raised holds a traceback, and with it all that was in reach."""
-        return type(self)(self.reason, self.what, self.hint)
+        made = type(self)(*self._arguments())
+        vars(made).update(self._noted())
+        return made
 
-    def __reduce__(self) -> tuple[type[HwlicenseError], tuple[Reason, str, str]]:
-        return type(self), (self.reason, self.what, self.hint)  # an error crosses process pools with its hint
+    def _arguments(self) -> tuple[Any, ...]:
+        return self.reason, self.what, self.hint
+
+    def _noted(self) -> dict[str, list[str]]:
+        notes = getattr(self, "__notes__", None)
+        return {"__notes__": list(notes)} if notes else {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._arguments(), self._noted()  # an error crosses process pools with its hint
 
 
 class RefusedError(HwlicenseError):
@@ -160,12 +172,8 @@ class ExceededError(RefusedError):
         super().__init__(reason, what, hint)
         self.wait = wait
 
-    def again(self) -> Self:
-        """As the base, with `wait`."""
-        return type(self)(self.reason, self.what, self.hint, self.wait)
-
-    def __reduce__(self) -> tuple[type[HwlicenseError], tuple[Reason, str, str, float | None]]:  # type: ignore[override]
-        return type(self), (self.reason, self.what, self.hint, self.wait)
+    def _arguments(self) -> tuple[Any, ...]:
+        return *super()._arguments(), self.wait
 
 
 class UsageError(HwlicenseError):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Final, Literal, get_args
 
 import msgspec
 
 from hwlicense.core.schema import Digest, Document
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 Check = Literal["debugger", "tracing", "preloaded", "environment", "site", "replaced", "swap", "shadowed"]
 """What the guard looks for. docs/guard.md says what each finds."""
@@ -21,6 +24,13 @@ FILE_LIMIT: Final = 4096
 
 LONGEST_INTERVAL: Final = 3600
 """Seconds between two looks of the guard, at the most."""
+
+
+def isolated(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables with which `hwlicense run` starts: without those of Python and of the dynamic linker's preloads."""
+    return {
+        name: value for name, value in environment.items() if not name.startswith("PYTHON") and name not in PRELOADS
+    }
 
 
 class Guard(Document, frozen=True):

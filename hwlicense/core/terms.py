@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from typing import TYPE_CHECKING, Annotated, Final, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from hwlicense.core.documents import Grant
+
+_T = TypeVar("_T")
 
 SIZE_LIMIT: Final = 1 << 20
 
@@ -144,6 +146,20 @@ class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ]
     required: list[str] = []
 
+    @property
+    def granted(self) -> Application:
+        """As the grant has it. Raises UsageError TERM_INVALID."""
+        if unknown := sorted(set(self.required) - self.files.keys()):
+            what = f"application.required names {unknown[0]!r}, which application.files does not."
+            raise UsageError(Reason.TERM_INVALID, what, "Use the names as `vendor measure` wrote them.")
+        for name, digest in self.files.items():
+            if not re.fullmatch(r"[0-9a-f]{64}", digest):
+                what = f"application.files has {name!r}, which is no SHA-256 of a file in hexadecimal."
+                hint = "All that follows [application.files] belongs to it: put other terms before what was measured."
+                raise UsageError(Reason.TERM_INVALID, what, hint)
+        files = sorted(self.files.items())
+        return Application([File(name, bytes.fromhex(digest), name in self.required) for name, digest in files])
+
 
 class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a license allows."""
@@ -215,18 +231,7 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def granted_application(self) -> Application | None:
         """`application`, as the grant has it. Raises UsageError TERM_INVALID where what is required is not among it."""
-        if self.application is None:
-            return None
-        files, required = self.application.files, set(self.application.required)
-        if unknown := sorted(required - files.keys()):
-            what = f"application.required names {unknown[0]!r}, which application.files does not."
-            raise UsageError(Reason.TERM_INVALID, what, "Use the names as `vendor measure` wrote them.")
-        for name, digest in files.items():
-            if not re.fullmatch(r"[0-9a-f]{64}", digest):
-                what = f"application.files has {name!r}, which is no SHA-256 of a file in hexadecimal."
-                hint = "All that follows [application.files] belongs to it: put other terms before what was measured."
-                raise UsageError(Reason.TERM_INVALID, what, hint)
-        return Application([File(name, bytes.fromhex(files[name]), name in required) for name in sorted(files)])
+        return self.application.granted if self.application else None
 
     @property
     def selection(self) -> Selection:
@@ -236,6 +241,21 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def parse_terms(text: str) -> Terms:
     """Raises UsageError: TERM_UNKNOWN, TERM_INVALID."""
+    terms = _converted(_table(text), Terms)
+    _check(terms)
+    return terms
+
+
+def parse_measured(text: str) -> Application:
+    """`[application]` alone, of terms or as it was measured. Raises UsageError: TERM_UNKNOWN, TERM_INVALID."""
+    return _converted({"application": None} | _table(text), _MeasuredAlone).application.granted
+
+
+class _MeasuredAlone(msgspec.Struct):
+    application: Measured
+
+
+def _table(text: str) -> dict[str, Any]:
     import tomllib  # noqa: PLC0415  # the vendor's need alone, and not to be paid for at each opening
 
     if len(text) > SIZE_LIMIT:
@@ -243,18 +263,19 @@ def parse_terms(text: str) -> Terms:
             Reason.TERM_INVALID, f"The terms are longer than {SIZE_LIMIT:,} characters.", "Check the file's name."
         )
     try:
-        table = tomllib.loads(text)
+        return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # beside TOML's own, numbers too long for Python to read
         raise UsageError(Reason.TERM_INVALID, f"The terms are not TOML: {error}.", TOML) from None
+
+
+def _converted(table: dict[str, Any], kind: type[_T]) -> _T:
     try:
-        terms = msgspec.convert(table, Terms, builtin_types=(datetime.date, datetime.datetime))  # a day, not text
+        return msgspec.convert(table, kind, builtin_types=(datetime.date, datetime.datetime))  # a day, not text
     except msgspec.ValidationError as error:
         unknown = "unknown field" in str(error)
         reason = Reason.TERM_UNKNOWN if unknown else Reason.TERM_INVALID
         what = f"The terms cannot be used: {in_words(str(error))}."
         raise UsageError(reason, what, mend(str(error), list(_names("", Terms)), dict(_choices("", Terms)))) from None
-    _check(terms)
-    return terms
 
 
 def check_validity(grant: Grant, today: datetime.date, first_used: datetime.date | None = None) -> None:

@@ -142,9 +142,10 @@ def _first_environment() -> dict[str, str]:
 
 
 def _environment() -> Iterator[str]:
-    if not sys.flags.ignore_environment:
-        given = _first_environment()
-        yield from (f"{name} is set" for name in _PYTHON if given.get(name))
+    given = {} if sys.flags.ignore_environment else _first_environment()
+    yield from (f"{name} is set" for name in _PYTHON if given.get(name))
+    if sys.flags.optimize and not given.get("PYTHONOPTIMIZE"):
+        yield "Python was started with -O"
     if sys.flags.inspect or sys.flags.interactive:
         yield "Python was started with -i"
 

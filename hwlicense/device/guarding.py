@@ -113,18 +113,18 @@ os.register_at_fork(after_in_child=_after_fork)
 
 def _refusal(grant: Grant, objects: Sequence[object], *, anew: bool) -> RefusedError | None:
     if grant.guard and (found := findings(grant.guard.refuse, objects)):
-        what = f"The license refuses this process: {_some([f'{one.check}: {one.what}' for one in found])}."
         hint = "Start the application without it. docs/guard.md says what each check finds, harmless causes too."
-        return RefusedError(Reason.GUARD, what, hint)
+        texts = [f"{one.check}: {one.what}" for one in found]
+        return _naming(texts, Reason.GUARD, "The license refuses this process", hint)
     if grant.application and (differing := list(differences(grant.application, anew=anew))):
-        what = f"The process has not loaded what the license names: {_some(differing)}."
         hint = "Start the application as it was installed; after an update, ask the vendor for a revision."
-        return RefusedError(Reason.APPLICATION_CHANGED, what, hint)
+        what = "The process has not loaded what the license names"
+        return _naming(differing, Reason.APPLICATION_CHANGED, what, hint)
     return None
 
 
 def differences(application: Application, *, anew: bool = True) -> Iterator[str]:
-    """What the terms require and is not loaded, and what is loaded and not among their files."""
+    """What the terms require and is not loaded, and what is loaded and not among their files; a changed file once."""
     named = {file.digest for file in application.files}
     names = {_last(file.name) for file in application.files}
     try:
@@ -133,7 +133,10 @@ def differences(application: Application, *, anew: bool = True) -> Iterator[str]
         yield f"what is loaded cannot be looked at ({error.strerror}): is /proc mounted?"
         return
     digests = {one.digest for one in here}
-    yield from (f"{file.name} is missing" for file in application.files if file.required and file.digest not in digests)
+    others = {_last(one.name) for one in here if one.digest not in named}  # and these are told below
+    for file in application.files:
+        if file.required and file.digest not in digests and _last(file.name) not in others:
+            yield f"{file.name} is missing"
     for one in here:
         if one.problem:
             yield f"{one.name} {one.problem}"
@@ -145,6 +148,10 @@ def _last(name: str) -> str:
     return name.rpartition("/")[2]
 
 
-def _some(texts: list[str]) -> str:
+def _naming(texts: list[str], reason: Reason, what: str, hint: str) -> RefusedError:
     rest = len(texts) - _SHOWN
-    return "; ".join(texts[:_SHOWN]) + (f"; and {rest} more" if rest > 0 else "")
+    counted = f"; and {rest} more" if rest > 0 else ""
+    error = RefusedError(reason, f"{what}: {'; '.join(texts[:_SHOWN])}{counted}.", hint)
+    for each in texts if rest > 0 else ():
+        error.add_note(each)
+    return error

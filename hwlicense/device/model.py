@@ -185,8 +185,9 @@ class Model(Licensed):
 
         `inferences` are reserved for it, within all limits: where this thread's `spend` would be refused meanwhile, it
         takes from them. Those that are not used are given back at the end. Read what the procedure needs before it
-        begins: where hardware is lost, its keys are gone at once, and only buffers and paths that were given out stay.
-        Touches no hardware; a lease that must be renewed for the reserved ones is waited for, two seconds at the most.
+        begins: where hardware is lost or the guard finds something, its keys are gone at once, and only buffers and
+        paths that were given out stay. Touches no hardware; a lease that must be renewed for the reserved ones is
+        waited for, two seconds at the most.
         Raises UsageError, ClosedError; RefusedError and HardwareError where `standing` says no.
         """
         check_count(inferences, least=0)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import ast
 import os
+import select
+import signal
 import subprocess
+import time
+from io import FileIO
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from hwlicense import loaded
 from hwlicense.core.errors import Reason, UsageError
-from hwlicense.core.process import FILE_LIMIT
+from hwlicense.core.process import FILE_LIMIT, isolated
 from hwlicense.loaded import Loaded
 from hwlicense.storage import reporting
 
@@ -19,10 +23,22 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
+    from hwlicense.core.process import Application
+
 # What an opening imports where terms ask for it, and what that imports in turn, is measured whether or not it is here
-_RUN: Final = (
-    "import sys, hwlicense.device.guarding; from hwlicense.loaded import report; report(int(sys.argv[1]), sys.argv[2:])"
-)
+_RUN: Final = """
+import os, sys
+try:
+    import hwlicense.device.guarding
+    from hwlicense.device.memory import sealed_inodes
+    from hwlicense.loaded import report
+except (ImportError, SyntaxError) as error:
+    os.write(int(sys.argv[1]), ascii((sys.executable, f"cannot import hwlicense ({error})")).encode())
+    sys.exit()
+report(int(sys.argv[1]), sys.argv[2:], sealed_inodes)
+"""
+_PATIENCE: Final = 1.0  # seconds in which a program ends by itself that the terminal has interrupted, too
+_TERMINATING: Final = 10.0  # seconds from SIGTERM to SIGKILL
 _NAME_LIMIT: Final = 500
 _ABSENT: Final = "Check the path."
 
@@ -46,6 +62,19 @@ class Measurement:
         if len(self.files) > FILE_LIMIT:
             what = f"A license names at most {FILE_LIMIT:,} files, and there are {len(self.files):,}."
             raise UsageError(Reason.USAGE, what, "Measure what the application loads: a command, not whole folders.")
+
+    def admit(self, other: Application) -> None:
+        """Files of another version, too. Required are then only those that both require, with the same content."""
+        self.required &= {
+            file.name for file in other.files if file.required and self.files.get(file.name) == file.digest
+        }
+        here = set(self.files.values())
+        for file in other.files:
+            name = file.name
+            while self.files.get(name, file.digest) != file.digest:
+                name = f"{name} (other version)"[-_NAME_LIMIT:]
+            if file.digest not in here:
+                self.add([Loaded(name, file.digest)])
 
     def text(self) -> str:
         """The table `[application]` of the terms, in TOML."""
@@ -85,33 +114,75 @@ def mapped_by(process: int) -> tuple[Loaded, list[Loaded]]:
 def run(python: str, arguments: Sequence[str]) -> tuple[list[Loaded], list[Loaded]]:
     """Run a program by this interpreter to its end: program and interpreter, and all that it had loaded then.
 
-    Raises UsageError where it fails, or hwlicense is not installed for that interpreter.
+    SIGINT and SIGTERM end the program, and what it had loaded by then is measured. `hwlicense run` is run as it starts
+    itself anew, isolated. Raises UsageError where it fails, or hwlicense is not installed for that interpreter.
     """
     if arguments[0] != "-m" and not os.path.isfile(arguments[0]):  # noqa: PTH113  # as the interpreter looks for it
         raise UsageError(Reason.FILE_ABSENT, f"There is no program {arguments[0]}.", _ABSENT)
+    options, environment = ["-c"], dict(os.environ)
+    if rest := _of_run(arguments):
+        arguments, options, environment = ["-m", "hwlicense", *rest], ["-I", "-c"], isolated(environment)
     reading, writing = os.pipe()
-    with os.fdopen(reading, encoding="ascii") as lines:
+    with FileIO(reading) as report:
         try:
-            command = [python, "-c", _RUN, str(writing), *arguments]
-            started = subprocess.Popen(command, pass_fds=[writing], stdout=2)  # noqa: S603  # what the user names
+            command = [python, *options, _RUN, str(writing), *arguments]
+            program = subprocess.Popen(command, pass_fds=[writing], stdout=2, env=environment)  # noqa: S603  # the user's
         except OSError as error:
             what = f"{python} cannot be run ({error.strerror})."
             raise UsageError(Reason.FILE_ABSENT, what, _ABSENT) from error
         finally:
             os.close(writing)
-        with started:
-            written = list(lines)
+        with program:
+            written, ended = _awaited(program, report)
     try:
-        pairs = [ast.literal_eval(line) for line in written]
+        pairs = [ast.literal_eval(line) for line in written.decode("ascii").splitlines()]
     except (ValueError, SyntaxError):  # cut off
         pairs = []
-    if started.returncode or not pairs:
-        what = f"The program ended with status {started.returncode}, so it was not measured."
-        raise UsageError(Reason.USAGE, what, "It must run to its end, under a Python that hwlicense is installed for.")
+    if not pairs and program.returncode == -signal.SIGKILL and ended:
+        what = f"The program did not end within {_TERMINATING:.0f} seconds of SIGTERM, so it was not measured."
+        raise UsageError(Reason.USAGE, what, "Let it end on SIGTERM, or by itself.")
+    if not pairs or (program.returncode and not ended):
+        what = f"The program ended with status {program.returncode}, so it was not measured."
+        hint = "Let it open under a license without [application], and end by itself, or by Ctrl-C or SIGTERM to this."
+        raise UsageError(Reason.USAGE, what, hint)
     found = [
         Loaded(name, said, "") if isinstance(said, bytes) else Loaded(name, None, str(said)) for name, said in pairs
     ]
     return found[:2], found
+
+
+def _of_run(arguments: Sequence[str]) -> Sequence[str]:
+    """`run` and what follows, where this is `hwlicense run`: as a module, or by the path of the command."""
+    if arguments[:2] == ("-m", "hwlicense"):
+        rest = arguments[2:]
+    else:
+        rest = arguments[1:] if os.path.basename(arguments[0]) == "hwlicense" else ()  # noqa: PTH119  # of text
+    return rest if rest[:1] == ("run",) else ()
+
+
+def _awaited(program: subprocess.Popen[bytes], report: FileIO) -> tuple[bytes, bool]:
+    """All that a program reports until it has ended, and whether it was this process that ended it, on a signal."""
+    asked: list[float] = []
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in kept:
+        signal.signal(number, lambda *_: asked.append(time.monotonic()))
+    written, more, told = bytearray(), True, False
+    try:
+        while (ready := select.select([report] if more else [], [], [], 0.1)[0]) or program.poll() is None:
+            if ready:
+                part = report.read(1 << 16)
+                written += part
+                more = bool(part)
+            waited = time.monotonic() - asked[0] if asked else 0.0
+            if waited > _PATIENCE and not told:
+                program.terminate()
+                told = True
+            elif waited > _PATIENCE + _TERMINATING:
+                program.kill()
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+    return bytes(written), bool(asked)
 
 
 def _quoted(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import py_compile
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -18,7 +19,7 @@ import pytest
 from hwlicense import loaded, program
 from hwlicense_simulators import Tpm
 from tests.installed import OPENING, Installation, Sold, shared_library
-from tests.world import TERMS, run
+from tests.world import PROGRAM, TERMS, run
 
 APPLICATION = "import logic, other\nlogic.prepare()\n" + OPENING
 LOGIC = "def prepare(): return 1\n"
@@ -102,8 +103,65 @@ def test_what_was_measured_opens(installation, given, measured):
 def test_a_changed_program(installation, given):
     installation.write("app.py", APPLICATION + "print('and more')\n")
     said = refused(start(installation, given))
+    assert said.count("app.py") == 1
     assert f"{installation.folder}/app.py is another than measured" in said
-    assert f"{installation.folder}/app.py is missing" in said
+
+
+def test_the_whole_list_is_in_the_notes(installation, given):
+    """The sentence names three."""
+    code = APPLICATION.replace(
+        "    sys.exit", "    print(*getattr(error, '__notes__', ()), sep='\\n')\n    sys.exit", 1
+    )
+    installation.write("app.py", "".join(f"import more_{each}\n" for each in range(4)) + code)
+    for each in range(4):
+        installation.write(f"more_{each}.py", f"x = {each}\n")
+    said, *notes = refused(start(installation, given)).splitlines()
+    assert said.endswith("; and 2 more.")
+    told = {f"{installation.folder}/more_{each}.py is not among the measured" for each in range(4)}
+    assert set(notes) == told | {f"{installation.folder}/app.py is another than measured"}
+    assert len(notes) == 5
+
+
+def test_both_versions_of_an_application_open_in_the_time_of_an_update(installation, sold, measured):
+    """Neither is required, as the other runs in its place; what both require stays so."""
+    (sold.folder / "before.toml").write_text(measured)
+    installation.write("app.py", APPLICATION + "# the next version\n")
+    installation.write("logic.py", LOGIC + "# the next version\n")
+    options = ["--with", sold.folder / "before.toml", "--python", installation.python]
+    target = sold.folder / "both.toml"
+    run(
+        "vendor", "measure", "-o", target, "--force", *options, "--", "app.py", *sold.license(), cwd=installation.folder
+    )
+    table = tomllib.loads(target.read_text())["application"]
+    assert table["required"] == [os.path.realpath(sys.executable)]
+    assert len([name for name in table["files"] if "app.py" in name]) == 2
+    both = sold.license(target.read_text())
+    assert start(installation, both).stdout == "open\n"
+    installation.write("app.py", APPLICATION)
+    installation.write("logic.py", LOGIC)
+    assert start(installation, both).stdout == "open\n"
+    installation.write("logic.py", EVIL)
+    assert "logic.py is another than measured" in refused(start(installation, both))
+
+
+def test_measuring_under_a_license_that_refuses_says_what_to_do(installation, given):
+    installation.write("app.py", APPLICATION + "# the next version\n")
+    options = ["--python", installation.python, "-o", "new.toml"]
+    done = run("vendor", "measure", *options, "--", "app.py", *given, cwd=installation.folder, status=2)
+    assert "APPLICATION_CHANGED" in done.stderr
+    assert "hint: Let it open under a license without [application]" in done.stderr
+
+
+def test_a_table_to_be_named_with_that_is_none(tmp_path):
+    (tmp_path / "fine.py").write_text("")
+    for text, reason in (("", "TERM_INVALID"), ("[application]\nfiles = 1", "TERM_INVALID"), ("x", "TERM_INVALID")):
+        (tmp_path / "old.toml").write_text(text)
+        done = run("vendor", "measure", "-o", "a.toml", "--with", "old.toml", "--file", ".", cwd=tmp_path, status=2)
+        assert f"reason: {reason}" in done.stderr
+        assert "error: old.toml: " in done.stderr
+    (tmp_path / "old.toml").write_text('[application.files]\n"a" = "zz"')
+    done = run("vendor", "measure", "-o", "a.toml", "--with", "old.toml", "--file", ".", cwd=tmp_path, status=2)
+    assert "reason: TERM_INVALID" in done.stderr
 
 
 def test_a_changed_module(installation, given):
@@ -218,6 +276,30 @@ def test_code_in_no_file_that_names_itself_as_the_measured_program(installation,
     assert "__main__ is in no file" in refused(done)
 
 
+@pytest.mark.parametrize("how", ["option", "pipe"])
+def test_the_measured_program_run_by_code_in_no_file(installation, given, how):
+    """All that the program loads is as measured, its own module included; who began is another."""
+    code = "import runpy, sys\nrunpy.run_path('app.py', run_name='__main__')\n"
+    command = [installation.python, *(["-c", code] if how == "option" else ["-"]), *given]
+    done = subprocess.run(command, input=code, cwd=installation.folder, capture_output=True, text=True, check=False)
+    assert "__main__ is in no file" in refused(done)
+
+
+def test_a_thief_that_replaces_a_function_and_runs_the_measured_program(installation, given):
+    """What it hooks is the application's own module, which no check of hwlicense looks into."""
+    thief = """
+import runpy, sys
+sys.path.insert(0, ".")
+import logic
+logic.prepare = lambda: print("stolen")
+runpy.run_path("app.py", run_name="__main__")
+"""
+    installation.write("thief.py", thief)
+    done = start(installation, given, "thief.py")
+    assert done.stdout.startswith("stolen\nAPPLICATION_CHANGED "), done.stdout + done.stderr
+    assert f"{installation.folder}/thief.py is not among the measured" in done.stdout
+
+
 def test_bytecode_that_names_itself_as_the_measured_program(installation, given):
     """What it was compiled of is whatever its maker wrote into it, the interpreter's own modules included."""
     app = installation.folder / "app.py"
@@ -292,6 +374,28 @@ def test_the_measured_program_opens_however_it_is_started(installation, measured
             cwd=installation.folder, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.stdout == "open\n", done.stdout + done.stderr
+
+
+def test_modules_of_the_interpreter_that_are_files(installation, sold, measured_ways, tmp_path):
+    """What runs a module is then one of them, and is named like any other."""
+
+    def said_by(given):
+        command = [installation.python, *options, *given]
+        return subprocess.run(command, cwd=installation.folder, capture_output=True, text=True, check=False).stdout
+
+    installation.write("ways.py", WAYS)
+    options = ["-X", "frozen_modules=off", "-m", "ways", "main"]
+    assert "/runpy.py is not among the measured" in said_by(measured_ways)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {installation.python} -X frozen_modules=off "$@"\n')
+    python.chmod(0o755)
+    measuring = ["--python", python, "-o", tmp_path / "app.toml", "--", "-m", "ways", "main", *sold.license()]
+    run("vendor", "measure", *measuring, cwd=installation.folder)
+    given = sold.license((tmp_path / "app.toml").read_text())
+    assert said_by(given) == "open\n"
+    installation.write("second.py", WAYS + "# another\n")
+    options[3] = "second"
+    assert "second.py is not among" in said_by(given)
 
 
 @pytest.mark.parametrize(
@@ -523,19 +627,90 @@ def test_measuring_what_runs_already(tmp_path):
         (["--pid", "999999999"], "USAGE"),
         (["--", "absent.py"], "FILE_ABSENT"),
         (["--", "fails.py"], "USAGE"),
-        (["--", "leaves.py"], "USAGE"),
+        (["--", "-m", "absent"], "USAGE"),
+        (["--", "-m", "absent.late"], "USAGE"),
+        (["--python", "./bare", "--", "fine.py"], "USAGE"),
         (["--python", "absent", "--", "fine.py"], "FILE_ABSENT"),
         (["--python", "/bin/false", "--", "fine.py"], "USAGE"),
     ],
 )
 def test_what_cannot_be_measured(tmp_path, arguments, reason):
     (tmp_path / "fails.py").write_text("raise SystemExit(3)")
-    (tmp_path / "leaves.py").write_text("import os; os._exit(0)")
     (tmp_path / "fine.py").write_text("")
+    (tmp_path / "bare").write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
+    (tmp_path / "bare").chmod(0o755)
     done = run("vendor", "measure", "-o", "app.toml", *arguments, cwd=tmp_path, status=None)
     assert done.returncode == 2
     assert f"reason: {reason}" in done.stderr
     assert not (tmp_path / "app.toml").exists()
+    if "-m" in arguments[:-1]:
+        assert f"{arguments[-1]} is no module that this Python finds" in done.stderr
+    if "./bare" in arguments:
+        assert " cannot import hwlicense (No module named 'hwlicense')" in done.stderr
+
+
+ENDLESS = {
+    "as any": "",
+    "with a handler": "import signal; signal.signal(signal.SIGTERM, lambda *_: sys.exit('ended'))",
+    "in a thread": "threading.Thread(target=time.sleep, args=(60,)).start(); print('up', flush=True); sys.exit()",
+}
+
+
+@pytest.mark.parametrize("how", ENDLESS)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_program_that_never_ends_is_measured_by_a_signal(tmp_path, number, how):
+    lines = f"import json, sys, threading, time\n{ENDLESS[how]}\nprint('up', flush=True)\nimport late\ntime.sleep(60)\n"
+    (tmp_path / "endless.py").write_text(lines)
+    (tmp_path / "late.py").write_text("")
+    command: list[str | Path] = [PROGRAM, "vendor", "measure", "-o", "app.toml", "--", "endless.py"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as measuring:
+        assert measuring.stderr.readline() == "up\n"
+        time.sleep(0.3)
+        measuring.send_signal(number)
+        said = measuring.communicate(timeout=30)[1]
+    assert measuring.returncode == 0, said
+    assert "Traceback" not in said
+    table = tomllib.loads((tmp_path / "app.toml").read_text())["application"]
+    assert {Path(name).name for name in table["required"]} == {
+        "endless.py",
+        Path(os.path.realpath(sys.executable)).name,
+    }
+    assert (str(tmp_path / "late.py") in table["files"]) == (how != "in a thread")
+
+
+def test_a_program_is_measured_however_it_ends(tmp_path):
+    """At once, with what its threads and exit handlers import; not by what it forks."""
+    (tmp_path / "leaves.py").write_text("import os, wave\nif not os.fork(): os._exit(0)\nos._exit(0)")
+    late = "import atexit, threading, time\natexit.register(lambda: __import__('wave'))\n"
+    late += "threading.Thread(target=lambda: (time.sleep(0.5), __import__('chunk_'))).start()"
+    (tmp_path / "late.py").write_text(late)
+    (tmp_path / "chunk_.py").write_text("")
+    for name, expected in (("leaves.py", {"wave.py"}), ("late.py", {"wave.py", "chunk_.py"})):
+        run("vendor", "measure", "-o", "app.toml", "--force", "--", name, cwd=tmp_path)
+        table = tomllib.loads((tmp_path / "app.toml").read_text())["application"]
+        assert {Path(each).name for each in table["files"]} >= expected
+
+
+def test_measuring_what_exec_runs_over(tmp_path, vendor):
+    with Tpm() as tpm:
+        sold = Sold(tmp_path, vendor, tpm)
+
+        def command(given):
+            package, _, home, tcti = given
+            return ["exec", package, "--fd", "--home", home, "--tpm", tcti, "--", "true"]
+
+        for start in (["-m", "hwlicense"], [PROGRAM]):
+            run("vendor", "measure", "--force", "-o", tmp_path / "app.toml", "--", *start, *command(sold.license()))
+            begin = [sys.executable, *start] if start[0] == "-m" else start
+            words = [*begin, *command(sold.license((tmp_path / "app.toml").read_text()))]
+            done = subprocess.run(words, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+        bare = f'[application.files]\n"a" = "{"0" * 64}"\n'
+        done = run(*command(sold.license(bare)), status=1)
+        lines = done.stderr.splitlines()
+        assert [line.partition(":")[0] for line in lines[:3]] == ["error", "reason", "hint"]
+        assert len(lines) > 100
+        assert all(line.startswith("  /") and line.endswith(" is not among the measured") for line in lines[3:])
 
 
 def test_names_of_every_kind_come_back(tmp_path):

@@ -5,6 +5,7 @@ Every finding is reported by a license that says nothing of a guard, and refused
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import hmac
 import os
@@ -17,7 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hwlicense.core.errors import Reason, RefusedError
+from hwlicense.core.errors import ExceededError, Reason, RefusedError
 from hwlicense.core.process import CHECKS
 from hwlicense.device import checks, memory
 from hwlicense_simulators import Tpm
@@ -85,6 +86,7 @@ def work():
 threading.Thread(target=work, daemon=True).start()
 """
 DUMPABLE_AGAIN = """
+import copy
 import ctypes
 held = model.read("weights.bin")  # while it is held, reading it makes no new memory, which would forbid dumps again
 ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)
@@ -206,6 +208,16 @@ def test_site_hooks(installation, reporting, refusing, tmp_path, name):
         with installation.laid("sitecustomize.py", "") as path:
             for said in both(installation, reporting, refusing, ""):
                 assert f"site: sitecustomize was loaded from {path}" in said
+
+
+def test_an_optimizing_python(installation, reporting, refusing):
+    """As by the variable, which is told once."""
+    for how in ({"options": ("-O",)}, {"options": ("-I", "-OO")}):
+        for said in both(installation, reporting, refusing, "", **how):
+            assert "environment: Python was started with -O" in said
+    for said in both(installation, reporting, refusing, "", PYTHONOPTIMIZE="1"):
+        assert "environment: PYTHONOPTIMIZE is set" in said
+        assert "started with -O" not in said
 
 
 def test_a_path_file_that_runs_code(installation, reporting, refusing):
@@ -339,13 +351,15 @@ with model.session():
     import time
     (lambda: time.sleep(3))()
     print(len(held), bytes(held[:8]), model.locked, model.standing().reason)
+    try: model.read("labels/names.txt")
+    except hwlicense.RefusedError as error: print(error.reason)
 try:
     with model.session(): pass
 except hwlicense.RefusedError as error: print(error.reason)
 """
     done = installation.run(OPENING + code, *refusing)
     size = len(MEMBERS["weights.bin"])
-    assert done.stdout.splitlines()[1:] == [f"{size} b'a marker' True GUARD", "GUARD"], done.stderr
+    assert done.stdout.splitlines()[1:] == [f"{size} b'a marker' True GUARD", "GUARD", "GUARD"], done.stderr
 
 
 def test_a_forked_child_is_looked_at_too(installation, refusing):
@@ -405,8 +419,13 @@ def test_a_refusal_crosses_processes_and_names_a_few(installation, refusing):
     )
     done = installation.run(code + "    set(lambda *_: None)\n" + OPENING, *refusing)
     assert "; and 1 more" in done.stdout
-    error = RefusedError(Reason.GUARD, "x")
-    assert error.exit_status == 1
+    error = RefusedError(Reason.GUARD, "x", "y")
+    error.add_note("one")
+    for found in (copy.copy(error), error.again()):
+        assert (vars(found), found.exit_status) == (vars(error), 1)
+    waiting = ExceededError(Reason.RATE_EXCEEDED, "x", "y", 3.0)
+    for found in (copy.copy(waiting), waiting.again()):
+        assert (type(found), vars(found)) == (ExceededError, vars(waiting))
 
 
 # ---- what the kernel stops -----------------------------------------------------------------------------------

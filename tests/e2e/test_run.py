@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,16 @@ from hwlicense.vendor.folder import Folder
 from hwlicense.vendor.packing import read_manifest
 from hwlicense_simulators import Tpm
 from tests.packages import decrypt
-from tests.sealed import written
+from tests.sealed import native, written
 from tests.world import PROGRAM, TERMS, run
 
+NATIVE = """
+#include <Python.h>
+static PyObject *answer(PyObject *self, PyObject *none) { return PyLong_FromLong(42); }
+static PyMethodDef methods[] = {{"answer", answer, METH_NOARGS, ""}, {NULL, NULL, 0, NULL}};
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "fast", "", -1, methods, NULL, NULL, NULL, NULL};
+PyMODINIT_FUNC PyInit_fast(void) { return PyModule_Create(&module); }
+"""
 FILES = {
     "inspector/__init__.py": "",
     "inspector/program.py": '''
@@ -63,6 +71,14 @@ def child_asks():
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         pool.apply(hwlicense.current)
 
+def resources():
+    import importlib.resources
+    (importlib.resources.files("inspector") / "absent.txt").read_text()
+
+def native():
+    from inspector.fast import answer
+    print(answer())
+
 def wait():
     try:
         print("ready", flush=True)
@@ -96,6 +112,7 @@ def shop(tmp_path_factory):
     """A vendor, and a device whose license opens the program."""
     folder = tmp_path_factory.mktemp("shop")
     written(folder / "source", FILES)
+    native(folder / "source" / "inspector", "fast", NATIVE)
     (folder / "weights.bin").write_text("made-up weights")
     with Tpm() as tpm:
         run("vendor", "init", folder / "vendor", "--no-passphrase", "--name", "Acme")
@@ -169,6 +186,14 @@ def test_threads_and_exit_handlers_still_have_the_model(shop):
     assert sealed(shop, "late", entry="program:ends").stdout == "thread False\nat exit False\n"
 
 
+def test_what_finds_and_reads_sealed_code_is_not_shown(shop):
+    """As Python does not show its own importing."""
+    for arguments, entry in ((["missing"], "program:ends"), ([], "program:resources")):
+        shown = sealed(shop, *arguments, entry=entry, status=1).stderr
+        assert shown.count('  File "') == 1
+        assert '  File "<sealed inspector/inspector/program.py>", line ' in shown
+
+
 def test_a_module_that_fails_is_shown_as_the_programs_own(shop):
     done = sealed(shop, entry="broken:main", status=1)
     assert done.stderr == (
@@ -187,7 +212,7 @@ def test_a_child_that_was_started_afresh_has_no_model(shop):
     assert reason(done) == "USAGE"
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
 def test_signals_reach_the_program(shop, number, status):
     command = [PROGRAM, "run", "--home", shop / "home", "--entry", "inspector.program:wait", shop / "program.hwpkg"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -195,6 +220,17 @@ def test_signals_reach_the_program(shop, number, status):
         process.send_signal(number)
         printed, told = process.communicate(timeout=60)
     assert (process.returncode, printed) == (status, "cleaned up False\n"), told
+
+
+def test_what_ignores_the_end_of_its_terminal_still_does(shop):
+    command = [PROGRAM, "run", "--home", shop / "home", "--entry", "inspector.program:wait", shop / "program.hwpkg"]
+    with subprocess.Popen(["nohup", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
+        process.terminate()
+        assert process.wait(60) == 143
 
 
 @pytest.mark.parametrize("arguments", [(), ("wait",)])
@@ -237,6 +273,23 @@ def test_the_program_that_a_license_names_is_hwlicense_itself(shop):
         capture_output=True, text=True, timeout=60, check=True,
     )  # fmt: skip
     assert json.loads(done.stdout) == [{"file": str(Path(hwlicense.__file__).with_name("__main__.py")), "problem": ""}]
+
+
+@pytest.mark.parametrize("way", ["module", "command"])
+def test_what_run_loads_is_measured_and_then_required(shop, way, tmp_path):
+    """In the isolated process that it starts anew; a native module of the package is not among it."""
+    start = ["-m", "hwlicense"] if way == "module" else [PROGRAM]
+    given = ["run", "--home", shop / "home", "--entry", "inspector.program:native", shop / "program.hwpkg"]
+    hostile = os.environ | {"PYTHONPATH": str(tmp_path), "LD_PRELOAD": str(tmp_path / "no.so")}
+    run("vendor", "measure", "-o", tmp_path / "app.toml", "--", *start, *given, env=hostile)
+    table = tomllib.loads((tmp_path / "app.toml").read_text())["application"]
+    own = str(Path(hwlicense.__file__).with_name("__main__.py"))
+    assert own in table["required"]
+    assert not [name for name in table["files"] if name.startswith(("/memfd", "<"))]
+    with Tpm() as tpm:
+        deliver(shop, tpm, f"measured-{way}", TERMS + (tmp_path / "app.toml").read_text())
+        how = ["--home", shop / f"measured-{way}", "--tpm", tpm.tcti, "--entry", "inspector.program:native"]
+        assert run("run", *how, shop / "program.hwpkg").stdout == "42\n"
 
 
 @pytest.mark.parametrize(
@@ -294,7 +347,7 @@ def test_no_source_and_no_path_of_the_vendors_is_in_the_bytecode(shop):
         return decrypt((shop / name).read_bytes(), bytes(key.buffer))
 
     plain = members("program.hwpkg")
-    assert sorted({name.rpartition(".")[2] for name in plain}) == ["bin", "pyc"]
+    assert sorted({name.rpartition(".")[2] for name in plain}) == ["bin", "pyc", "so"]
     together = b"".join(plain.values())
     assert str(shop).encode() not in together
     assert b"return x + 1" not in together
