@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hwlicense.core.chain import Link
 
 SUFFIX: Final = ".hwout"
-_BATCH: Final = 256
+_BATCH: Final = 1024
 """Lines of one write."""
 
 _NAME: Final = re.compile(r"([0-9]+)-([0-9]+)" + re.escape(SUFFIX))
@@ -68,6 +68,12 @@ class LogFiles:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
+
+    def withdraw(self) -> None:
+        """Take back the file that was begun last. Raises StorageError."""
+        self.close()
+        with storage.reporting(self._path):
+            self._path.unlink(missing_ok=True)
 
     def _begin(self, link: Link) -> None:
         if self._fd >= 0 and self._sync != "never":
