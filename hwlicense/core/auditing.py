@@ -134,7 +134,7 @@ class Audit:
         try:
             record = parse(line)
         except HwlicenseError as error:
-            self._fault("forged", self._expected, where, self._added(line) if self._ended else error.what)
+            self._fault("forged", self._expected, where, f"{_ADDED} {error.what}" if self._ended else error.what)
             self._expected, self._follows = self._expected + 1, None
             return
         self._records += 1
@@ -146,10 +146,6 @@ class Audit:
             self._seen.add(self._head)
         self._check_kind(record, where)
         self._last = record
-
-    @staticmethod
-    def _added(line: bytes) -> str:
-        return _ADDED if line else "An empty line, after the end, was added; an editor may have done so."
 
     def torn(self, where: str) -> None:
         """The file ends in the middle of a record."""

@@ -283,7 +283,7 @@ def _check(policy: Policy, sync: Sync) -> None:
         and _whole(policy.every)
         and policy.every >= 1
         and _whole(policy.heartbeat)
-        and isinstance(policy.interval, int | float)
+        and _number(policy.interval)
         and 0 < policy.interval <= policy.heartbeat <= 86400  # noqa: PLR2004  # a day
         and policy.heartbeat >= 1
         and policy.full in ("refuse", "drop")
@@ -314,3 +314,7 @@ def _check_names(folder: object, name: object, sensors: object) -> None:
 
 def _whole(value: object) -> bool:
     return isinstance(value, int)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float)

@@ -13,25 +13,21 @@ import threading
 import time
 import weakref
 from contextlib import contextmanager
-from json import dumps
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Self
 
-import msgspec
-
 from hwlicense.core.chain import (
-    PAYLOAD_LIMIT,
     Chain,
     Checkpoint,
     Heartbeat,
     Input,
     Output,
     Sensor,
-    plain_json,
 )
 from hwlicense.core.errors import ClosedError, HwlicenseError, Reason, StorageError, UsageError
 from hwlicense.core.wording import quantity
 from hwlicense.device import clock
 from hwlicense.device.background import begin
+from hwlicense.device.payloads import check_types, encoded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -200,8 +196,8 @@ class Outputs:
         sensor: str | None,
         signature: bytes,
     ) -> int:
-        _check_types(input_, digest, sensor, signature)
-        json, data = _encoded(payload)
+        check_types(input_, digest, sensor, signature)
+        json, data = encoded(payload)
         signed = self._checked(sensor, input_, signature) if sensor is not None or signature else None
         if input_ is not None:
             digest = hashlib.sha256(input_).digest()
@@ -390,32 +386,3 @@ atexit.register(_at_exit)
 def now() -> tuple[int, int]:
     """The wall clock and the time since the boot, in microseconds."""
     return time.time_ns() // 1000, clock.boot_time() // 1000
-
-
-def _check_types(input_: object, digest: object, sensor: object, signature: object) -> None:
-    sound = isinstance(input_, bytes | bytearray | memoryview | None) and isinstance(digest, bytes | None)
-    if not (sound and isinstance(sensor, str | None) and isinstance(signature, bytes)):
-        what = "An input is bytes, and so are its digest and a signature; a sensor is named by text."
-        raise UsageError(Reason.USAGE, what, "Encode text first: input.encode().")
-
-
-def _encoded(payload: object) -> tuple[bytes | None, bytes | None]:
-    """JSON or data. Raises UsageError for what is neither, or too large."""
-    if payload is None:
-        return None, None
-    if isinstance(payload, bytes | bytearray | memoryview):
-        data = bytes(payload)
-        if len(data) <= PAYLOAD_LIMIT:
-            return None, data
-    else:
-        try:
-            json = msgspec.json.encode(payload)
-            if b"null" in json:  # which is also what the encoder makes of NaN
-                dumps(msgspec.to_builtins(payload, str_keys=True), allow_nan=False)
-        except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
-            what = f"The payload is nothing that JSON can hold: {error}."
-            raise UsageError(Reason.USAGE, what, "Give text, numbers, lists and dicts, or bytes.") from error
-        if plain_json(json):
-            return json, None
-    what = f"The payload is larger than {PAYLOAD_LIMIT:,} bytes, or holds what JSON cannot."
-    raise UsageError(Reason.USAGE, what, "Record the SHA-256 of large things, and keep them elsewhere.")
