@@ -41,6 +41,7 @@ class LogFiles:
         self._folder, self._recording, self._sync = folder, recording, sync
         self._fd, self._size, self._path = -1, 0, folder
         self.number = self.durable = 0
+        self._torn = False  # whether a write did not come to its end
         self._signed = False  # whether there is a signature that is not on the disk yet
 
     def write(self, links: Sequence[Link]) -> None:
@@ -90,7 +91,7 @@ class LogFiles:
                 os.close(fd)
             raise
         self.close()
-        self._fd = fd
+        self._fd, self._torn = fd, False
         self._path, self._size = path, len(link.line) + 1
         self.number = self.durable = link.number
 
@@ -99,7 +100,9 @@ class LogFiles:
         view, at = memoryview(data), self._size
         with storage.reporting(self._path):
             try:
-                os.ftruncate(self._fd, at)
+                if self._torn:  # each call of the system may cost 5 ms, where another thread is busy
+                    os.ftruncate(self._fd, at)
+                self._torn = True
                 while view:
                     done = os.pwrite(self._fd, view, at)
                     view, at = view[done:], at + done
@@ -108,6 +111,7 @@ class LogFiles:
                     os.ftruncate(self._fd, self._size)
                 raise
         self._size += len(data)
+        self._torn = False
 
     def _to_disk(self) -> None:
         with storage.reporting(self._path):

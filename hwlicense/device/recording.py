@@ -284,8 +284,9 @@ class Outputs:
             pause = _AGAIN if waiting else max(0.0, due - time.monotonic())
             if self._wake.wait(pause):
                 self._wake.clear()
-                if not self._stopping:
-                    time.sleep(max(0.0, moment + _GATHERING - time.monotonic()))
+                rest = moment + _GATHERING - time.monotonic()
+                if rest > 0 and not self._stopping:
+                    time.sleep(rest)
             moment = time.monotonic()
             stopping = self._stopping  # if so, the chain has its end by now
             if not waiting:
