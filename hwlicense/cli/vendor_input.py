@@ -33,10 +33,20 @@ vendor_option = click.option(
     "--vendor", "folder", type=FILE, required=True, metavar="VENDOR_DIR", help="The vendor folder."
 )
 force_option = click.option("--force", is_flag=True, help="Replace the output file if it exists.")
+
+
+def _one(_context: click.Context, _parameter: click.Parameter, given: tuple[Path, ...]) -> Path | None:
+    if len(given) > 1:
+        raise UsageError(Reason.USAGE, "--enclose is given twice.", "A license encloses one file: give one.")
+    return given[0] if given else None
+
+
 enclose_option = click.option(
     "--enclose",
     "enclosed",
     type=FILE,
+    multiple=True,
+    callback=_one,
     metavar="FILE",
     help="Up to 64 KiB for the application of this license alone, such as a watermark's seed; sealed as the keys are.",
 )

@@ -20,7 +20,7 @@ from hwlicense.vendor.folder import Folder
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from hwlicense.core.auditing import Fault, Recorded
+    from hwlicense.core.auditing import Fault, Licensed, Recorded
     from hwlicense.core.errors import HwlicenseError
 
 _SHOWN: Final = 20
@@ -58,7 +58,8 @@ def verify_outputs(
     """Check signed logs of outputs, offline: the word of the device's hardware, every record, and what is missing.
 
     FILES are all files of one or more logs; a folder stands for the .hwout files in it. Exits 4 where something was
-    forged, changed or taken out; 1 where a recording was cut, which a crash does, too.
+    forged, changed or taken out; 2 where a license that they name was not given; 1 where a recording was cut, which a
+    crash does, too.
     """
     if (folder is None) == (vendor_public is None):
         raise UsageError(Reason.USAGE, "Give either --vendor or --vendor-public.", "See `--help`.")
@@ -66,7 +67,7 @@ def verify_outputs(
     public = place.public if place else _public(vendor_public)
     licensed = logs.licenses(licenses, public, place)
     checked = logs.check(_found(files), licensed, first)
-    refusal = _verdict(checked)
+    refusal = _verdict(checked, licensed)
     if as_json:
         output.emit(
             {
@@ -99,11 +100,21 @@ def _found(files: tuple[Path, ...]) -> list[Path]:
     return found
 
 
-def _verdict(checked: logs.Checked) -> HwlicenseError | None:
+def _verdict(checked: logs.Checked, licensed: Licensed) -> HwlicenseError | None:
     if checked.has("forged"):
         count = sum(fault.severity == "forged" for fault in checked.faults)
         what = f"The logs are not what the device wrote: {quantity(count, 'fault')} that no crash explains."
         return DamagedError(Reason.OUTPUTS_DAMAGED, what, "Get the files again; if they stay so, ask who had them.")
+    if checked.has("unjudged"):
+        statements = [each.statement for each in checked.recordings]
+        lacking = {
+            f"{said.license} r{said.revision}"
+            for said in statements
+            if (said.license, said.revision) not in licensed.licenses
+        }
+        what = f"The logs cannot be judged without the license that they name: {', '.join(sorted(lacking))}."
+        hint = "Give it as well, by a --license of its own. If you never issued it, nothing vouches for those files."
+        return UsageError(Reason.OUTPUTS_UNJUDGED, what, hint)
     if checked.has("cut"):
         what = "What is here is genuine, and it is not all: a recording was cut."
         hint = "A crash or power cut explains one cut at the end of a recording; see from when nothing is known."

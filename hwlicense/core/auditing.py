@@ -1,7 +1,8 @@
 """Whether a recording is what a device wrote: its hardware's word, its signatures, its chain, its times.
 
 An audit is fed the lines of one recording in order, and goes on after a fault: it says for each where and what. What
-is `forged` does not come of a crash; what is `cut` may; a `note` is for a person to judge.
+is `forged` does not come of a crash; what is `unjudged` takes a license that was not given; what is `cut` may come of a
+crash; a `note` is for a person to judge.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from hwlicense.core.documents import License, Pcr
     from hwlicense.core.tpm.quote import Quoted
 
-Severity = Literal["forged", "cut", "note"]
+Severity = Literal["forged", "unjudged", "cut", "note"]
 
 FAULT_LIMIT: Final = 100
 """Faults that are told of one recording."""
@@ -133,7 +134,7 @@ class Audit:
         try:
             record = parse(line)
         except HwlicenseError as error:
-            self._fault("forged", self._expected, where, _ADDED if self._ended else error.what)
+            self._fault("forged", self._expected, where, f"{_ADDED} {error.what}" if self._ended else error.what)
             self._expected, self._follows = self._expected + 1, None
             return
         self._records += 1
@@ -191,7 +192,7 @@ class Audit:
         licensed = self._licensed.licenses.get((said.license, said.revision))
         if licensed is None:
             what = f"It is of license {said.license}, revision {said.revision}, which was not given."
-            self._fault("forged", 0, where, what)
+            self._fault("unjudged", 0, where, what)
             return
         grant = licensed.grant
         if said.vendor != grant.vendor or said.package not in [p.content_key for p in grant.packages]:

@@ -199,7 +199,11 @@ def digest(line: bytes) -> bytes:
 def parse(line: bytes) -> AnyRecord:
     """A line without its newline. Raises DamagedError OUTPUTS_DAMAGED for anything but the one encoding of a record."""
     problem = "it is too long"
-    if len(line) <= LINE_LIMIT:
+    if not line:
+        problem = "it is empty; an editor may have added it"
+    elif line.endswith(b"\r"):
+        problem = "it ends in CRLF; an editor, or a transfer in text mode, changed the file"
+    elif len(line) <= LINE_LIMIT:
         try:
             record = _DECODER.decode(line)
             problem = _oddity(record, line)
@@ -263,7 +267,7 @@ class Link(NamedTuple):
 
 
 class Chain:
-    """One recording as it is made. Not safe for threads; a signal that interrupts it leaves it whole."""
+    """One recording as it is made. Not safe for threads but `take`; a signal that interrupts it leaves it whole."""
 
     def __init__(self, previous: bytes) -> None:
         self._links = deque([Link(b"", 0, 0, previous, 0, 0, ed25519.Ed25519PrivateKey.generate())])
@@ -280,11 +284,15 @@ class Chain:
         return self._key(self.last).public_key().public_bytes_raw()
 
     def take(self, number: int) -> list[Link]:
-        """The links from record `number` on, which the chain forgets but for its last."""
-        taken = [link for link in self._links if link.number > number]
+        """The links from record `number` on, which the chain forgets but for its last.
+
+        For one thread, while another makes records: that only adds at the other end.
+        """
+        taken = list[Link]()
         while len(self._links) > 1:
             self._links.popleft()
-        return taken
+            taken.append(self._links[0])
+        return [link for link in taken if link.number > number]
 
     def begin(self, statement: Statement, certificate: Certificate, wall: int, boot: int) -> None:
         """The start, which the statement about `key` begins."""

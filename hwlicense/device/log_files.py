@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hwlicense.core.chain import Link
 
 SUFFIX: Final = ".hwout"
-_BATCH: Final = 256
+_BATCH: Final = 1024
 """Lines of one write."""
 
 _NAME: Final = re.compile(r"([0-9]+)-([0-9]+)" + re.escape(SUFFIX))
@@ -41,6 +41,7 @@ class LogFiles:
         self._folder, self._recording, self._sync = folder, recording, sync
         self._fd, self._size, self._path = -1, 0, folder
         self.number = self.durable = 0
+        self._torn = False  # whether a write did not come to its end
         self._signed = False  # whether there is a signature that is not on the disk yet
 
     def write(self, links: Sequence[Link]) -> None:
@@ -69,6 +70,12 @@ class LogFiles:
         if fd >= 0:
             os.close(fd)
 
+    def withdraw(self) -> None:
+        """Take back the file that was begun last. Raises StorageError."""
+        self.close()
+        with storage.reporting(self._path):
+            self._path.unlink(missing_ok=True)
+
     def _begin(self, link: Link) -> None:
         if self._fd >= 0 and self._sync != "never":
             self._to_disk()
@@ -84,7 +91,7 @@ class LogFiles:
                 os.close(fd)
             raise
         self.close()
-        self._fd = fd
+        self._fd, self._torn = fd, False
         self._path, self._size = path, len(link.line) + 1
         self.number = self.durable = link.number
 
@@ -93,7 +100,9 @@ class LogFiles:
         view, at = memoryview(data), self._size
         with storage.reporting(self._path):
             try:
-                os.ftruncate(self._fd, at)
+                if self._torn:  # each call of the system may cost 5 ms, where another thread is busy
+                    os.ftruncate(self._fd, at)
+                self._torn = True
                 while view:
                     done = os.pwrite(self._fd, view, at)
                     view, at = view[done:], at + done
@@ -102,6 +111,7 @@ class LogFiles:
                     os.ftruncate(self._fd, self._size)
                 raise
         self._size += len(data)
+        self._torn = False
 
     def _to_disk(self) -> None:
         with storage.reporting(self._path):

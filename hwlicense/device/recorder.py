@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -20,11 +22,10 @@ from hwlicense.device.log_files import LogFiles, files_of, first_line, last_dige
 from hwlicense.device.recording import Outputs, Policy, now
 
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
-    from hwlicense.core.chain import Certificate, Closing
+    from hwlicense.core.chain import Certificate, Closing, Link
     from hwlicense.core.documents import License
     from hwlicense.core.hardware import Anchor, PinSource
     from hwlicense.device.bound import Connect
@@ -81,12 +82,13 @@ class Recorder:
         "checkpoint", "always" or "never". After `heartbeat` seconds without a record there is a heartbeat. Where more
         than `buffer` bytes wait for the disk, a record is refused or dropped, as `full` says.
 
-        Raises DamagedError OUTPUTS_DAMAGED for a file that is not of this log and has the name of one, HardwareError
-        (CERTIFYING_UNSUPPORTED for dongles, and keys that cannot sign), RefusedError, StorageError
-        where another process records in this log, UsageError.
+        Raises DamagedError OUTPUTS_DAMAGED for a file that has the name of one of this log and is none, HardwareError
+        (CERTIFYING_UNSUPPORTED for dongles, and keys that cannot sign), RefusedError, StorageError where another
+        process records in this log, UsageError, also for a folder that has files of another log or license.
         """
         from pathlib import Path  # noqa: PLC0415  # the type is needed above, the module here alone
 
+        _check_names(folder, name, sensors)
         place = Path(folder)
         policy = Policy(rotate=rotate, every=every, interval=interval, heartbeat=heartbeat, full=full, buffer=buffer)
         _check(policy, sync)
@@ -123,7 +125,7 @@ class Recorder:
             chain.begin(statement, certify(statement), *now())
             files = LogFiles(place, recording, sync)
             stack.callback(files.close)
-            files.write(chain.take(0))
+            _begun(files, chain.take(0), place, log, self._licensed)
             _remember(state, recording, chain.start)
             held = stack.pop_all()
         try:
@@ -150,9 +152,7 @@ def _turn(state: Path, log: str) -> LockedFile:
         turn = LockedFile.opened(state / "turn", 0)
         stack.callback(turn.close)
         if not turn.taken_now():
-            what = f"The log {log!r} is being recorded already."
-            hint = "Close that recording, or give this one a name of its own (name=)."
-            raise StorageError(Reason.STORAGE, what, hint)
+            raise _already(log)
         stack.pop_all()
     return turn
 
@@ -163,6 +163,7 @@ def _following(state: Path, folder: Path, log: str, licensed: License) -> tuple[
     Numbers go up by one. So a file with the name of a later recording stops the log, and never moves it.
     """
     path, there = state / "latest", files_of(folder)
+    _check_others(there, log, licensed)
     with storage.reporting(path):
         found = path.is_file()
     latest = None
@@ -196,15 +197,62 @@ def _last(files: Sequence[Path], number: int, log: str, licensed: License) -> by
         part = 1
         if isinstance(first, Start):
             said, start = first.statement, digest(line)
-            known = Licensed({(said.license, said.revision): licensed}, ())  # of another revision, the hardware is it
             ours = (said.license, said.log, said.recording) == (licensed.grant.license, log, number)
-            ours &= Audit(first, line, str(path), known).certified
+            ours &= _certified(first, line, path, licensed)
         else:
             ours = isinstance(first, Part) and start in (None, first.start)
             part = first.part if isinstance(first, Part) else part
         if not ours or path != path_of(path.parent, number, part):
             raise _foreign(path, "it is of another log, or was not made by this device")
     return last_digest(files[-1])
+
+
+def _certified(start: Start, line: bytes, path: Path, licensed: License) -> bool:
+    said = start.statement
+    known = Licensed({(said.license, said.revision): licensed}, ())  # of another revision, the hardware is it
+    return Audit(start, line, str(path), known).certified
+
+
+def _check_others(there: Mapping[int, Sequence[Path]], log: str, licensed: License) -> None:
+    """Raises UsageError where a file is of another log or another license: their numbers would meet."""
+    mine = licensed.grant.license
+    for path in (path for paths in there.values() for path in paths):
+        try:
+            line = first_line(path)
+            start = parse(line)
+        except (DamagedError, UsageError, StorageError):
+            continue  # `_following` judges those that matter for the number
+        if not isinstance(start, Start) or (start.statement.license, start.statement.log) == (mine, log):
+            continue
+        said = start.statement
+        if said.license != mine or _certified(start, line, path, licensed):
+            what = f"{path} is of the log {said.log!r} of license {said.license}; this is {log!r} of license {mine}."
+            hint = (
+                "Give each log a folder of its own: the first argument, not name= alone. Another license is another "
+                "log, on another device or in the place of the one before."
+            )
+            raise UsageError(Reason.USAGE, what, hint)
+
+
+def _begun(files: LogFiles, links: Sequence[Link], folder: Path, log: str, licensed: License) -> None:
+    """Write the start; where another log began in the folder since it was looked at, nothing of this one stays."""
+    try:
+        files.write(links)
+    except UsageError as error:
+        if error.reason != Reason.FILE_EXISTS:
+            raise
+        _check_others(files_of(folder), log, licensed)
+        raise _already(log) from error
+    try:
+        _check_others(files_of(folder), log, licensed)
+    except BaseException:
+        files.withdraw()
+        raise
+
+
+def _already(log: str) -> StorageError:
+    hint = "Close that recording, or give this one a folder and a name (name=) of its own: each log has both."
+    return StorageError(Reason.STORAGE, f"The log {log!r} is being recorded already.", hint)
 
 
 def _foreign(path: Path, why: str, latest: Path | None = None) -> DamagedError:
@@ -231,15 +279,42 @@ def _ended(held: ExitStack, state: Path, recording: int, head: bytes | None) -> 
 def _check(policy: Policy, sync: Sync) -> None:
     """Raises UsageError for what makes no sense."""
     sound = (
-        (policy.rotate is None or policy.rotate >= _LEAST_BUFFER)
+        (policy.rotate is None or (_whole(policy.rotate) and policy.rotate >= _LEAST_BUFFER))
+        and _whole(policy.every)
         and policy.every >= 1
-        and 0 < policy.interval <= policy.heartbeat
-        and 1 <= policy.heartbeat <= 86400  # noqa: PLR2004  # a day
-        and policy.full in {"refuse", "drop"}
-        and sync in {"never", "checkpoint", "always"}
+        and _whole(policy.heartbeat)
+        and _number(policy.interval)
+        and 0 < policy.interval <= policy.heartbeat <= 86400  # noqa: PLR2004  # a day
+        and policy.heartbeat >= 1
+        and policy.full in ("refuse", "drop")
+        and sync in ("never", "checkpoint", "always")
+        and _whole(policy.buffer)
         and policy.buffer >= _LEAST_BUFFER
     )
     if not sound:
         what = "The recording cannot be kept in this way."
-        hint = "rotate and buffer take 262144 bytes at least; every 1; interval at most the heartbeat, that a day."
+        hint = (
+            "rotate (or None) and buffer take 262144 bytes at least; every 1; heartbeat whole seconds, a day at most; "
+            "interval at most the heartbeat; full 'refuse' or 'drop'; sync 'checkpoint', 'always' or 'never'."
+        )
         raise UsageError(Reason.USAGE, what, hint)
+
+
+def _check_names(folder: object, name: object, sensors: object) -> None:
+    """Raises UsageError for another type than the signature says."""
+    sound = isinstance(folder, str | os.PathLike) and isinstance(name, str | None)
+    if sensors is not None:
+        sound &= isinstance(sensors, Mapping) and all(
+            isinstance(sensor, str) and isinstance(key, bytes) for sensor, key in sensors.items()
+        )
+    if not sound:
+        what = "A recording takes the path of a folder; its name is text, its sensors a dict of keys by name."
+        raise UsageError(Reason.USAGE, what, "Give model.outputs(folder, name='...', sensors={name: public key}).")
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float)

@@ -15,21 +15,18 @@ import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Self
 
-import msgspec
-
 from hwlicense.core.chain import (
-    PAYLOAD_LIMIT,
     Chain,
     Checkpoint,
     Heartbeat,
     Input,
     Output,
     Sensor,
-    plain_json,
 )
 from hwlicense.core.errors import ClosedError, HwlicenseError, Reason, StorageError, UsageError
 from hwlicense.core.wording import quantity
 from hwlicense.device import clock
+from hwlicense.device.payloads import check_types, encoded
 from hwlicense.threads import begin
 
 if TYPE_CHECKING:
@@ -40,13 +37,16 @@ if TYPE_CHECKING:
     from hwlicense.device.log_files import LogFiles
 
 _GATHERING: Final = 0.002
-"""Seconds for which the writer lets records gather: what SIGKILL loses is about that, and one write."""
+"""Seconds between two writes, so that records gather: what SIGKILL loses is about that, and one write."""
 
 _AGAIN: Final = 1.0
 """Seconds until a disk that failed is tried again."""
 
 _PATIENCE: Final = 30.0
-"""Seconds for which `close` waits for the disk."""
+"""Seconds for which `close` waits for a disk that does not answer."""
+
+_REFUSED: Final = 5.0
+"""Seconds for which it tries one that refuses, as a full disk does."""
 
 Full = Literal["refuse", "drop"]
 
@@ -91,7 +91,7 @@ class Outputs:
         self.problem: HwlicenseError | None = None
         self._busy = False
         self._renew()
-        self._give_up = 0.0
+        self._ending = 0.0
         self._thread = begin("outputs", self._write_on)
         _open.add(self)
 
@@ -164,7 +164,7 @@ class Outputs:
         with self._turn():
             self._chain.end(certificate, str(refusal.reason) if refusal else None, *now())
             target = self._chain.last.number
-            self._stopping, self._give_up = True, time.monotonic() + _PATIENCE
+            self._ending, self._stopping = time.monotonic(), True
         self._wake.set()
         try:
             self._thread.join(_PATIENCE + _AGAIN)
@@ -196,7 +196,8 @@ class Outputs:
         sensor: str | None,
         signature: bytes,
     ) -> int:
-        json, data = _encoded(payload)
+        check_types(input_, digest, sensor, signature)
+        json, data = encoded(payload)
         signed = self._checked(sensor, input_, signature) if sensor is not None or signature else None
         if input_ is not None:
             digest = hashlib.sha256(input_).digest()
@@ -276,33 +277,45 @@ class Outputs:
 
     def _keep_writing(self) -> None:
         waiting: list[Link] = []
-        checked = heard = time.monotonic()
+        checked = heard = moment = time.monotonic()
         while True:
             idle = self._chain.last.closed == self._chain.last.number
             due = heard + self._policy.heartbeat if idle else checked + self._policy.interval
             pause = _AGAIN if waiting else max(0.0, due - time.monotonic())
             if self._wake.wait(pause):
                 self._wake.clear()
-                if not self._stopping:
-                    time.sleep(_GATHERING)
+                rest = moment + _GATHERING - time.monotonic()
+                if rest > 0 and not self._stopping:
+                    time.sleep(rest)
             moment = time.monotonic()
-            with self._turn():
-                last, stopping = self._chain.last, self._stopping
-                unsigned = last.number - last.closed
-                if not self._closing and not waiting:
-                    if unsigned and (unsigned >= self._policy.every or moment >= checked + self._policy.interval):
-                        self._note_dropped()
-                        self._chain.close_until_now(Checkpoint, *now())
-                    elif not unsigned and moment >= heard + self._policy.heartbeat:
-                        self._chain.close_until_now(Heartbeat, *now())
-                last = self._chain.last
-                waiting += self._chain.take(waiting[-1].number if waiting else self._files.number)
+            stopping = self._stopping  # if so, the chain has its end by now
+            if not waiting:
+                self._sign_if_due(moment, checked, heard)
+            # Without a turn: a thread that appends without pause would not let the writer have one
+            waiting += self._chain.take(waiting[-1].number if waiting else self._files.number)
+            last = waiting[-1] if waiting else self._chain.last
             if last.closed == last.number:
                 checked = heard = moment
             waiting = self._written_of(waiting)
-            if stopping and (not waiting or time.monotonic() > self._give_up):
+            patience = _REFUSED if self.problem else _PATIENCE
+            if stopping and (not waiting or time.monotonic() > self._ending + patience):
                 self._finish()
                 return
+
+    def _sign_if_due(self, moment: float, checked: float, heard: float) -> None:
+        last = self._chain.last
+        unsigned = last.number - last.closed
+        late = moment >= (checked + self._policy.interval if unsigned else heard + self._policy.heartbeat)
+        if not late and unsigned < self._policy.every:
+            return
+        with self._turn():
+            if self._closing:
+                return
+            if self._chain.last.number > self._chain.last.closed:
+                self._note_dropped()
+                self._chain.close_until_now(Checkpoint, *now())
+            else:
+                self._chain.close_until_now(Heartbeat, *now())
 
     def _written_of(self, waiting: list[Link]) -> list[Link]:
         """Write; what is left for later. `problem` says why."""
@@ -374,23 +387,3 @@ atexit.register(_at_exit)
 def now() -> tuple[int, int]:
     """The wall clock and the time since the boot, in microseconds."""
     return time.time_ns() // 1000, clock.boot_time() // 1000
-
-
-def _encoded(payload: object) -> tuple[bytes | None, bytes | None]:
-    """JSON or data. Raises UsageError for what is neither, or too large."""
-    if payload is None:
-        return None, None
-    if isinstance(payload, bytes | bytearray | memoryview):
-        data = bytes(payload)
-        if len(data) <= PAYLOAD_LIMIT:
-            return None, data
-    else:
-        try:
-            json = msgspec.json.encode(payload)
-        except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
-            what = f"The payload is nothing that JSON can hold: {error}."
-            raise UsageError(Reason.USAGE, what, "Give text, numbers, lists and dicts, or bytes.") from error
-        if plain_json(json):
-            return json, None
-    what = f"The payload is larger than {PAYLOAD_LIMIT:,} bytes, or holds what JSON cannot."
-    raise UsageError(Reason.USAGE, what, "Record the SHA-256 of large things, and keep them elsewhere.")

@@ -29,7 +29,8 @@ def read(path: Path) -> Secret:
     with OpenFile(path) as file:
         if not 1 <= file.size <= ENCLOSURE_LIMIT:
             what = f"{path} has {file.size:,} bytes; a license encloses 1 to {ENCLOSURE_LIMIT:,}."
-            raise UsageError(Reason.USAGE, what, "Pack larger files into a package, which licenses can share.")
+            hint = "Pack larger files into a package, which licenses can share."
+            raise UsageError(Reason.USAGE, what, hint if file.size else "Give the file that is meant.")
         content = bytearray(file.size)
         file.read_into(memoryview(content), 0)
     return Secret(content)

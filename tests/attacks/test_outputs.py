@@ -1,5 +1,6 @@
 """Signed outputs against who has the files, the state folder, the TPM, or the process: what is done shows."""
 
+import math
 import os
 import shutil
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import msgspec
 import pytest
@@ -29,6 +31,7 @@ from hwlicense.core.errors import ClosedError, DamagedError, HwlicenseError, Ref
 from hwlicense.core.schema import encode
 from hwlicense.core.tpm.pcrs import Selection
 from hwlicense.device import recording
+from hwlicense.device.bound import Bound
 from hwlicense.device.home import Home
 from hwlicense.device.recording import now
 from hwlicense.vendor import logs
@@ -164,7 +167,7 @@ def test_a_part_that_is_left_out_shows(scene):
 def test_a_log_of_another_device_is_not_this_ones(scene, vendor, tmp_path, hwlicense_tpms):
     other = Scene(vendor, Device(Home(tmp_path / "other" / "home"), hwlicense_tpms()), tmp_path / "other")
     taken = other.record({"alert": 0})
-    has(scene.said(taken), "forged", "which was not given")
+    assert scene.said(taken)[0].startswith("unjudged: ")
     known = logs.licenses([scene.license, other.license], vendor.public)
     assert logs.check([taken], known).faults == []
 
@@ -292,6 +295,68 @@ def test_a_state_folder_that_was_lost_or_is_older_goes_on_from_the_files(scene):
     latest.unlink()
     scene.record(5)
     assert [each.statement.recording for each in scene.check().recordings] == [1, 2, 3, 4, 5]
+    assert scene.said() == []
+
+
+# ---- a folder holds one log of one license
+
+
+def refused(device, vendor, folder, *words, **options):
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with device.open(vendor) as model, pytest.raises(UsageError) as caught:
+        model.outputs(folder, **options)
+    for word in words:
+        assert word in caught.value.what
+    assert caught.value.hint.startswith("Give each log a folder of its own")
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_two_logs_of_one_license_need_two_folders(scene, known):
+    first = scene.record(1, name="a")
+    if known:  # its numbers are beyond those in the folder
+        for _ in range(3):
+            with scene.open() as model:
+                model.outputs(scene.folder.with_name("b"), name="b").close()
+    refused(scene.device, scene.vendor, scene.folder, str(first), "'a'", "'b'", name="b")
+    scene.record(2, name="a")
+    assert scene.said() == []
+
+
+def test_a_new_license_and_another_device_need_another_folder(scene, vendor, tmp_path, hwlicense_tpms):
+    first = scene.record(1)
+    old = verified(scene.raw, License, vendor.public).grant.license
+    other = Device(Home(tmp_path / "other" / "home"), hwlicense_tpms())
+    licensed(vendor, other)
+    refused(other, vendor, scene.folder, str(first), old)
+    shutil.rmtree(scene.device.home.path / "licenses")
+    licensed(vendor, scene.device)
+    refused(scene.device, vendor, scene.folder, str(first), old)
+    assert scene.said() == []
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_a_log_that_begins_in_the_same_folder_at_once_is_refused(scene, monkeypatch, ahead):
+    """The second looks at the folder, and the first begins before the second has."""
+    for _ in range(ahead):
+        with scene.open() as model:
+            model.outputs(scene.folder.with_name("b"), name="b").close()
+    with scene.open() as model, scene.open() as other:
+        certify, begun = Bound.certify, list[Any]()
+
+        def late(self, selection, statement, pin):
+            if not begun:
+                begun.append(None)
+                begun[0] = model.outputs(scene.folder, name="a")
+            return certify(self, selection, statement, pin)
+
+        monkeypatch.setattr(Bound, "certify", late)
+        with pytest.raises(UsageError) as caught:
+            other.outputs(scene.folder, name="b")
+        assert caught.value.hint.startswith("Give each log a folder of its own")
+        begun[0].append(1)
+        begun[0].close()
+    assert [path.name for path in scene.files()] == ["00000001-0001.hwout"]
     assert scene.said() == []
 
 
@@ -549,8 +614,9 @@ def test_threads_share_it(scene):
 
 def test_one_process_at_a_time_records_in_a_log(scene):
     with scene.open() as model, model.outputs(scene.folder):
-        with pytest.raises(StorageError, match="is being recorded already"):
+        with pytest.raises(StorageError, match="is being recorded already") as caught:
             model.outputs(scene.folder)
+        assert "a folder and a name" in caught.value.hint
         with model.outputs(scene.folder.with_name("other")) as other:
             other.append(1)
 
@@ -669,6 +735,32 @@ def test_a_disk_that_stays_full_is_told_at_the_end(scene, monkeypatch):
     assert {line.partition(":")[0] for line in scene.said()} == {"cut"}
 
 
+def test_a_disk_that_refuses_is_not_waited_for_as_long_as_one_that_is_silent(scene, monkeypatch):
+    monkeypatch.setattr(recording, "_AGAIN", 0.1)
+    monkeypatch.setattr(recording, "_REFUSED", 0.5)
+    with scene.open() as model:
+        outputs = model.outputs(scene.folder, full="drop")
+        FullDisk(monkeypatch, 0)
+        outputs.append("lost")
+        begun = time.monotonic()
+        with pytest.raises(StorageError, match="No space left"):
+            outputs.close()
+    assert time.monotonic() - begun < 10
+
+
+def test_a_burst_of_20_ms_is_not_lost_whole_to_sigkill(scene):
+    pid = os.fork()
+    if not pid:
+        model = scene.open()
+        outputs = model.outputs(scene.folder)
+        time.sleep(0.05)
+        for number in range(2000):
+            outputs.append(number)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert scene.check().recordings[0].outputs > 100
+
+
 def test_a_slow_disk_keeps_nobody_waiting(scene, monkeypatch):
     with scene.open() as model, model.outputs(scene.folder) as outputs:
         monkeypatch.setattr("hwlicense.device.log_files.os.fdatasync", lambda _fd: time.sleep(0.5))
@@ -710,6 +802,16 @@ def test_hardware_that_is_gone_at_the_end_leaves_an_end_that_says_so(scene):
         {"name": "x" * 201},
         {"name": "\udc80"},
         {"sensors": {"camera": b"no key"}},
+        {"sensors": {"camera": "text"}},
+        {"sensors": ["camera"]},
+        {"name": 7},
+        {"heartbeat": None},
+        {"heartbeat": 1.5},
+        {"interval": "1"},
+        {"every": None},
+        {"rotate": "1 MiB"},
+        {"buffer": None},
+        {"full": []},
     ],
 )
 def test_options_that_make_no_sense_are_refused(scene, options):
@@ -718,7 +820,10 @@ def test_options_that_make_no_sense_are_refused(scene, options):
     assert scene.files() == []
 
 
-@pytest.mark.parametrize("payload", [object(), bytes(65537), "x" * 65536, float, {"a": object()}, "\udc80"])
+NO_PAYLOADS = [object(), bytes(65537), "x" * 65536, float, {"a": object()}, "\udc80", math.nan, {"a": [None, math.inf]}]
+
+
+@pytest.mark.parametrize("payload", NO_PAYLOADS)
 def test_payloads_that_cannot_be_recorded_are_refused(scene, payload):
     with scene.open() as model, model.outputs(scene.folder) as outputs:
         with pytest.raises(UsageError):
@@ -727,6 +832,9 @@ def test_payloads_that_cannot_be_recorded_are_refused(scene, payload):
             outputs.append(1, digest=b"short")
         with pytest.raises(UsageError):
             outputs.append(1, input=b"frame", sensor="camera", signature=b"s")
+        for wrong in ({"input": "text"}, {"digest": "d" * 32}, {"sensor": 1}, {"signature": "s"}):
+            with pytest.raises(UsageError):
+                outputs.append_input(**wrong)
     assert scene.said() == []
 
 

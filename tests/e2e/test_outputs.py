@@ -115,6 +115,37 @@ def test_what_was_added_after_a_certified_end_is_no_cut(scene, added):
     assert report["recordings"][1]["ended"]
 
 
+def test_a_license_that_was_not_given_is_asked_for(scene, tmp_path):
+    other = tmp_path / "other.hwlic"
+    issue = ("--request", scene.folder / "a.hwreq", "--package", scene.folder / "a.hwpkg")
+    trust = ("--ek-root", f"virtual={scene.tpm.ek_root}", "--terms", scene.folder / "terms.toml")
+    scene.run("vendor", "issue", "--vendor", scene.vendor, *issue, *trust, "-o", other)
+    given = ("vendor", "verify-outputs", "--vendor", scene.vendor, "--license", other)
+    done = scene.run(*given, scene.alerts, status=2)
+    license_ = json.loads(scene.run("inspect", scene.license, "--json").stdout)["document"]["grant"]["license"]
+    assert f"cannot be judged without the license that they name: {license_} r1" in done.stderr
+    assert "forged" not in done.stdout
+    report = json.loads(scene.run(*given, "--json", scene.alerts, status=2).stdout)
+    assert report["verdict"] == "OUTPUTS_UNJUDGED"
+    assert {fault["severity"] for fault in report["faults"]} == {"unjudged"}
+    scene.run(*given, "--license", scene.license, scene.alerts)
+    path = scene.alerts / "00000001-0001.hwout"
+    path.write_bytes(path.read_bytes().replace(b"10.0.0.9", b"10.0.0.8"))
+    scene.run(*given, scene.alerts, status=4)
+
+
+def test_a_license_encloses_one_file(scene, tmp_path):
+    (tmp_path / "a").write_bytes(b"a")
+    (tmp_path / "empty").touch()
+    issue = ("--request", scene.folder / "a.hwreq", "--package", scene.folder / "a.hwpkg")
+    trust = ("--ek-root", f"virtual={scene.tpm.ek_root}", "--terms", scene.folder / "terms.toml")
+    given = ("vendor", "issue", "--vendor", scene.vendor, *issue, *trust, "-o", tmp_path / "b.hwlic")
+    assert "given twice" in scene.run(*given, *["--enclose", tmp_path / "a"] * 2, status=2).stderr
+    shown = scene.run(*given, "--enclose", tmp_path / "empty", status=2).stderr
+    assert "has 0 bytes" in shown
+    assert "larger" not in shown
+
+
 def test_later_recordings_are_verified_from_where_one_is(scene):
     last = scene.alerts / "00000002-0001.hwout"
     assert "Not given: recording 1." in scene.verify(last, status=1).stdout

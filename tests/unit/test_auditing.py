@@ -446,3 +446,23 @@ def test_no_number_of_lesser_faults_hides_a_worse_one():
             audit._fault(severity, number, "here", "it is so")
     assert {fault.severity for fault in audit._faults} == {"note", "cut", "forged"}
     assert len(audit._faults) == 3 * auditing.FAULT_LIMIT
+
+
+def test_a_missing_license_is_no_forgery_and_hides_none():
+    log = Log()
+    log.begin(revision=2)
+    log.add(b'"intruder"')
+    lines = log.lines()
+    assert {fault.severity for fault in audited(lines).faults} == {"unjudged", "cut"}
+    lines[1] = lines[1].replace(b"intruder", b"visitors")
+    lines.append(b"")
+    assert "forged" in {fault.severity for fault in audited(lines).faults}
+
+
+def test_what_an_editor_did_is_named():
+    log = Log()
+    log.begin()
+    log.add(b"1")
+    lines = log.lines()
+    assert "it ends in CRLF" in what(audited([lines[0], lines[1] + b"\r"]))
+    assert "it is empty" in what(audited([*lines, b""]))
