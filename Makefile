@@ -51,9 +51,10 @@ format: $(READY) ## mend what can be mended by itself
 types: $(READY) ## mypy, strict
 	mypy $(PACKAGES) tests
 
-bench: $(READY) ## the measured figures
+bench: $(READY) ## every measured figure, some hours; ARGS="cold sizes" for parts
 	scripts/system-packages bench
-	python -m benchmarks $(ARGS)
+	scripts/peers
+	python -m benchmarks --figures docs/figures $(ARGS)
 
 lock: $(READY) ## resolve requirements/*.txt anew; ARGS=--upgrade for newer releases
 	scripts/lock $(ARGS)

@@ -10,8 +10,23 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import cold_start, dongles, frameworks, importing, large, monitor, opening, outputs, throughput, use
-from benchmarks.measure import Failed, machine
+from benchmarks import (
+    cold_start,
+    commands,
+    dongles,
+    frameworks,
+    importing,
+    large,
+    monitor,
+    opening,
+    outputs,
+    peers,
+    sizes,
+    spending,
+    throughput,
+    use,
+)
+from benchmarks.measure import Failed, machine, run
 from benchmarks.scene import Scene
 from hwlicense_simulators import SimulatorError, Tpm
 
@@ -24,7 +39,7 @@ MEMORY = Path("/dev/shm")  # noqa: S108  # so that no disk is measured; a folder
 
 def main() -> int:  # a part after the other
     """Run it. 1 where something that is to be measured fails."""
-    options = _parser().parse_args()
+    options = _options()
     found: dict[str, Any] = {"taken": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
     found["machine"] = machine()
     _show([f"{name:<22} {value}" for name, value in found["machine"].items()])
@@ -33,7 +48,7 @@ def main() -> int:  # a part after the other
         with tempfile.TemporaryDirectory(prefix="hwlicense-bench-", dir=folder) as place, Tpm() as tpm:
             scene = Scene(Path(place), tpm)
             for part, (name, measure, table) in _parts(scene, options).items():
-                if options.part in {"all", part}:
+                if part in options.parts:
                     found[name] = measure()
                     _show(table(found[name]))
     except (Failed, SimulatorError, FileNotFoundError) as error:
@@ -46,7 +61,17 @@ def main() -> int:  # a part after the other
     target = RESULTS / f"{found['taken'].replace(':', '').replace('+0000', 'Z')}.json"
     target.write_text(json.dumps(found, indent=2) + "\n")
     _show([f"Written to {target}."])
+    if options.figures:
+        _show(_drawn(target, options.figures))
     return 0
+
+
+def _drawn(result: Path, folder: Path) -> list[str]:
+    """Draw the figures; what to tell about it. They change nothing of what was measured."""
+    if "matplotlib" not in peers.versions():
+        return ["No figures were drawn, as matplotlib is not installed (`scripts/peers`)."]
+    plots = Path(__file__).with_name("plots.py")
+    return run([str(peers.PYTHON), str(plots), str(result), str(folder)]).output.decode().splitlines()
 
 
 def _parts(scene: Any, options: Any) -> dict[str, tuple[str, Callable[[], Any], Callable[[Any], list[str]]]]:  # noqa: ANN401
@@ -55,6 +80,9 @@ def _parts(scene: Any, options: Any) -> dict[str, tuple[str, Callable[[], Any], 
     def throughputs() -> Any:  # noqa: ANN401  # figures
         return throughput.measure(scene, max(5, options.runs // 3), options.size << 20)
 
+    def by_size() -> Any:  # noqa: ANN401
+        return sizes.measure(scene, max(3, options.runs // 5), options.size << 20)
+
     def memory() -> Any:  # noqa: ANN401
         sizes = [int(gib) << 30 for gib in options.large.split(",")]
         return large.measure(scene, max(3, options.runs // 5), sizes)
@@ -62,6 +90,9 @@ def _parts(scene: Any, options: Any) -> dict[str, tuple[str, Callable[[], Any], 
     return {
         "cold": ("cold_start", lambda: cold_start.measure(scene, options.runs), cold_start.table),
         "throughput": ("throughput", throughputs, throughput.table),
+        "sizes": ("sizes", by_size, sizes.table),
+        "commands": ("commands", lambda: commands.measure(scene, options.runs), commands.table),
+        "spending": ("spending", lambda: spending.measure(scene, 5, options.seconds), spending.table),
         "opening": ("opening", lambda: opening.measure(scene, options.runs), opening.table),
         "large": ("large", memory, large.table),
         "importing": ("importing", lambda: importing.measure(scene, options.runs), importing.table),
@@ -81,9 +112,10 @@ def _parts(scene: Any, options: Any) -> dict[str, tuple[str, Callable[[], Any], 
     }
 
 
-def _parser() -> argparse.ArgumentParser:
+def _options() -> argparse.Namespace:
+    known = list(_parts(None, None))
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("part", nargs="?", choices=("all", *_parts(None, None)), default="all", help="what to measure")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"what to measure: all, or {', '.join(known)}")
     parser.add_argument(
         "--runs",
         type=int,
@@ -103,7 +135,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cut-recordings", type=int, default=30, help="recordings that end with a SIGKILL")
     parser.add_argument("--folder", type=Path, help="where to work; needs four times the size (default: /dev/shm)")
     parser.add_argument("--json", action="store_true", help="print JSON, the tables on stderr")
-    return parser
+    parser.add_argument("--figures", type=Path, help="the folder to draw figures in (with what scripts/peers installs)")
+    options = parser.parse_args()
+    if unknown := set(options.parts) - {*known, "all"}:
+        parser.error(f"no such part: {', '.join(sorted(unknown))}")
+    if not options.parts or "all" in options.parts:
+        options.parts = known
+    return options
 
 
 def _show(lines: list[str]) -> None:

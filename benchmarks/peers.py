@@ -45,6 +45,7 @@ class Peer(NamedTuple):
     """How a peer writes and reads."""
 
     name: str
+    package: str
     imports: str
     keys: str
     write: str
@@ -56,6 +57,7 @@ _BASE64 = "base64.b64encode"
 PEERS = (
     Peer(
         "CryptoTensors",
+        "cryptotensors",
         "import cryptotensors, cryptotensors.numpy\n"
         "from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey\n",
         f"""
@@ -74,6 +76,7 @@ tensors = source_tensors()
     ),
     Peer(
         "tensorizer, encrypted",
+        "tensorizer",
         "import torch\n"
         "from tensorizer import DecryptionParams, EncryptionParams, TensorDeserializer, TensorSerializer\n",
         """
@@ -102,7 +105,8 @@ class Measures(NamedTuple):
 def measures(folder: Path, source: Path) -> Measures:
     """Of the peers that are there; none without `scripts/peers`."""
     found = Measures({}, {})
-    for place, peer in enumerate(PEERS if PYTHON.exists() else ()):
+    there = versions()
+    for place, peer in enumerate(peer for peer in PEERS if peer.package in there):
         paths = [str(source), str(folder / f"peer{place}.sealed"), str(folder / f"peer{place}.keys")]
         write = _script(peer.imports, peer.keys, peer.write, "size")
         read = _script(peer.imports, peer.prepare, peer.read, "sum(one.nbytes for one in read.values())")
@@ -112,14 +116,12 @@ def measures(folder: Path, source: Path) -> Measures:
 
 
 def versions() -> dict[str, str]:
-    """What was measured."""
+    """What is installed there."""
     if not PYTHON.exists():
         return {}
-    known = "cryptotensors", "tensorizer", "torch"
-    code = (
-        f"import json\nfrom importlib.metadata import version\nprint(json.dumps([version(name) for name in {known}]))"
-    )
-    return dict(zip(known, json.loads(run([str(PYTHON), "-c", code]).output), strict=True))
+    listed = json.loads(run([str(PYTHON), "-m", "pip", "list", "--format=json"]).output)
+    found = {one["name"]: one["version"] for one in listed}
+    return {name: found[name] for name in ("cryptotensors", "tensorizer", "torch", "matplotlib") if name in found}
 
 
 def _script(imports: str, prepare: str, work: str, told: str) -> str:

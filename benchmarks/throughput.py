@@ -14,10 +14,10 @@ from benchmarks.measure import Run, in_turn, run
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from benchmarks.measure import Command
     from benchmarks.scene import Scene
 
 READ = "hwlicense: open and read"
+PATH = "hwlicense: open, a path"
 LAZY = "hwlicense: open, then in parts"
 PLAIN = "read() into fresh memory"
 HUGE = "read() into huge pages"
@@ -47,6 +47,13 @@ print(json.dumps([seconds, size, first.hex(), last.hex()]))
 _OPENED = "with hwlicense.open(sys.argv[1], vendor=sys.argv[2], home=sys.argv[3]) as model:\n    name, = model.names\n"
 _WORK = {
     READ: _OPENED + "    data = model.read(name)\nsize, first, last = len(data), bytes(data[:32]), bytes(data[-32:])",
+    PATH: _OPENED
+    + """
+    with open(model.path(name), "rb") as file:
+        size, first = os.fstat(file.fileno()).st_size, file.read(32)
+        file.seek(-32, os.SEEK_END)
+        last = file.read()
+""",
     LAZY: _OPENED
     + f"""
     first, last, size = b"", b"", 0
@@ -92,7 +99,7 @@ _WORK[HUGE] = _WORK[PLAIN].replace("NOHUGEPAGE", "HUGEPAGE")
 def measure(scene: Scene, runs: int, size: int) -> dict[str, Any]:
     """The figures for `size` random bytes, in bytes a second and bytes of memory."""
     source, identity, sealed = scene.folder / "large.bin", scene.folder / "identity", scene.folder / "large.age"
-    _random(source, size)
+    first, last = random_file(source, size)
     run(["age-keygen", "-o", str(identity)])
     recipient = run(["age-keygen", "-y", str(identity)]).output.decode().strip()
     scene.package.unlink(missing_ok=True)
@@ -106,21 +113,17 @@ def measure(scene: Scene, runs: int, size: int) -> dict[str, Any]:
         runs,
     )
     scene.license()
-    with source.open("rb") as file:
-        first = file.read(32)
-        file.seek(-32, os.SEEK_END)
-        expected: list[int | str] = [size, first.hex(), file.read(32).hex()]
     ours = (scene.package, scene.vendor_text, scene.home)
     arguments: dict[str, tuple[str | Path, ...]] = {
         READ: ours,
+        PATH: ours,
         LAZY: ours,
         PLAIN: (source,),
         HUGE: (source,),
         AGE_PIPE: (sealed, identity),
     }
     measures: dict[str, Callable[[], Run]] = {
-        name: partial(_inside, scene.script(_PREPARED.format(work=_WORK[name], size=size), *given), scene, expected)
-        for name, given in arguments.items()
+        name: partial(inside, scene, name, given, [size, first, last]) for name, given in arguments.items()
     }
     measures[AGE_NULL] = partial(run, ["age", "-d", "-i", str(identity), str(sealed)], stdout=Path(os.devnull))
     reading = in_turn(measures | beside.reading, runs)
@@ -141,17 +144,24 @@ def measure(scene: Scene, runs: int, size: int) -> dict[str, Any]:
     }
 
 
-def _inside(command: Command, scene: Scene, expected: list[int | str]) -> Run:
+def inside(scene: Scene, way: str, given: tuple[str | Path, ...], expected: list[int | str]) -> Run:
+    """Read once, in a process of its own; seconds without its start and imports. `expected`: size, begin and end."""
+    command = scene.script(_PREPARED.format(work=_WORK[way], size=expected[0]), *given)
     done = run(command, scene.environment)
     seconds, *found = json.loads(done.output)
     assert found == expected, "what was read is not what was packed"
     return done._replace(seconds=seconds)
 
 
-def _random(path: Path, size: int) -> None:
-    with path.open("wb") as file:
+def random_file(path: Path, size: int) -> tuple[str, str]:
+    """Make it; its first and last 32 bytes, in hexadecimal."""
+    with path.open("wb+") as file:
         for start in range(0, size, 16 * PIECE):
             file.write(os.urandom(min(16 * PIECE, size - start)))
+        file.seek(0)
+        first = file.read(32)
+        file.seek(-32, os.SEEK_END)
+        return first.hex(), file.read(32).hex()
 
 
 def table(found: dict[str, Any]) -> list[str]:
@@ -169,7 +179,7 @@ def table(found: dict[str, Any]) -> list[str]:
     for name, one in found["goals"].items():
         met = "" if one["ratio"] >= one["goal"] else "  missed"
         lines.append(f"{name:<34}{one['ratio']:>7.2f}x{one['goal']:>7.1f}x{met}")
-    if not found["peers"]:
-        lines.append("CryptoTensors and tensorizer were not measured: `scripts/peers` installs them.")
+    for name in sorted({"cryptotensors", "tensorizer"} - set(found["peers"])):
+        lines.append(f"{name} was not measured, as it is not installed (`scripts/peers`).")
     lines.append(f"an interpreter with everything imported: {found['imports_peak'] >> 20} MiB")
     return lines[1:]

@@ -1,4 +1,4 @@
-"""Limits of use: what spending costs, and whether they hold under load, sudden deaths, power cuts and slow hardware."""
+"""Limits of use: whether they hold under load, sudden deaths and power cuts."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ import mmap
 import os
 import random
 import signal
-import sqlite3
 import struct
 import sys
-import tempfile
 import threading
 import time
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -27,17 +24,16 @@ from hwlicense.device import instances
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from benchmarks.scene import Scene
     from hwlicense.device.metering import Metering
 
 TERMS: Final = 'licensee = "Acme Robotics"\nproduct = "reader"\n[require]\nanchor = true\n[limits]\n'
-FREE: Final = 'rates = ["1000000000/second", "10000000000/minute", "1000000000000/day"]\n'
 AT_ONCE: Final = 4
 SUDDEN: Final = 0.02
 REFUSED: Final = 7
 _NUMBER: Final = struct.Struct("<q")
-_MILLION: Final = 1_000_000
 
 
 class Limited:
@@ -70,11 +66,12 @@ class Limited:
     def used(self) -> tuple[int, int]:
         """What the account says was booked, and what of it was lost."""
         with self.open() as model:
-            words = _metering(model)._tended.snapshot()[0].words  # noqa: SLF001  # what no report shows to the last one
+            words = metering(model)._tended.snapshot()[0].words  # noqa: SLF001  # what no report shows to the last one
             return words[Field.USED], words[Field.LOST]
 
 
-def _metering(model: hwlicense.Model) -> Metering:
+def metering(model: hwlicense.Model) -> Metering:
+    """What holds the model to its limits."""
     found = model._metering  # noqa: SLF001  # as above
     if found is None:
         raise Failed("the model is not metered")
@@ -122,109 +119,6 @@ def spend_on(model: hwlicense.Model, count: int) -> None:
                 time.sleep(min(error.wait, 0.01))
             else:
                 break
-
-
-# ---- what it costs ------------------------------------------------------------------------------------------
-
-
-def costs(scene: Scene, runs: int, seconds: float) -> dict[str, Any]:
-    """Nanoseconds a use, and beside it a counter in SQLite and one in the TPM, in one run."""
-    license_ = Limited(scene, "costs", FREE)
-    found: dict[str, Any] = {}
-    with license_.open() as model:
-        spend_on(model, 3_000_000)
-        for name, threads, processes in (("one thread", 1, 1), ("eight threads", 8, 1), ("four processes", 1, 4)):
-            found[name] = sorted(_nanoseconds(model, threads, processes) for _ in range(runs))[runs // 2]
-    found["empty call"] = _empty()
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as disk:  # memory has nothing to sync
-        found["SQLite, synced"] = _sqlite(Path(disk) / "counter.db")
-    found["NV increment"] = _increments(scene, license_)
-    found["at 1 kHz"] = _steady(scene, license_, seconds)
-    return found
-
-
-def _nanoseconds(model: hwlicense.Model, threads: int, processes: int, count: int = 1_000_000) -> float:
-    each = count // threads // processes
-
-    def work() -> None:
-        workers = [threading.Thread(target=spend_on, args=(model, each)) for _ in range(threads)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-
-    begun = time.perf_counter()
-    if processes == 1:
-        work()
-    else:
-        for pid in [fork(work) for _ in range(processes)]:
-            os.waitpid(pid, 0)
-    return (time.perf_counter() - begun) / count * 1e9
-
-
-def _empty() -> float:
-    def nothing(count: int = 1) -> None:
-        """Nothing."""
-
-    begun = time.perf_counter()
-    for _ in range(_MILLION):
-        nothing()
-    return (time.perf_counter() - begun) * 1e3
-
-
-def _sqlite(path: Path, count: int = 300) -> float:
-    database = sqlite3.connect(path, isolation_level=None)
-    database.execute("PRAGMA synchronous = FULL")
-    database.execute("CREATE TABLE counter (used INTEGER)")
-    database.execute("INSERT INTO counter VALUES (0)")
-    begun = time.perf_counter()
-    for _ in range(count):
-        database.execute("UPDATE counter SET used = used + 1")
-    passed = time.perf_counter() - begun
-    database.close()
-    return passed / count * 1e9
-
-
-def _increments(scene: Scene, license_: Limited, count: int = 100) -> float:
-    """A step of the anchor for each use: what a count in the TPM alone would cost, on a simulated one."""
-    with license_.open(scene.tpm.tcti) as model:
-        anchor = _metering(model)._tended._anchor  # noqa: SLF001
-        if anchor is None:
-            raise Failed("the license is not anchored")
-        begun = time.perf_counter()
-        for _ in range(count):
-            anchor.step()
-        return (time.perf_counter() - begun) / count * 1e9
-
-
-def _steady(scene: Scene, license_: Limited, seconds: float) -> dict[str, float]:
-    """Microseconds a use in a 1 kHz loop: half of the time over a TPM that is slow, and half over one that hangs."""
-    taken: list[float] = []
-    refused = 0
-    with scene.tpm.tapped(record=False) as wire, license_.open(wire.tcti) as model:
-        spend_on(model, 20_000)
-        wire.delay(0.3, times=1 << 30)
-        begun = time.monotonic()
-        hung = False
-        for tick in range(int(seconds * 1000)):
-            if not hung and time.monotonic() - begun > seconds / 2:
-                hung = True
-                wire.delay(3600, times=1 << 30)
-            before = time.perf_counter()
-            try:
-                model.spend()
-            except hwlicense.ExceededError:
-                refused += 1
-            taken.append(time.perf_counter() - before)
-            time.sleep(max(0.0, begun + (tick + 1) / 1000 - time.monotonic()))
-        steps = _metering(model)._tended.snapshot()[0].words[Field.SERIAL]  # noqa: SLF001
-    times = np.array(taken) * 1e6
-    named = {"median": 50.0, "p99": 99.0, "p99.99": 99.99}
-    found = {name: float(np.percentile(times, rank)) for name, rank in named.items()}
-    return found | {"most": float(times.max()), "uses": len(taken), "refused": refused, "serial": steps}
-
-
-# ---- whether it holds ---------------------------------------------------------------------------------------
 
 
 def kills(scene: Scene, count: int, seed: int = 1) -> dict[str, Any]:
@@ -371,7 +265,6 @@ def places(  # noqa: C901  # one loop that watches twenty processes
 def measure(scene: Scene, options: Any) -> dict[str, Any]:  # noqa: ANN401  # the program's options
     """All of it; each part is shown as soon as it is known."""
     parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "costs": lambda: costs(scene, 5, options.seconds),
         "kills": lambda: kills(scene, options.kills),
         "soak": lambda: soak(scene, options.inferences),
         "power cuts": lambda: crashes.year(options.cuts),

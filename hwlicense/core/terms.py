@@ -13,7 +13,7 @@ import msgspec
 
 from hwlicense.core import documents
 from hwlicense.core.durations import parse_milliseconds, parse_rate, parse_seconds
-from hwlicense.core.errors import Reason, RefusedError, UsageError
+from hwlicense.core.errors import Reason, UsageError
 from hwlicense.core.limits import (
     LONGEST_WINDOW,
     RATE_LIMIT,
@@ -29,12 +29,11 @@ from hwlicense.core.limits import (
 from hwlicense.core.process import CHECKS, FILE_LIMIT, LONGEST_INTERVAL, Application, Check, File, Guard
 from hwlicense.core.schema import Name, Positive  # noqa: TC001  # msgspec reads the annotations at run time
 from hwlicense.core.tpm.pcrs import Selection
-from hwlicense.core.wording import TOML, in_words, mend, quantity
+from hwlicense.core.wording import TOML, in_words, mend
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from hwlicense.core.documents import Grant
 
 _T = TypeVar("_T")
 
@@ -276,20 +275,6 @@ def _converted(table: dict[str, Any], kind: type[_T]) -> _T:
         reason = Reason.TERM_UNKNOWN if unknown else Reason.TERM_INVALID
         what = f"The terms cannot be used: {in_words(str(error))}."
         raise UsageError(reason, what, mend(str(error), list(_names("", Terms)), dict(_choices("", Terms)))) from None
-
-
-def check_validity(grant: Grant, today: datetime.date, first_used: datetime.date | None = None) -> None:
-    """Raises RefusedError LICENSE_NOT_YET_VALID or LICENSE_EXPIRED. Days are in UTC; `first_used` as far as known."""
-    if grant.not_before and today < grant.not_before:
-        what = f"The license for {grant.product!r} is valid from {grant.not_before}; today is {today} (UTC)."
-        raise RefusedError(Reason.LICENSE_NOT_YET_VALID, what, "Check the device's date, or wait until then.")
-    if grant.not_after and today > grant.not_after:
-        what = f"The license for {grant.product!r} was valid until {grant.not_after}; today is {today} (UTC)."
-        raise RefusedError(Reason.LICENSE_EXPIRED, what, "Ask the vendor for a new license.")
-    days = grant.terms_of_use.days
-    if days and first_used and (today - first_used).days > days:
-        what = f"The license for {grant.product!r} is for {quantity(days, 'day')}; it was first used on {first_used}."
-        raise RefusedError(Reason.LICENSE_EXPIRED, what, "Ask the vendor for a new license.")
 
 
 def _names(path: str, kind: type[msgspec.Struct]) -> Iterator[str]:

@@ -18,7 +18,7 @@ from hwlicense.core.errors import (
 )
 from hwlicense.core.keys import Content, open_enclosure, unwrap_content_key, unwrap_license_secret
 from hwlicense.core.secret import Secret, derive
-from hwlicense.core.terms import check_validity
+from hwlicense.core.validity import check_validity
 from hwlicense.device import resetting
 from hwlicense.device.bound import FINAL, Bound, exhausted
 from hwlicense.device.home import Home, Installed, check_license

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from hwlicense.core import calendar, leases
 from hwlicense.core.account import Account, Field
 from hwlicense.core.errors import DamagedError, Reason, RefusedError, StorageError, UsageError
-from hwlicense.core.terms import check_validity
+from hwlicense.core.validity import check_validity
 from hwlicense.device import clock
 from hwlicense.device.ledger import Ledger, prepare, unverified
 from hwlicense.device.sharing import check_answered

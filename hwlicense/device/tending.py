@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 from hwlicense.core import calendar, leases
 from hwlicense.core.account import RESERVATIONS, Field
 from hwlicense.core.errors import HardwareError, HwlicenseError, Reason, StorageError
-from hwlicense.core.terms import check_validity
+from hwlicense.core.validity import check_validity
 from hwlicense.device import clock
 from hwlicense.device.locking import PATIENCE, Turn
 from hwlicense.threads import begin

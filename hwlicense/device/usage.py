@@ -12,7 +12,7 @@ from hwlicense.core import calendar, leases, monitoring
 from hwlicense.core.account import Account, Field
 from hwlicense.core.durations import of_rate, spelled
 from hwlicense.core.errors import HwlicenseError, RefusedError
-from hwlicense.core.terms import check_validity
+from hwlicense.core.validity import check_validity
 from hwlicense.device import clock, instances, ledger, recovering, watching
 from hwlicense.device.plugged import Finding
 from hwlicense.device.starting import used_up

@@ -19,9 +19,9 @@ binders.tpm.committing binders.tpm.connection binders.tpm.counting binders.tpm.f
 binders.tpm.held binders.tpm.installing binders.tpm.keys binders.tpm.opening binders.tpm.probing binders.tpm.providing
 binders.tpm.sealed binders.tpm.turns
 core.account core.calendar core.code core.documents core.dongle core.durations core.envelope core.hardware core.keys
-core.leases core.limits core.package core.process core.schema core.secret core.terms core.tpm core.tpm.composing
+core.leases core.limits core.package core.process core.schema core.secret core.tpm core.tpm.composing
 core.tpm.duplicate core.tpm.nv core.tpm.pcrs core.tpm.policy core.tpm.quote core.tpm.signatures core.tpm.standing
-core.tpm.structures core.tpm.wire core.uri core.windows core.wording
+core.tpm.structures core.tpm.wire core.uri core.validity core.windows core.wording
 device device.bound device.clock device.counters device.home device.instances device.keyring device.ledger
 device.licensed device.locking device.memory device.model device.opening device.reading device.records
 device.recovering device.resetting device.room device.selecting device.sharing device.starting device.streaming

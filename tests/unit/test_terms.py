@@ -13,7 +13,8 @@ from hwlicense.core.errors import HwlicenseError, Reason
 from hwlicense.core.limits import Distances, Limits, Monitor, Rate, Regularity, Use
 from hwlicense.core.process import CHECKS, Application, File, Guard
 from hwlicense.core.schema import Document, decode, encode
-from hwlicense.core.terms import check_validity, parse_terms
+from hwlicense.core.terms import parse_terms
+from hwlicense.core.validity import check_validity
 
 BASE = 'licensee = "Acme Robotics"\nproduct = "label-reader"\n'
 
