@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from hwlicense.core.errors import Reason, UsageError
+from hwlicense.integrations.external_data import locations
 from hwlicense.integrations.extras import extra, require
 
 with extra("openvino", "openvino"):
@@ -31,18 +32,21 @@ def read_model(
     """The network in the member `name`: OpenVINO's own format (.xml) or another that it reads from memory, as ONNX.
 
     `weights` are by default in the member beside it that ends with .bin, if there is one. Raises as `Model.read`, and
-    UsageError PLAINTEXT_CACHE where the core has a folder for its cache.
+    UsageError: EXTRA_UNSUPPORTED for ONNX with weights in files of their own, PLAINTEXT_CACHE where the core has a
+    folder for its cache.
     """
     core = core or openvino.Core()
     _refuse_cache(core, None, {})
     beside = str(PurePosixPath(name).with_suffix(".bin"))
     if weights is None and name.endswith(".xml") and beside in model.names:
         weights = beside
+    network = bytes(model.read(name))
+    _refuse_files(name, memoryview(network))
     if weights is None:
-        return core.read_model(bytes(model.read(name)), b"")
+        return core.read_model(network, b"")
     allotted = openvino.Tensor(openvino.Type.u8, [model.size(weights)])
     model.readinto(weights, allotted.data)
-    return core.read_model(bytes(model.read(name)), allotted)
+    return core.read_model(network, allotted)
 
 
 def compile_model(
@@ -58,6 +62,14 @@ def compile_model(
     core = core or openvino.Core()
     _refuse_cache(core, device_name, config or {})
     return core.compile_model(read_model(model, name, weights=weights, core=core), device_name, dict(config or {}))
+
+
+def _refuse_files(name: str, network: memoryview) -> None:
+    """Of what is not XML: OpenVINO would read ONNX's external data from the disk, below the working folder."""
+    if network[:1] != b"<" and (apart := locations(network)):
+        what = f"{name!r} has its weights in {apart[0]!r}, which OpenVINO reads from a disk alone."
+        hint = "Pack the network with its weights in one file, or in OpenVINO's own format (`openvino.save_model`)."
+        raise UsageError(Reason.EXTRA_UNSUPPORTED, what, hint)
 
 
 def _refuse_cache(core: openvino.Core, device: str | None, config: Mapping[str, Any]) -> None:
