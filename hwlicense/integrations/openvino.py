@@ -26,7 +26,7 @@ require("openvino", "openvino", openvino.__version__.partition("-")[0], "2024.6"
 
 CACHE = "CACHE_DIR"
 TRACING: Final = ("OV_ENABLE_SERIALIZE_TRACING", "OV_ENABLE_VISUALIZE_TRACING", "OPENVINO_HETERO_VISUALIZE")
-"""What in the environment has OpenVINO write the network into the working folder, the first of them with its weights."""
+"""What in the environment has OpenVINO write the network into the working folder, the first with its weights."""
 
 
 def read_model(
