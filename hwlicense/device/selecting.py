@@ -50,7 +50,9 @@ def home(path: str | os.PathLike[str] | None, state: str | os.PathLike[str] | No
 
     Either may be absent. Raises UsageError for what is no folder.
     """
-    place = Home(Path(path) if path else default_home(), Path(state) if state else None)
+    given = Path(path) if path else default_home()
+    # A program may change its folder while a model is open
+    place = Home(given.absolute(), Path(state).absolute() if state else None)
     for folder in (place.path, place.state):
         with reporting(folder), suppress(FileNotFoundError):
             if not stat.S_ISDIR(folder.stat().st_mode):

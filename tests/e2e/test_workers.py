@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import hwlicense
 from tests.world import TERMS, licensed
 
 SIZE = 48 << 20
@@ -146,3 +147,24 @@ def test_processes_that_are_handed_a_descriptor_share_one_copy(start):
     assert len(found["held"]) == WORKERS - 1
     assert {digest for _, digest in found["held"]} == {found["own"]}
     assert sum(part for part, _ in found["held"]) <= 1.1 * SIZE
+
+
+def test_a_program_that_changes_its_folder_keeps_its_account(own_vendor, device, tmp_path, monkeypatch):
+    """The home was given from where it was then."""
+    licensed(own_vendor, device, TERMS + f"[limits]\ninferences = {LIMIT}\n[require]\nanchor = true\n", counted=True)
+    monkeypatch.chdir(device.home.path.parent)
+    given = {"vendor": own_vendor.text, "home": device.home.path.name, "tpm": device.tpm.tcti}
+    left = []
+    for _ in range(2):
+        with hwlicense.open(own_vendor.package, **given) as model:
+            (tmp_path / "elsewhere").mkdir(exist_ok=True)
+            os.chdir(tmp_path / "elsewhere")
+            model.spend(10)
+        os.chdir(device.home.path.parent)
+        left.append(next(n for n in range(LIMIT, 0, -10) if _left(own_vendor.package, n, given)))
+    assert left == [LIMIT - 10, LIMIT - 20]
+
+
+def _left(package, count, given):
+    with hwlicense.open(package, **given) as model:
+        return model.standing(inferences=count).may_start
