@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import errno
 import hashlib
 import importlib.util
 import marshal
@@ -127,13 +128,34 @@ def _same(fd: int, part: Mapping) -> bool:
     """Whether memory holds what the file has there."""
     if not part.readable:
         return True
-    # Never beyond the end of the file, where reading a mapping is a SIGBUS
     size = min(part.end - part.start, os.fstat(fd).st_size - part.offset)
     for at in range(0, size, _STEP):
         length = min(_STEP, size - at)
-        if ctypes.string_at(part.start + at, length) != os.pread(fd, length, part.offset + at):
-            return False
+        if _memory(part.start + at, length) != os.pread(fd, length, part.offset + at):
+            return part not in mappings(os.getpid())  # another thread may have unloaded it meanwhile
     return True
+
+
+class _Span(ctypes.Structure):
+    """struct iovec."""
+
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+def _memory(address: int, length: int) -> bytes:
+    """Of this process, as far as it can be read: the kernel stops at what is unmapped, or beyond a file's end, where
+    reading it oneself is the end of the process. Raises OSError.
+    """
+    buffer = ctypes.create_string_buffer(length)
+    into, out_of = _Span(ctypes.addressof(buffer), length), _Span(address, length)
+    got: int = _libc.process_vm_readv(os.getpid(), ctypes.byref(into), 1, ctypes.byref(out_of), 1, 0)
+    if got < 0 and ctypes.get_errno() != errno.EFAULT:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return buffer.raw[: max(0, got)]
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.process_vm_readv.restype = ctypes.c_ssize_t
 
 
 # ---- Python modules --------------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ from hwlicense.core.errors import DamagedError, Reason, StorageError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from types import TracebackType
 
 HINTS: Final = {
     errno.ENOSPC: "Free some space, or write to another disk.",
@@ -84,9 +83,7 @@ class OpenFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
 
 

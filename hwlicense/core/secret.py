@@ -11,7 +11,6 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from types import TracebackType
 
 SIZE = 32
 """Bytes in every secret and key of the project."""
@@ -58,9 +57,7 @@ class Secret:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.wipe()
 
     def __repr__(self) -> str:

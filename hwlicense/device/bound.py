@@ -11,7 +11,6 @@ from hwlicense.core.hardware import Certifying, Counting, PinPrompt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from types import TracebackType
 
     from hwlicense.core.chain import Certificate
     from hwlicense.core.documents import Approval, Binding, License
@@ -53,9 +52,7 @@ class Bound:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
 
     def close(self) -> None:

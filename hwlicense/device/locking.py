@@ -16,7 +16,6 @@ from hwlicense.core.errors import Reason, StorageError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from contextlib import AbstractContextManager
-    from types import TracebackType
 
 PATIENCE: Final = 5.0
 """Seconds to wait for another process or thread."""
@@ -46,9 +45,7 @@ class Turn:
             what = "The account of the license's use is not to be had."
             raise StorageError(Reason.STORAGE, what, "Try again; not in a signal handler that interrupts its use.")
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.over()
 
     def tried(self, patience: float = 0) -> bool:

@@ -137,10 +137,10 @@ class Memory:
         if self._wiped:
             return
         self._wiped = True
-        _libc.munlock(self._address, self.size)
         for start in range(0, self.size, HUGE_PAGE):
             size = min(HUGE_PAGE, self.size - start)
             ctypes.memset(self._address + start, 0, size)
+            _libc.munlock(self._address + start, size)  # only now may it be swapped out
             # Zeroed pages go back at once: in a forked child, zeroing made a copy of each shared page.
             with suppress(OSError):
                 self._map.madvise(mmap.MADV_DONTNEED, start, size)

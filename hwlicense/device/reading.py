@@ -15,7 +15,6 @@ from hwlicense.threads import THREADS, share_out
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
-    from types import TracebackType
 
     from hwlicense.core.documents import VendorPublic
 
@@ -105,9 +104,7 @@ class PackageFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
 
     def _everything(self) -> Iterator[package.Chunk]:

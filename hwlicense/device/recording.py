@@ -31,7 +31,6 @@ from hwlicense.threads import begin
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from types import TracebackType
 
     from hwlicense.core.chain import Certificate, Closing, Link, SensorSignature
     from hwlicense.device.log_files import LogFiles
@@ -180,9 +179,7 @@ class Outputs:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
 
     # ---- making records

@@ -28,7 +28,7 @@ from hwlicense.device.memory import SealedFile
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from importlib.machinery import ModuleSpec
-    from types import CodeType, ModuleType, TracebackType
+    from types import CodeType, ModuleType
 
     from hwlicense.core.documents import Manifest
     from hwlicense.device.model import Model
@@ -127,9 +127,7 @@ class Importer:
         self.install()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.remove()
 
     def find_spec(

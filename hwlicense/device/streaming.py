@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import threading
 from collections import OrderedDict
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from hwlicense.device.memory import Memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
     from _typeshed import WriteableBuffer
@@ -63,8 +64,7 @@ class MemberReader(io.BufferedIOBase):
 
         Raises ValueError below 0, and for a `whence` other than 0, 1 and 2.
         """
-        self._check()
-        with self._lock:
+        with self._turn():
             base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}.get(whence)
             if base is None:
                 raise ValueError(f"invalid whence ({whence}, should be 0, 1 or 2)")
@@ -77,7 +77,7 @@ class MemberReader(io.BufferedIOBase):
         """Fill `buffer`; fewer bytes only at the end. Raises ClosedError, DamagedError, StorageError."""
         self._check()
         done = 0
-        with memoryview(buffer).cast("B") as out, self._using(), self._lock:
+        with memoryview(buffer).cast("B") as out, self._using(), self._turn():
             while done < len(out) and self._position < self.size:
                 if direct := self._whole(len(out) - done):  # what nobody asks for again needs no copy
                     self._open_chunks(self._position // self._step, -(-direct // self._step), out[done : done + direct])
@@ -103,8 +103,7 @@ class MemberReader(io.BufferedIOBase):
 
     def read(self, size: int | None = -1, /) -> bytes:
         """`size` bytes, or all that are left; fewer only at the end."""
-        self._check()
-        with self._lock:
+        with self._turn():
             left = max(0, self.size - self._position)
             found = bytearray(left if size is None or size < 0 else min(size, left))
             self.readinto(found)
@@ -112,8 +111,7 @@ class MemberReader(io.BufferedIOBase):
 
     def read1(self, size: int = -1, /) -> bytes:
         """At most `size` bytes, and no more than a few KiB."""
-        self._check()
-        with self._lock:
+        with self._turn():
             found = self.peek()[: size if size >= 0 else None]
             self._position += len(found)
             return found
@@ -121,7 +119,7 @@ class MemberReader(io.BufferedIOBase):
     def peek(self, size: int = 0, /) -> bytes:  # noqa: ARG002  # like io.BufferedReader, as much as is at hand
         """Some bytes from the position on, which stays where it is. This makes `readline` quick."""
         self._check()
-        with self._using(), self._lock:
+        with self._using(), self._turn():
             if self._position >= self.size:
                 return b""
             with self._chunk_at(self._position) as piece:
@@ -148,6 +146,13 @@ class MemberReader(io.BufferedIOBase):
                 self.forget()
             finally:
                 self._lock.release()
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """One thread at a time, and none after `close`, which may come while one waits here."""
+        with self._lock:
+            self._check()
+            yield
 
     def _check(self) -> None:
         if self.closed:

@@ -19,7 +19,6 @@ with extra("safetensors", "safetensors"):
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import TracebackType
 
     from hwlicense.device.model import Model
 
@@ -75,9 +74,7 @@ class Tensors:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self._file.close()
 
     def _place(self, name: str) -> tuple[str, tuple[int, ...], int]:

@@ -178,14 +178,12 @@ def pack(  # noqa: PLR0913  # what a package says, and who says it
             )
             envelope = seal(manifest, signers)
             _check(envelope, vendor)
-            with reporting(out):
-                file.write(package.header(envelope) + envelope + table)
-                file.flush()
+            file.write(package.header(envelope) + envelope + table)
+            file.flush()
             packer.rewind()
             at = file.tell()
             for source, member in zip(found, members, strict=True):
-                with reporting(out):
-                    packer.write(source, member.digests, file.fileno(), at)
+                packer.write(source, member.digests, file.fileno(), at)
                 at += source.size + package.chunk_count(source.size, chunk_size) * TAG_SIZE
     return manifest
 

@@ -361,3 +361,17 @@ forbid_dumps()
 print(resource.getrlimit(resource.RLIMIT_CORE) == (0, before))
 """
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "True\n"
+
+
+def test_pages_are_zeroed_before_they_may_be_swapped_out(monkeypatch):
+    one, unlocked = Memory(3 * HUGE_PAGE + 1), []
+    one.view[:] = b"x" * len(one.view)
+
+    class Libc:
+        def munlock(self, address, size):
+            start = address - one._address
+            unlocked.append((start, any(bytes(one.view[start : start + size]))))
+
+    monkeypatch.setattr(memory, "_libc", Libc())
+    one.wipe()
+    assert unlocked == [(place * HUGE_PAGE, False) for place in range(4)]

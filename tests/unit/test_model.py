@@ -519,3 +519,16 @@ def test_a_reader_of_a_small_member_takes_what_that_has(vendor, tmp_path):
         with model.open("small") as file:
             assert file.read(2) == b"sm"
             assert protection().held == before + len(b"small")
+
+
+def test_a_reader_that_is_closed_while_a_thread_waits_for_it_decrypts_nothing_more(vendor, made):
+    with opened(vendor, made[0], made[1]) as model, ThreadPoolExecutor(1) as pool:
+        for call in ("read", "read1", "peek", "readline"):
+            reader = model.open("big")
+            with reader._lock:
+                waiting = pool.submit(getattr(reader, call), 10)
+                time.sleep(0.05)
+                reader.close()
+            with pytest.raises(ValueError, match="closed file"):
+                waiting.result()
+            assert reader._memory is None

@@ -30,7 +30,6 @@ from hwlicense.core.errors import HardwareError, HwlicenseError, Reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from types import TracebackType
 
     from hwlicense.binders.pkcs11.process import ModuleProcess
     from hwlicense.binders.pkcs11.protocol import AnyAnswer, NewKey, Operation, Request
@@ -92,9 +91,7 @@ class Pins:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         while self._given:
             self._given.popitem()[1].wipe()
 
