@@ -155,36 +155,41 @@ def pack(  # noqa: PLR0913  # what a package says, and who says it
         raise UsageError(
             Reason.USAGE, f"{out} is also one of the inputs.", "Write the package outside of what it packs."
         )
+    count = sum(package.chunk_count(source.size, chunk_size) for source in found)
+    if count * package.DIGEST_SIZE > package.ENVELOPE_LIMIT // 16 * 9:  # in base64 twice; names come on top
+        raise _too_many_chunks()
     # The file is begun first, so that a wrong path costs seconds, not the first pass
-    with new_file(out, 0o644, force=force) as file, Secret.random() as content_key:
-        count = sum(package.chunk_count(source.size, chunk_size) for source in found)
-        with Secret.random(count * SIZE) as keys:
-            packer = _Packer(keys, chunk_size, algorithm, progress or (lambda _: None))
-            members = [Member(source.name, source.size, packer.digests(source)) for source in found]
-            table = package.seal_table(content_key, keys.buffer)
-            identifier = secrets.token_hex(16)
-            manifest = Manifest(
-                schema=SCHEMA,
-                name=name,
-                version=version,
-                vendor=vendor.fingerprint,
-                content_key=identifier,
-                wrapped_content_key=wrap_content_key(content_key, identifier),
-                algorithm=algorithm,
-                chunk_size=chunk_size,
-                table=package.digest(table, algorithm),
-                members=members,
-                code=compiled.code if compiled else None,
-            )
-            envelope = seal(manifest, signers)
-            _check(envelope, vendor)
-            file.write(package.header(envelope) + envelope + table)
-            file.flush()
-            packer.rewind()
-            at = file.tell()
-            for source, member in zip(found, members, strict=True):
-                packer.write(source, member.digests, file.fileno(), at)
-                at += source.size + package.chunk_count(source.size, chunk_size) * TAG_SIZE
+    with (
+        new_file(out, 0o644, force=force) as file,
+        Secret.random() as content_key,
+        Secret.random(count * SIZE) as keys,
+    ):
+        packer = _Packer(keys, chunk_size, algorithm, progress or (lambda _: None))
+        members = [Member(source.name, source.size, packer.digests(source)) for source in found]
+        table = package.seal_table(content_key, keys.buffer)
+        identifier = secrets.token_hex(16)
+        manifest = Manifest(
+            schema=SCHEMA,
+            name=name,
+            version=version,
+            vendor=vendor.fingerprint,
+            content_key=identifier,
+            wrapped_content_key=wrap_content_key(content_key, identifier),
+            algorithm=algorithm,
+            chunk_size=chunk_size,
+            table=package.digest(table, algorithm),
+            members=members,
+            code=compiled.code if compiled else None,
+        )
+        envelope = seal(manifest, signers)
+        _check(envelope, vendor)
+        file.write(package.header(envelope) + envelope + table)
+        file.flush()
+        packer.rewind()
+        at = file.tell()
+        for source, member in zip(found, members, strict=True):
+            packer.write(source, member.digests, file.fileno(), at)
+            at += source.size + package.chunk_count(source.size, chunk_size) * TAG_SIZE
     return manifest
 
 
@@ -326,10 +331,14 @@ def _changed(source: Source) -> StorageError:
     return StorageError(Reason.STORAGE, what, "Pack again when nothing writes to the files.")
 
 
+def _too_many_chunks() -> UsageError:
+    return UsageError(Reason.USAGE, "There are too many chunks for one package.", "Choose a larger chunk size.")
+
+
 def _check(envelope: bytes, vendor: VendorPublic) -> None:
     """A package that no device would accept is not worth its writing."""
     if len(envelope) > package.ENVELOPE_LIMIT:
-        raise UsageError(Reason.USAGE, "There are too many chunks for one package.", "Choose a larger chunk size.")
+        raise _too_many_chunks()
     try:
         verified(envelope, Manifest, vendor)
     except (DamagedError, RefusedError) as error:

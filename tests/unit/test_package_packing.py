@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tracemalloc
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,14 @@ def test_what_a_package_cannot_be(vendor, tmp_path, options):
     assert not (tmp_path / "out").exists()
 
 
+def test_too_many_chunks_are_refused_before_any_is_made(vendor, tmp_path):
+    with (tmp_path / "big").open("wb") as file:
+        file.truncate(8 << 30)
+    with pytest.raises(UsageError, match="too many chunks"):
+        vendor.pack(tmp_path / "out", tmp_path / "big", chunk_size=4096, progress=lambda size: pytest.fail(str(size)))
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_existing_package_is_kept_unless_forced(vendor, tmp_path):
     out, _, _ = pack(vendor, tmp_path, {"a": b"first"})
     raw = out.read_bytes()
@@ -243,3 +252,36 @@ packing.pack([Path("in")], Path("out"), name="n", version="1", vendor=public, si
     assert "".join(f"\\x{byte:02x}" for byte in marker[:16]) not in seen
     assert "O_TMPFILE" in seen
     assert seen.count("fsync(") >= 2
+
+
+def test_a_key_never_has_two_ciphertexts_on_the_disk(vendor, tmp_path, monkeypatch):
+    """Nor has any other but that of the first pass: what changed meanwhile is encrypted in memory alone."""
+    made, written = defaultdict(set), []
+    seals, writes = packing.package.seal_chunk_into, packing.write_at
+
+    def seal(key, plain, out, *, last: bool) -> None:
+        seals(key, plain, out, last=last)
+        made[bytes(key)].add(bytes(out))
+
+    def write(fd: int, data: memoryview, offset: int) -> None:
+        written.append(bytes(data))
+        writes(fd, data, offset)
+
+    monkeypatch.setattr(packing.package, "seal_chunk_into", seal)
+    monkeypatch.setattr(packing, "write_at", write)
+    monkeypatch.setattr(packing, "THREADED", 1)
+    tree(tmp_path / "in", {"a": bytes(20 * 4096)})
+    seen: list[int] = []
+
+    def progress(_size: int) -> None:
+        seen.append(1)
+        if len(seen) == 20:  # between the passes
+            rewrite(tmp_path / "in" / "a")
+
+    with pytest.raises(StorageError):
+        vendor.pack(tmp_path / "out", tmp_path / "in", chunk_size=4096, progress=progress)
+    twice = [sealed for sealed in made.values() if len(sealed) > 1]
+    assert len(twice) == 1
+    assert len(made) == 20
+    assert not twice[0] & set(written)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
