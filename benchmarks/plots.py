@@ -40,11 +40,11 @@ def opening_by_commands(axes: Any, found: dict[str, Any]) -> None:  # noqa: ANN4
         axes.plot(counts, [one[key]["median"] * 1e3 for _, one in kinds], mark + "-", label=label)
     for kind, one in kinds:
         place = (one["commands"], one["SLB9672"]["median"] * 1e3)
-        axes.annotate(kind, place, (0, 8), textcoords="offset points", ha="center")
+        axes.annotate(kind, place, (3, 7), textcoords="offset points", rotation=40, rotation_mode="anchor")
     title = "Opening a license, the TPM warm"
     axes.set(xlabel="TPM commands", ylabel="milliseconds", title=title, ylim=0)
     axes.margins(x=0.15, y=0.15)
-    axes.set_ylim(0)
+    axes.set_ylim(0, 1.25 * max(one["SLB9672"]["median"] for _, one in kinds) * 1e3)
 
 
 def spend_by_processes(axes: Any, found: dict[str, Any]) -> None:  # noqa: ANN401
