@@ -87,14 +87,19 @@ def test_no_thread_stays_however_often_it_is_interrupted():
 
     previous = signal.signal(signal.SIGALRM, interrupt)
     done: list[int] = []
+    begun = threading.Event()
 
     def handle(piece: int) -> None:
-        until = time.monotonic() + 0.5
-        while threading.current_thread() is not threading.main_thread() and time.monotonic() < until:
-            time.sleep(0.01)
+        if threading.current_thread() is threading.main_thread():
+            begun.wait(10)
+        else:
+            begun.set()
+            signal.setitimer(signal.ITIMER_REAL, 0.1, 0.05)
+            until = time.monotonic() + 0.5
+            while time.monotonic() < until:
+                time.sleep(0.01)
         done.append(piece)
 
-    signal.setitimer(signal.ITIMER_REAL, 0.1, 0.05)
     try:
         with pytest.raises(KeyboardInterrupt):
             share_out(range(2), lambda: handle)
