@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _ACCOUNT: Final = {
     "unverified": "its own word, checked when the license is opened ({})",
     "unreadable": "damaged, or not to be read: what is left is seen when the license is opened ({})",
-    "absent": "none in {}: never opened with this state folder, or gone",
+    "absent": "none in {} yet: the first opening begins it (if there was one, it is gone)",
     "missing": "none in {}, though the TPM has counted opens: it is in another state folder, or gone",
     "unused": "none yet: the TPM has counted no open",
 }

@@ -105,7 +105,14 @@ def hardware_error(error: TSS2_Exception, command: str) -> HardwareError:
             Reason.TPM_GONE, f"The connection to the TPM was lost {what}.", "Check that the TPM is still there."
         )
     known = _BY_TPM.get(code(error))
-    reason, meaning, hint = known or (Reason.TPM_FAILED, "The TPM failed", "Run `hwlicense device doctor`.")
+    failed = (Reason.TPM_FAILED, "The TPM failed", "Run `hwlicense device doctor`.")
+    if not from_tpm(error):  # it says the same of all that befalls the library itself
+        failed = (
+            Reason.TPM_FAILED,
+            "The library that speaks to the TPM failed",
+            "See whether the process has memory left (`ulimit -v`); then run `hwlicense device doctor`.",
+        )
+    reason, meaning, hint = known or failed
     return HardwareError(reason, f"{meaning} {what}.", hint)
 
 
