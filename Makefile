@@ -51,7 +51,7 @@ format: $(READY) ## mend what can be mended by itself
 types: $(READY) ## mypy, strict
 	mypy $(PACKAGES) tests
 
-bench: $(READY) ## every measured figure, some hours; ARGS="cold sizes" for parts
+bench: $(READY) ## every measured figure, with tables and plots, over an hour; ARGS="cold sizes" for parts
 	scripts/system-packages bench
 	scripts/peers
 	python -m benchmarks --figures docs/figures $(ARGS)
