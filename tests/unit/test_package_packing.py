@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from hwlicense import storage
+from hwlicense.core import package
 from hwlicense.core.errors import HwlicenseError, Reason, StorageError, UsageError
 from hwlicense.threads import THREADS
 from hwlicense.vendor import packing
@@ -257,7 +259,7 @@ packing.pack([Path("in")], Path("out"), name="n", version="1", vendor=public, si
 def test_a_key_never_has_two_ciphertexts_on_the_disk(vendor, tmp_path, monkeypatch):
     """Nor has any other but that of the first pass: what changed meanwhile is encrypted in memory alone."""
     made, written = defaultdict(set), []
-    seals, writes = packing.package.seal_chunk_into, packing.write_at
+    seals, writes = package.seal_chunk_into, storage.write_at
 
     def seal(key, plain, out, *, last: bool) -> None:
         seals(key, plain, out, last=last)
@@ -267,7 +269,7 @@ def test_a_key_never_has_two_ciphertexts_on_the_disk(vendor, tmp_path, monkeypat
         written.append(bytes(data))
         writes(fd, data, offset)
 
-    monkeypatch.setattr(packing.package, "seal_chunk_into", seal)
+    monkeypatch.setattr(package, "seal_chunk_into", seal)
     monkeypatch.setattr(packing, "write_at", write)
     monkeypatch.setattr(packing, "THREADED", 1)
     tree(tmp_path / "in", {"a": bytes(20 * 4096)})
