@@ -116,7 +116,7 @@ def test_what_cannot_be_told_is_asked_for():
 def test_what_a_size_says(metering):
     calls: list[int] = []
 
-    def sized(length: object) -> None:
+    def sized(length: Any) -> None:
         metered(calls.append, metering, lambda _given: length)(1)
 
     for length, remaining in ((numpy.int64(3), 5), (0, 4)):
@@ -124,7 +124,7 @@ def test_what_a_size_says(metering):
         assert left(metering) == remaining
     with pytest.raises(UsageError):
         sized(-3)
-    for length in (2.0, None, float("nan")):
+    for wrong in (2.0, None, float("nan")):
         with pytest.raises(TypeError):
-            sized(length)
+            sized(wrong)
     assert (len(calls), left(metering)) == (2, 4)
