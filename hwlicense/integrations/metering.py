@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import wraps
+from operator import index
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from hwlicense.core.errors import Reason, UsageError
@@ -23,13 +24,13 @@ def metered(call: Callable[P, R], model: Model, size: Callable[P, int] | None = 
     It spends what `size` says of its arguments: by default, the length of the first axis of the first array among them,
     and of the first list of texts where there is no array; an array without axes and a single text count as one, and an
     empty batch as one. A call that is refused does not begin. Raises what `model.spend` raises, and UsageError
-    BATCH_UNKNOWN where nothing among the arguments is an array or a text.
+    BATCH_UNKNOWN where nothing among the arguments is an array or a text; TypeError where `size` gives no whole number.
     """
     count = size or _first_axis
 
     @wraps(call)
     def spend_and_call(*args: P.args, **kwargs: P.kwargs) -> R:
-        model.spend(max(1, count(*args, **kwargs)))
+        model.spend(index(count(*args, **kwargs)) or 1)
         return call(*args, **kwargs)
 
     return spend_and_call

@@ -54,7 +54,7 @@ def configuration(model: Model, subfolder: str = "") -> transformers.PreTrainedC
     """What config.json says, for one of transformers' own classes. Raises as above, and EXTRA_UNSUPPORTED."""
     said = _Folder(model, subfolder).json("config.json")
     try:
-        known = transformers.CONFIG_MAPPING[said.get("model_type")]
+        known = transformers.CONFIG_MAPPING[str(said.get("model_type"))]
     except KeyError:
         what = f"transformers {transformers.__version__} has no model of the type {said.get('model_type')!r}."
         raise UsageError(Reason.EXTRA_UNSUPPORTED, what, "Use the version that the model was made with.") from None
@@ -114,11 +114,11 @@ class _Folder:
         if not self.has(index):
             return load(self._model, self._start + name, "pt")
         parts = self.json(index).get("weight_map")
-        if not isinstance(parts, dict):
-            raise self._malformed(index, "it has no weight_map")
+        if not isinstance(parts, dict) or not all(isinstance(part, str) for part in parts.values()):
+            raise self._malformed(index, "it has no weight_map of names to files")
         found: dict[str, torch.Tensor] = {}
         for part in dict.fromkeys(parts.values()):
-            found |= load(self._model, self._start + str(part), "pt")
+            found |= load(self._model, self._start + part, "pt")
         if missing := parts.keys() - found:
             raise self._malformed(index, f"its files have no tensor {min(missing)!r}")
         return found

@@ -111,3 +111,20 @@ def test_what_cannot_be_told_is_asked_for():
     assert refused.value.reason == Reason.BATCH_UNKNOWN
     assert metered(sum, spending(spent), len)([1, 2, 3]) == 6
     assert spent == [3]
+
+
+def test_what_a_size_says(metering):
+    calls: list[int] = []
+
+    def sized(length: Any) -> None:
+        metered(calls.append, metering, lambda _given: length)(1)
+
+    for length, remaining in ((numpy.int64(3), 5), (0, 4)):
+        sized(length)
+        assert left(metering) == remaining
+    with pytest.raises(UsageError):
+        sized(-3)
+    for wrong in (2.0, None, float("nan")):
+        with pytest.raises(TypeError):
+            sized(wrong)
+    assert (len(calls), left(metering)) == (2, 4)

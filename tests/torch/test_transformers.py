@@ -126,6 +126,8 @@ def test_code_that_a_configuration_names_is_not_run(vendor, files, tmp_path):
         ("config.json", b"[]", Reason.MEMBER_MALFORMED),
         ("config.json", b'{"model_type": "none such"}', Reason.EXTRA_UNSUPPORTED),
         ("config.json", b"{}", Reason.EXTRA_UNSUPPORTED),
+        ("config.json", b'{"model_type": []}', Reason.EXTRA_UNSUPPORTED),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": []}}', Reason.MEMBER_MALFORMED),
         ("model.safetensors.index.json", b"{}", Reason.MEMBER_MALFORMED),
         ("model.safetensors.index.json", b'{"weight_map": {"a": "model.safetensors"}}', Reason.MEMBER_MALFORMED),
         ("model.safetensors.index.json", b'{"weight_map": {"a": "../b"}}', Reason.MEMBER_ABSENT),
