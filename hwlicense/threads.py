@@ -45,20 +45,71 @@ def share_out(
             stop.set()
             raise
 
-    others = min(threads, len(os.sched_getaffinity(0))) - 1
-    if others < 1:
+    beside = _Beside(work, stop)
+    try:
+        beside.begin(min(threads, len(os.sched_getaffinity(0))) - 1)
         work()
-        return
-    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415  # slow to import, for much work alone
+    except BaseException:
+        stop.set()  # also where none of the work had begun
+        raise
+    finally:
+        beside.end()
+    try:
+        if beside.failures:
+            raise beside.failures[0]
+    finally:
+        beside.failures.clear()  # an error must not hold itself, and with it what was being worked on
 
-    with ThreadPoolExecutor(others) as pool:
-        running = []
+
+class _Beside:
+    """Threads that work beside the caller's, and have ended when it goes on, however often that is interrupted.
+
+    They work on what it is about to wipe or to close. An interrupted `join` of Python 3.11 takes a thread for ended
+    that is not, so each says so itself.
+    """
+
+    def __init__(self, work: Callable[[], None], stop: threading.Event) -> None:
+        self.failures: list[BaseException] = []
+        self._work, self._stop = work, stop
+        self._turn, self._over = threading.Lock(), False
+        self._working: list[threading.Event] = []
+        self._started: list[threading.Thread] = []
+
+    def begin(self, count: int) -> None:
         with suppress(RuntimeError):  # the system allows no more threads: those that run do the work of all
-            for _ in range(others):
-                running.append(pool.submit(work))  # noqa: PERF401  # those before the failure count
-        work()
-        for each in running:
-            each.result()
+            for _ in range(count):
+                thread = threading.Thread(target=self._run, name="hwlicense pieces")
+                thread.start()
+                self._started.append(thread)
+
+    def end(self) -> None:
+        with self._turn:
+            self._over = True
+        self._wait()
+        for thread in self._started:
+            thread.join()
+
+    def _run(self) -> None:
+        ended = threading.Event()
+        with self._turn:
+            if self._over:
+                return
+            self._working.append(ended)
+        try:
+            self._work()
+        except BaseException as error:  # noqa: BLE001  # raised in the caller's thread
+            self.failures.append(error)
+        finally:
+            ended.set()
+
+    def _wait(self) -> None:
+        try:
+            for ended in self._working:
+                ended.wait()
+        except BaseException:  # a second Ctrl-C
+            self._stop.set()
+            self._wait()
+            raise
 
 
 def begin(name: str, target: Callable[..., object], *arguments: object) -> threading.Thread:

@@ -109,7 +109,8 @@ class Model(Licensed):
     def open(self, name: str) -> MemberReader:
         """A member as a binary file that is decrypted as it is read, in little memory. Raises as `read`."""
         member = self._member(name)
-        buffer = bytearray()  # for ciphertext; a reader opens one chunk at a time, or many by `_decrypt`
+        # For ciphertext. It never grows: a thread that a fork lost, or an error's traceback, may have views of it.
+        buffer = bytearray(self._layout.chunk(member, 0).sealed_size)
 
         def open_chunks(first: int, count: int, out: memoryview) -> None:
             if count > 1:

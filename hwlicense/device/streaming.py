@@ -91,6 +91,12 @@ class MemberReader(io.BufferedIOBase):
                     self._position += len(part)
         return done
 
+    def readinto_at(self, buffer: WriteableBuffer, offset: int) -> int:
+        """As `readinto`, from `offset` on, which no other thread that shares the file moves meanwhile."""
+        with self._lock:
+            self.seek(offset)
+            return self.readinto(buffer)
+
     def readinto1(self, buffer: WriteableBuffer, /) -> int:
         """As `readinto`."""
         return self.readinto(buffer)
@@ -163,7 +169,7 @@ class MemberReader(io.BufferedIOBase):
             self._stale = False
             self.forget()
         if self._memory is None:
-            self._memory = Memory(self._places * self._step)
+            self._memory = Memory(self._places * min(self._step, self.size))
         if index not in self._cached:
             if len(self._cached) == self._places:
                 self._cached.popitem(last=False)

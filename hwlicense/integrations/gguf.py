@@ -30,7 +30,7 @@ _SPLIT = re.compile(r"(?P<start>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf"
 def reader(model: Model, name: str) -> gguf.GGUFReader:
     """The fields and tensors of a member, by the library gguf, without a copy. Raises as `Model.read`, EXTRA_MISSING.
 
-    A file that is malformed raises the library's own ValueError.
+    A file that is malformed raises the library's own ValueError and IndexError.
     """
     with extra("gguf", "gguf"):
         import gguf  # noqa: PLC0415  # `path` does without

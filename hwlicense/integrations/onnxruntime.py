@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from hwlicense.core.errors import Reason, UsageError
 from hwlicense.device.memory import SealedFile
+from hwlicense.integrations.external_data import locations
 from hwlicense.integrations.extras import extra, require
 
 with extra("onnxruntime", "onnxruntime"):
     import onnxruntime
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from hwlicense.device.model import Model
 
@@ -40,9 +41,6 @@ WRITING: Final = (
 """Entries of session options that have ONNX Runtime write files."""
 _WRITING = re.compile("cache|dump|save|context|profil", re.IGNORECASE)  # in names of the execution providers' options
 _OFF: Final = {"", "0", "false", "none", "off"}
-# A StringStringEntryProto with the key "location": serializers write its two fields in this order. The name's length
-# follows as a varint of one byte or two.
-_LOCATION = re.compile(rb"\x0a\x08location\x12([\x01-\x7f]|[\x80-\xff][\x01-\x7f])", re.DOTALL)
 
 _used: weakref.WeakKeyDictionary[Any, list[memoryview]] = weakref.WeakKeyDictionary()
 """Options point to the buffers that they were given, and hold none."""
@@ -83,15 +81,15 @@ def session(
     _refuse_caches(options, providers)
     if name.endswith(".ort"):
         options.add_session_config_entry("session.load_model_format", "ORT")
-    locations: list[str] = []
+    apart: list[str] = []
 
     def fill(view: memoryview) -> None:
         model.readinto(name, view)
-        locations.extend(dict.fromkeys(_locations(view)))  # each once, in their order
+        apart.extend(locations(view))
 
     staged = SealedFile(model.size(name), fill)
     try:
-        buffers = _lend(model, name, locations, options) if locations else []
+        buffers = _lend(model, name, apart, options) if apart else []
         return Session(staged.path, buffers, options, list(providers))
     finally:
         staged.close()
@@ -117,22 +115,15 @@ def _refuse_caches(
         raise UsageError(Reason.PLAINTEXT_CACHE, what, "Leave these options out.")
 
 
-def _locations(view: memoryview) -> Iterator[str]:
-    for found in _LOCATION.finditer(view):
-        low, *high = found[1]
-        size = (low & 127) + (high[0] << 7 if high else 0)
-        yield bytes(view[found.end() : found.end() + size]).decode("utf-8", "replace")
-
-
-def _lend(model: Model, name: str, locations: list[str], options: Any) -> list[memoryview]:  # noqa: ANN401
+def _lend(model: Model, name: str, apart: list[str], options: Any) -> list[memoryview]:  # noqa: ANN401
     if not hasattr(options, "add_external_initializers_from_files_in_memory"):
         require("onnxruntime", "onnxruntime", onnxruntime.__version__, "1.24")
     if options in _used:
         what = "These session options hold the weights of another session."
         raise UsageError(Reason.USAGE, what, "Make new ones for each session of a model with external data.")
-    members = [posixpath.normpath(posixpath.join(posixpath.dirname(name), location)) for location in locations]
+    members = [posixpath.normpath(posixpath.join(posixpath.dirname(name), location)) for location in apart]
     buffers = [model.read(member) for member in members]
     _used[options] = buffers
     options.add_session_config_entry("session.use_external_initializer_file_buffers_directly", "1")
-    options.add_external_initializers_from_files_in_memory(locations, buffers, [len(one) for one in buffers])
+    options.add_external_initializers_from_files_in_memory(apart, buffers, [len(one) for one in buffers])
     return buffers

@@ -6,10 +6,12 @@ live as long as it uses them, whatever is closed, and are not zeroed when it fre
 
 from __future__ import annotations
 
+import os
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from hwlicense.core.errors import Reason, UsageError
+from hwlicense.integrations.external_data import locations
 from hwlicense.integrations.extras import extra, require
 
 with extra("openvino", "openvino"):
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 require("openvino", "openvino", openvino.__version__.partition("-")[0], "2024.6")
 
 CACHE = "CACHE_DIR"
+TRACING: Final = ("OV_ENABLE_SERIALIZE_TRACING", "OV_ENABLE_VISUALIZE_TRACING", "OPENVINO_HETERO_VISUALIZE")
+"""What in the environment has OpenVINO write the network into the working folder, the first with its weights."""
 
 
 def read_model(
@@ -31,18 +35,21 @@ def read_model(
     """The network in the member `name`: OpenVINO's own format (.xml) or another that it reads from memory, as ONNX.
 
     `weights` are by default in the member beside it that ends with .bin, if there is one. Raises as `Model.read`, and
-    UsageError PLAINTEXT_CACHE where the core has a folder for its cache.
+    UsageError: EXTRA_UNSUPPORTED for ONNX with weights in files of their own, PLAINTEXT_CACHE where the core has a
+    folder for its cache, or the environment asks for files.
     """
     core = core or openvino.Core()
-    _refuse_cache(core, None, {})
+    _refuse_writing(core, None, {})
     beside = str(PurePosixPath(name).with_suffix(".bin"))
     if weights is None and name.endswith(".xml") and beside in model.names:
         weights = beside
+    network = bytes(model.read(name))
+    _refuse_files(name, network)
     if weights is None:
-        return core.read_model(bytes(model.read(name)), b"")
+        return core.read_model(network, b"")
     allotted = openvino.Tensor(openvino.Type.u8, [model.size(weights)])
     model.readinto(weights, allotted.data)
-    return core.read_model(bytes(model.read(name)), allotted)
+    return core.read_model(network, allotted)
 
 
 def compile_model(
@@ -56,12 +63,23 @@ def compile_model(
 ) -> openvino.CompiledModel:
     """The same, compiled. UsageError PLAINTEXT_CACHE too where `config` names a folder for the cache."""
     core = core or openvino.Core()
-    _refuse_cache(core, device_name, config or {})
+    _refuse_writing(core, device_name, config or {})
     return core.compile_model(read_model(model, name, weights=weights, core=core), device_name, dict(config or {}))
 
 
-def _refuse_cache(core: openvino.Core, device: str | None, config: Mapping[str, Any]) -> None:
+def _refuse_files(name: str, network: bytes) -> None:
+    """Of what is not XML: OpenVINO would read ONNX's external data from the disk, below the working folder."""
+    if not network.startswith(b"<") and (apart := locations(memoryview(network))):
+        what = f"{name!r} has its weights in {apart[0]!r}, which OpenVINO reads from a disk alone."
+        hint = "Pack the network with its weights in one file, or in OpenVINO's own format (`openvino.save_model`)."
+        raise UsageError(Reason.EXTRA_UNSUPPORTED, what, hint)
+
+
+def _refuse_writing(core: openvino.Core, device: str | None, config: Mapping[str, Any]) -> None:
     """OpenVINO's own encryption of its cache covers how the network is built, and no weights."""
+    if traced := [name for name in TRACING if os.environ.get(name, "").lower() not in {"", "0", "false", "off"}]:
+        what = f"OpenVINO would write the licensed model to files ({', '.join(traced)} in the environment)."
+        raise UsageError(Reason.PLAINTEXT_CACHE, what, "Start the application without it.")
     given = [core.get_property(CACHE), _asked(config)]
     if device:
         try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from hwlicense.core.errors import DamagedError, Reason, UsageError
@@ -49,7 +48,6 @@ class Tensors:
         self.name = name
         self._array, self._type = _numpy() if framework in {"np", "numpy"} else _torch(framework)
         self._file = model.open(name)
-        self._lock = threading.Lock()
         try:
             self._places, self._metadata = self._header()
         except BaseException:
@@ -94,9 +92,7 @@ class Tensors:
         if not size:
             return self._array(bytearray(), dtype, shape)
         memory = Memory(size)
-        with self._lock:
-            self._file.seek(offset)
-            self._file.readinto(memory.view)
+        self._file.readinto_at(memory.view, offset)
         return self._array(lend(memory), dtype, shape)
 
     def _header(self) -> tuple[dict[str, tuple[str, tuple[int, ...], int]], dict[str, str] | None]:
@@ -144,7 +140,7 @@ class Slice:
 
     def __getitem__(self, index: Any) -> Any:  # noqa: ANN401  # what NumPy and torch take
         """As of a whole tensor. Integers and slices of the first axis are read alone; others need all of it."""
-        first, *rest = index if isinstance(index, tuple) else (index,)
+        first, *rest = index if isinstance(index, tuple) and index else (index,)
         within: int | slice
         if isinstance(first, int) and self._shape:
             start = range(self._shape[0])[first]  # IndexError, as of a tensor

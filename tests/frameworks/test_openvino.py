@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy
@@ -13,7 +16,7 @@ import pytest
 from hwlicense.core.errors import ClosedError, Reason, UsageError
 from hwlicense.device.memory import protection
 from hwlicense.integrations import metered
-from hwlicense.integrations.openvino import compile_model, read_model
+from hwlicense.integrations.openvino import TRACING, compile_model, read_model
 from tests.frameworks.conftest import picture
 
 
@@ -89,6 +92,37 @@ def test_a_cache_of_the_core_is_refused(model, expected, tmp_path):
     core.set_property({"CACHE_DIR": ""})
     assert output(compile_model(model, "rec.xml", core=core, config={"NUM_STREAMS": "1", "CACHE_DIR": ""})) == expected
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", TRACING)
+def test_an_environment_that_has_the_network_written_is_refused(model, name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(name, "false")
+    compile_model(model, "rec.xml")
+    monkeypatch.setenv(name, "true")
+    for make in (read_model, compile_model):
+        with pytest.raises(UsageError) as refused:
+            make(model, "rec.xml")
+        assert refused.value.reason == Reason.PLAINTEXT_CACHE
+        assert name in refused.value.what
+    assert not list(tmp_path.iterdir())
+
+
+WRITES = """
+import numpy, openvino
+from openvino import opset13
+given = opset13.parameter([4096], numpy.float32)
+network = openvino.Model([opset13.add(given, numpy.arange(4096, dtype="f4"))], [given])
+openvino.Core().compile_model(network, "CPU")
+"""
+
+
+def test_what_an_environment_has_written_holds_the_weights(tmp_path):
+    """Why it is refused. Where this fails, OpenVINO has become better."""
+    environment = os.environ | {"OV_ENABLE_SERIALIZE_TRACING": "true"}
+    subprocess.run([sys.executable, "-c", WRITES], cwd=tmp_path, env=environment, check=True, timeout=100)
+    weights = numpy.arange(4096, dtype="f4").tobytes()
+    assert any(weights in path.read_bytes() for path in tmp_path.glob("*.bin"))
 
 
 def test_openvinos_own_encryption_leaves_weights_in_plaintext(made, tmp_path):

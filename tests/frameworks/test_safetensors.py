@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import signal
 import struct
 import sys
 import threading
@@ -19,7 +20,7 @@ from hwlicense.core.errors import ClosedError, DamagedError, Reason, UsageError
 from hwlicense.device.memory import protection
 from hwlicense.integrations.safetensors import TORCH, Tensors, load
 from tests.frameworks.conftest import CHUNK
-from tests.packages import opened, pack
+from tests.packages import in_child, opened, pack
 
 WEIGHTS = "cls.safetensors"
 LARGE = numpy.random.default_rng(3).random((256, 5, 257), dtype="f4")  # 1,316 KB: 21 chunks
@@ -122,7 +123,9 @@ INDEX = st.one_of(st.integers(-7, 6), st.slices(7))
 
 
 @given(
-    index=st.one_of(INDEX, st.tuples(INDEX, st.one_of(st.integers(-5, 4), st.slices(5))), st.just(...), st.just([1, 2]))
+    index=st.one_of(
+        INDEX, st.tuples(INDEX, st.one_of(st.integers(-5, 4), st.slices(5))), st.sampled_from([..., [1, 2], ()])
+    )
 )
 def test_slices_are_as_numpy_gives_them(small_tensors, index):
     array = numpy.arange(7 * 5 * 2, dtype="i2").reshape(7, 5, 2)
@@ -232,3 +235,29 @@ def test_threads_share_it(big):
         for one in threads:
             one.join()
         assert wrong == []
+
+
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")  # what is tested here
+def test_a_fork_while_another_thread_reads(big, monkeypatch):
+    with Tensors(big, "a.safetensors") as tensors:
+        reading, forked = threading.Event(), threading.Event()
+        opens = tensors._file._open_chunks
+
+        def slow(*arguments) -> None:
+            reading.set()
+            forked.wait(60)
+            opens(*arguments)
+
+        monkeypatch.setattr(tensors._file, "_open_chunks", slow)
+        thread = threading.Thread(target=tensors.get_tensor, args=("large",))
+        thread.start()
+        reading.wait(60)
+
+        def child() -> None:
+            signal.alarm(60)  # one that waits for the thread, which is not there, ends by that
+            tensors._file._open_chunks = opens
+            assert (tensors.get_tensor("large") == LARGE).all()
+
+        in_child(child)
+        forked.set()
+        thread.join()

@@ -495,3 +495,27 @@ def test_an_ordinary_user_reads_and_follows_paths(vendor, made):
         assert not protection().dumpable
 
     in_child(child)
+
+
+def test_an_error_that_is_kept_spoils_no_later_read(vendor, tmp_path):
+    """Its traceback holds what was being read into."""
+    package, key, _ = pack(vendor, tmp_path, {"member": bytes(CHUNK + 1)}, chunk_size=CHUNK)
+    with opened(vendor, package, key) as model:
+        os.truncate(package, package.stat().st_size - 1)
+        file = model.open("member")
+        file.seek(CHUNK)
+        with pytest.raises(DamagedError) as kept:
+            file.read(1)
+        file.seek(0)
+        assert file.read(1) == b"\0"
+        assert kept.value.reason == Reason.PACKAGE_DAMAGED
+
+
+def test_a_reader_of_a_small_member_takes_what_that_has(vendor, tmp_path):
+    package, key, _ = pack(vendor, tmp_path, {"small": b"small"})
+    with opened(vendor, package, key) as model:
+        gc.collect()
+        before = protection().held
+        with model.open("small") as file:
+            assert file.read(2) == b"sm"
+            assert protection().held == before + len(b"small")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -72,3 +75,67 @@ def test_the_first_error_ends_all_and_no_thread_stays():
         share_out(range(1000), lambda: handle, run=4)
     assert len(done) < 100
     assert threading.active_count() == before
+
+
+def test_no_thread_stays_however_often_it_is_interrupted():
+    """What they work on is given back when this returns."""
+    before, interrupts = threading.active_count(), []
+
+    def interrupt(_signal: int, _frame: object) -> None:
+        interrupts.append(1)
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    done: list[int] = []
+
+    def handle(piece: int) -> None:
+        until = time.monotonic() + 0.5
+        while threading.current_thread() is not threading.main_thread() and time.monotonic() < until:
+            time.sleep(0.01)
+        done.append(piece)
+
+    signal.setitimer(signal.ITIMER_REAL, 0.1, 0.05)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            share_out(range(2), lambda: handle)
+        assert threading.active_count() == before
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    assert len(interrupts) > 2
+    assert sorted(done) == [0, 1]
+
+
+def test_an_interrupt_before_the_work_begins_ends_it(monkeypatch):
+    starts = threading.Thread.start
+
+    def interrupted(self) -> None:
+        starts(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    done: list[int] = []
+
+    def handle(piece: int) -> None:
+        done.append(piece)
+        time.sleep(0.001)
+
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        share_out(range(1000), lambda: handle)
+    assert threading.active_count() == before
+    assert len(done) < 100
+
+
+def test_it_needs_no_file():
+    """An application may have given up its rights, or have no descriptor left, when it reads a large member."""
+    code = """
+import os, resource
+from hwlicense.threads import share_out
+os.sched_getaffinity = lambda _: range(2)
+resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+done = []
+share_out(range(100), lambda: done.append)
+print(len(done))
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60).stdout == b"100\n"

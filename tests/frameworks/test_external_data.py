@@ -1,0 +1,123 @@
+"""Networks whose weights lie in files of their own: found wherever they are, and never looked for on a disk."""
+
+from __future__ import annotations
+
+import numpy
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from hwlicense.core.errors import Reason, UsageError
+from hwlicense.integrations.external_data import WITHIN, locations
+from hwlicense.integrations.onnxruntime import session
+from hwlicense.integrations.openvino import compile_model, read_model
+from tests.packages import opened, pack
+
+HERE = numpy.arange(4, dtype="f4")
+GIVEN = {"location": numpy.ones(4, "f4")}
+
+
+def apart(location: str) -> TensorProto:
+    tensor = TensorProto(name="w", data_type=1, dims=[4], data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value=location)
+    return tensor
+
+
+def network(*weights: TensorProto) -> onnx.ModelProto:
+    """It adds to its input, which has the very name of what is looked for."""
+    ends = [helper.make_tensor_value_info(name, 1, [4]) for name in ("location", "y")]
+    node = helper.make_node("Add", ["location", "w"] if weights else ["location", "location"], ["y"])
+    graph = helper.make_graph([node], "net", ends[:1], ends[1:], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+
+def value_first(raw: bytes, location: str) -> bytes:
+    """The same, as a serializer may write it as well."""
+    key, value = b"\x0a\x08location", b"\x12" + bytes([len(location)]) + location.encode()
+    assert raw.count(key + value) == 1
+    return raw.replace(key + value, value + key)
+
+
+def test_a_tensor_of_that_name_is_none(vendor, tmp_path):
+    raw = network().SerializeToString()
+    assert locations(memoryview(raw)) == []
+    package, key, _ = pack(vendor, tmp_path, {"net.onnx": raw})
+    with opened(vendor, package, key) as model:
+        assert session(model, "net.onnx").run(None, GIVEN)[0].tolist() == [2, 2, 2, 2]
+        assert compile_model(model, "net.onnx")(GIVEN)[0].tolist() == [2, 2, 2, 2]
+
+
+def test_they_are_found_wherever_a_tensor_may_be():
+    inner = network(apart("a/initializer"))
+    node = helper.make_node("Any", [], ["y"], t=apart("t"), ts=[apart("ts")], g=inner.graph, gs=[inner.graph])
+    node.attribute[0].sparse_tensor.values.CopyFrom(apart("values"))
+    node.attribute[0].sparse_tensors.add().indices.CopyFrom(apart("indices"))
+    made = network(apart("w"))
+    made.graph.sparse_initializer.add().values.CopyFrom(apart("sparse"))
+    made.functions.add().node.append(node)
+    made.functions[0].attribute_proto.append(onnx.AttributeProto(name="d", t=apart("default")))
+    made.training_info.add().algorithm.initializer.append(apart("training"))
+    expected = {"w", "a/initializer", "t", "ts", "values", "indices", "sparse", "default", "training"}
+    assert set(locations(memoryview(made.SerializeToString()))) == expected
+
+
+def test_no_field_of_the_format_that_holds_tensors_is_left_out():
+    """Where this fails, onnx.proto has grown a place for them."""
+    messages = onnx.onnx_ml_pb2.DESCRIPTOR.message_types_by_name.values()
+    holders = {"TensorProto"}
+    for _ in messages:
+        holders |= {one.name for one in messages if any(held(field) in holders for field in one.fields)}
+    expected = {(one.name, field.number) for one in messages for field in one.fields if held(field) in holders}
+    names = {name.removesuffix("Proto").lower(): name for name in holders}
+    names |= {"training": "TrainingInfoProto", "sparse": "SparseTensorProto"}
+    assert {(names[kind], number) for kind in WITHIN if kind != "tensor" for number in WITHIN[kind]} == expected
+
+
+def held(field) -> str:
+    return str(field.message_type.name) if field.message_type else ""
+
+
+@pytest.mark.parametrize("cut", range(0, 110, 7))
+def test_what_is_cut_or_is_no_network(cut):
+    raw = network(apart("w.bin")).SerializeToString()
+    assert set(locations(memoryview(raw[:cut]))) <= {"w.bin"}
+    assert locations(memoryview(raw[:cut] + b"\x80" * 20 + b"location")) in ([], ["w.bin"])
+    assert locations(memoryview(b"\x3a\xff\xff\xff\xff\xff\xff\xff\xff\x7flocation")) == []
+
+
+@pytest.fixture
+def beside(tmp_path, monkeypatch):
+    """The working folder has a file of the same name, which is not the vendor's."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    (folder / "w.bin").write_bytes(numpy.full(4, 7, "f4").tobytes())
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.mark.usefixtures("beside")
+def test_onnx_runtime_takes_the_member_however_it_is_named(vendor, tmp_path):
+    raw = network(apart("w.bin")).SerializeToString()
+    members = {"a.onnx": raw, "b.onnx": value_first(raw, "w.bin"), "w.bin": HERE.tobytes()}
+    package, key, _ = pack(vendor, tmp_path, members)
+    with opened(vendor, package, key) as model:
+        for name in ("a.onnx", "b.onnx"):
+            assert session(model, name).run(None, GIVEN)[0].tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("way", ["plain", "value first", "absolute", "address"])
+def test_nothing_is_read_from_a_disk(vendor, tmp_path, beside, way):
+    places = {"absolute": str(beside / "w.bin"), "address": "*/_ORT_MEM_ADDR_/*"}
+    location = places.get(way, "w.bin")
+    raw = network(apart(location)).SerializeToString()
+    raw = value_first(raw, location) if way == "value first" else raw
+    package, key, _ = pack(vendor, tmp_path, {"net.onnx": raw, "net.bin": raw})
+    with opened(vendor, package, key) as model:
+        with pytest.raises(UsageError) as absent:
+            session(model, "net.onnx")
+        assert absent.value.reason == Reason.MEMBER_ABSENT
+        for weights in (None, "net.bin"):
+            with pytest.raises(UsageError) as refused:
+                read_model(model, "net.onnx", weights=weights)
+            assert refused.value.reason == Reason.EXTRA_UNSUPPORTED
+            assert repr(location) in refused.value.what
