@@ -71,7 +71,7 @@ def _refuse_files(name: str, network: bytes) -> None:
     """Of what is not XML: OpenVINO would read ONNX's external data from the disk, below the working folder."""
     if not network.startswith(b"<") and (apart := locations(memoryview(network))):
         what = f"{name!r} has its weights in {apart[0]!r}, which OpenVINO reads from a disk alone."
-        hint = "Pack the network with its weights in one file, or in OpenVINO's own format (`openvino.save_model`)."
+        hint = "Pack it with its weights in one file or as .xml (`openvino.save_model`), or load it with ONNX Runtime."
         raise UsageError(Reason.EXTRA_UNSUPPORTED, what, hint)
 
 
