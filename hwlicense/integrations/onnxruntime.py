@@ -41,7 +41,7 @@ WRITING: Final = (
 )
 """Entries of session options that have ONNX Runtime write files."""
 _WRITING = re.compile("cache|dump|save|context|profil", re.IGNORECASE)  # in names of the execution providers' options
-_MALFORMED = re.compile(r"(?:Load model from \S+ failed: ?|(?=ORT model))(?P<why>.*)", re.DOTALL)
+_MALFORMED = re.compile(r"(?:Load model from \S+ failed: ?|(?=ORT model verification))(?P<why>.*)", re.DOTALL)
 _OFF: Final = {"", "0", "false", "none", "off"}
 
 _used: weakref.WeakKeyDictionary[Any, list[memoryview]] = weakref.WeakKeyDictionary()
