@@ -69,11 +69,11 @@ class Model(Licensed):
         self._check_open()
         return self._layout.names
 
-    def size(self, name: str) -> int:
+    def size(self, name: str | os.PathLike[str]) -> int:
         """Bytes of a member. Raises UsageError MEMBER_ABSENT."""
         return self._member(name).size
 
-    def read(self, name: str) -> memoryview:
+    def read(self, name: str | os.PathLike[str]) -> memoryview:
         """The whole of a member, verified, as a read-only buffer. Who holds the same member shares one buffer.
 
         Raises UsageError MEMBER_ABSENT, DamagedError PACKAGE_DAMAGED, StorageError, ClosedError.
@@ -81,8 +81,8 @@ class Model(Licensed):
         member = self._member(name)
         if not member.size:
             return memoryview(b"")
-        with self._using(), self._turn(name):
-            array = self._lent.get(name)
+        with self._using(), self._turn(member.name):
+            array = self._lent.get(member.name)
             if array is None:
                 memory = Memory(member.size)
                 try:
@@ -90,10 +90,10 @@ class Model(Licensed):
                 except BaseException:
                     memory.wipe()
                     raise
-                array = self._lent[name] = lend(memory)
+                array = self._lent[member.name] = lend(memory)
             return memoryview(array).cast("B").toreadonly()
 
-    def readinto(self, name: str, buffer: WriteableBuffer) -> None:
+    def readinto(self, name: str | os.PathLike[str], buffer: WriteableBuffer) -> None:
         """The whole of a member, verified, into a buffer of the caller's and of the member's size. Raises as `read`.
 
         Raises UsageError where the size is another. What failed leaves nothing certain in the buffer.
@@ -101,12 +101,12 @@ class Model(Licensed):
         member = self._member(name)
         with memoryview(buffer).cast("B") as out:
             if len(out) != member.size:
-                what = f"The member {name!r} has {member.size:,} bytes, and the buffer {len(out):,}."
+                what = f"The member {member.name!r} has {member.size:,} bytes, and the buffer {len(out):,}."
                 raise UsageError(Reason.USAGE, what, "Give a buffer of `model.size(name)` bytes.")
             with self._using():
                 self._decrypt(member, out)
 
-    def open(self, name: str) -> MemberReader:
+    def open(self, name: str | os.PathLike[str]) -> MemberReader:
         """A member as a binary file that is decrypted as it is read, in little memory. Raises as `read`."""
         member = self._member(name)
         # For ciphertext. It never grows: a thread that a fork lost, or an error's traceback, may have views of it.
@@ -125,16 +125,16 @@ class Model(Licensed):
             self._readers.add(reader)
         return reader
 
-    def path(self, name: str) -> str:
+    def path(self, name: str | os.PathLike[str]) -> str:
         """A path to a member for libraries that take nothing else; valid in this process until `close`.
 
         It leads to memory, sealed against change, and is no file on any disk. Raises as `read`.
         """
         member = self._member(name)
-        with self._using(), self._turn(name):
-            if name not in self._sealed:
-                self._sealed[name] = SealedFile(member.size, lambda view: self._decrypt(member, view))
-            return self._sealed[name].path
+        with self._using(), self._turn(member.name):
+            if member.name not in self._sealed:
+                self._sealed[member.name] = SealedFile(member.size, lambda view: self._decrypt(member, view))
+            return self._sealed[member.name].path
 
     def importer(self) -> Importer:
         """What imports the package's code while it is installed, as in a `with` block. Raises UsageError."""
@@ -299,11 +299,11 @@ class Model(Licensed):
             self._watch.look_at_caller()
         self._check()
 
-    def _member(self, name: str) -> Member:
+    def _member(self, name: str | os.PathLike[str]) -> Member:
         self._check_present()
-        member = self._layout.members.get(name)
+        member = self._layout.members.get(os.fspath(name))
         if member is None:
-            what = f"The package {self.name!r} has no member {name!r}."
+            what = f"The package {self.name!r} has no member {os.fspath(name)!r}."
             raise UsageError(Reason.MEMBER_ABSENT, what, "`hwlicense inspect` and `model.names` list the members.")
         return member
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,13 @@ def require(name: str, module: str, version: str, least: str) -> None:
     if _numbers(version) < _numbers(least):
         what = f"{module} {version} is too old for this: {least} is the oldest that serves."
         raise UsageError(Reason.EXTRA_UNSUPPORTED, what, f'pip install --upgrade "hwlicense[{name}]"')
+
+
+def check_model(model: object) -> None:
+    """Raises UsageError for a path, which the frameworks' own functions take."""
+    if isinstance(model, str | bytes | os.PathLike):
+        what = f"{os.fspath(model)!r} is a path, and no open model."
+        raise UsageError(Reason.USAGE, what, "Open the package with `hwlicense.open`, and give the model and a member.")
 
 
 def _numbers(version: str) -> list[int]:

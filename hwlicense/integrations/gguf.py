@@ -5,15 +5,18 @@ What maps such a file keeps its pages until it unmaps them, also when the model 
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import re
 import shutil
 import tempfile
-from contextlib import ExitStack, contextmanager
-from pathlib import Path, PurePosixPath
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from hwlicense.core.errors import Reason, StorageError, UsageError
-from hwlicense.integrations.extras import extra
+from hwlicense.integrations.extras import check_model, extra
 from hwlicense.storage import HINTS
 
 if TYPE_CHECKING:
@@ -23,42 +26,74 @@ if TYPE_CHECKING:
 
     from hwlicense.device.model import Model
 
-MEMORY: Final = "/dev/shm"  # noqa: S108  # a folder of its own within, for names alone
+MEMORY: Final = "/dev/shm"  # noqa: S108  # a folder of its own within, for links alone
+PREFIX: Final = "hwlicense-gguf-"
 _SPLIT = re.compile(r"(?P<start>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
-def reader(model: Model, name: str) -> gguf.GGUFReader:
+def reader(model: Model, name: str | os.PathLike[str]) -> gguf.GGUFReader:
     """The fields and tensors of a member, by the library gguf, without a copy. Raises as `Model.read`, EXTRA_MISSING.
 
     A file that is malformed raises the library's own ValueError and IndexError.
     """
+    check_model(model)
     with extra("gguf", "gguf"):
         import gguf  # noqa: PLC0415  # `path` does without
     return gguf.GGUFReader(model.path(name))
 
 
 @contextmanager
-def path(model: Model, name: str) -> Iterator[str]:
+def path(model: Model, name: str | os.PathLike[str]) -> Iterator[str]:
     """A path for a library that loads GGUF, such as llama.cpp, until the end of the block: load within it.
 
-    Of a file in several parts, `name` is the first (NAME-00001-of-00003.gguf), and the others lie beside it: a folder
-    of links into memory, in memory itself. Raises as `Model.read`, StorageError.
+    Of a file in several parts, `name` is the first (NAME-00001-of-00003.gguf), and the others lie beside it, by their
+    numbers alone: a folder of links into memory, in memory itself. A process that is killed leaves it with dead links;
+    the next use removes it. Raises as `Model.read`, StorageError.
     """
+    check_model(model)
+    name = os.fspath(name)
     parts = _parts(name)
     if len(parts) == 1:
         yield model.path(name)
         return
-    leading = {PurePosixPath(part).name: model.path(part) for part in parts}
+    leading = [model.path(part) for part in parts]
     with ExitStack() as stack:
         try:
-            folder = Path(tempfile.mkdtemp(prefix="hwlicense-", dir=MEMORY if Path(MEMORY).is_dir() else None))
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            for part, target in leading.items():
-                (folder / part).symlink_to(target)
+            folder = _folder(stack)
+            for number, target in enumerate(leading, 1):
+                (folder / f"part-{number:05}-of-{len(parts):05}.gguf").symlink_to(target)
         except OSError as error:
             what = f"The links to the parts of {name!r} cannot be made: {error.strerror or error}."
             raise StorageError(Reason.STORAGE, what, HINTS.get(error.errno or 0, f"Look at {MEMORY}.")) from error
-        yield str(folder / PurePosixPath(name).name)
+        yield str(folder / f"part-00001-of-{len(parts):05}.gguf")
+
+
+def _folder(stack: ExitStack) -> Path:
+    """A new one, until `stack` ends; those of processes that were killed are removed. Raises OSError."""
+    where = MEMORY if Path(MEMORY).is_dir() else tempfile.gettempdir()
+    for left in Path(where).glob(f"{PREFIX}*"):
+        with suppress(OSError), _lock(left):  # in use, another user's, or removed meanwhile
+            shutil.rmtree(left, ignore_errors=True)
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=where))
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        with suppress(BlockingIOError, FileNotFoundError):  # another process took it for one that was left
+            stack.enter_context(_lock(folder))
+            folder.stat()
+            return folder
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Hold it, as the kernel does for no longer than the process lives. Raises OSError where another does."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        if os.fstat(fd).st_uid != os.geteuid():
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(folder))
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _parts(name: str) -> list[str]:

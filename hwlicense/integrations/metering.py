@@ -2,46 +2,85 @@
 
 from __future__ import annotations
 
+import operator
+import time
 from collections.abc import Mapping
 from functools import wraps
-from operator import index
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, SupportsIndex, TypeVar
 
-from hwlicense.core.errors import Reason, UsageError
+from hwlicense.core.errors import ExceededError, Reason, UsageError
+from hwlicense.device.starting import check_count
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from hwlicense.device.model import Model
 
+_POLL: Final = 0.05  # seconds
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def metered(call: Callable[P, R], model: Model, size: Callable[P, int] | None = None) -> Callable[P, R]:
+def metered(
+    call: Callable[P, R], model: Model, size: Callable[P, SupportsIndex] | None = None, *, wait: float = 0.0
+) -> Callable[P, R]:
     """`call` (a session's `run`, a network, its `generate`), which spends the license's inferences before it begins.
 
-    It spends what `size` says of its arguments: by default, the length of the first axis of the first array among them,
-    and of the first list of texts where there is no array; an array without axes and a single text count as one, and an
-    empty batch as one. A call that is refused does not begin. Raises what `model.spend` raises, and UsageError
-    BATCH_UNKNOWN where nothing among the arguments is an array or a text; TypeError where `size` gives no whole number.
+    It spends what `size` says of its arguments, a whole number from 1 on: by default, the length of the first axis of
+    the first array among them, else of the first nested list of numbers, list of texts, or list of numbers. An array
+    without axes, a single text and an empty batch count as one. What is refused and passes within `wait` seconds is
+    waited for, LEASE_PENDING above all. A call that is refused does not begin. Raises what `model.spend` raises, and
+    UsageError: BATCH_UNKNOWN where nothing among the arguments tells it, USAGE where `size` gives no such number.
     """
-    count = size or _first_axis
+    given: object = wait
+    if not isinstance(given, Real) or not wait >= 0:
+        what = f"{wait!r} is no number of seconds."
+        raise UsageError(Reason.USAGE, what, "Give how long a call may wait for its inferences, from 0 on.")
 
     @wraps(call)
     def spend_and_call(*args: P.args, **kwargs: P.kwargs) -> R:
-        model.spend(index(count(*args, **kwargs)) or 1)
+        count = _whole(size(*args, **kwargs)) if size else max(1, _first_axis(*args, **kwargs))
+        give_up = time.monotonic() + wait
+        while (pause := _spent(model, count, give_up)) is not None:
+            time.sleep(pause)
         return call(*args, **kwargs)
 
     return spend_and_call
 
 
+def _spent(model: Model, count: int, give_up: float) -> float | None:
+    """None once it is spent, else the seconds after which to try again. Raises what is not worth waiting for."""
+    try:
+        model.spend(count)
+    except ExceededError as error:
+        left = give_up - time.monotonic()
+        if error.wait is None or left <= 0:
+            raise
+        if error.reason == Reason.LEASE_PENDING:  # it is renewed in steps, and each is asked for
+            return min(error.wait, left, _POLL)
+        if error.wait > left:
+            raise
+        return error.wait
+    return None
+
+
+def _whole(count: SupportsIndex) -> int:
+    """As an int: other libraries have integers of their own. Raises UsageError below 1, and for what is no number."""
+    try:
+        found = count if isinstance(count, bool) else int(operator.index(count))
+    except TypeError:  # which the check says in our words
+        found = count  # type: ignore[assignment]
+    check_count(found)
+    return found
+
+
 def _first_axis(*args: object, **kwargs: object) -> int:
     given = (*args, *kwargs.values())
-    for found in (_arrays(given), _texts(given)):
+    for found in (_arrays(given), _lists(given, least=2), _texts(given), _lists(given, least=1)):
         for length in found:
             return length
-    what = "The arguments of this call hold no array and no text, so the size of its batch cannot be told."
+    what = "The arguments of this call hold no array, list of numbers or text, so the size of its batch cannot be told."
     raise UsageError(Reason.BATCH_UNKNOWN, what, "Give `metered` a function of the same arguments: size=...")
 
 
@@ -57,6 +96,23 @@ def _arrays(values: Iterable[object]) -> Iterable[int]:
             yield from _arrays(value.values())
         elif isinstance(value, list | tuple):
             yield from _arrays(value)
+
+
+def _lists(values: Iterable[object], least: int) -> Iterable[int]:
+    """The length of each list of numbers that is nested `least` times or deeper, in mappings too."""
+    for value in values:
+        if isinstance(value, Mapping):
+            yield from _lists(value.values(), least)
+        elif isinstance(value, list | tuple) and _axes(value) >= least:
+            yield len(value)
+
+
+def _axes(value: object) -> int:
+    """How deep lists of numbers are nested, by the first of each; 0 for what are none."""
+    axes = 0
+    while isinstance(value, list | tuple) and value:
+        value, axes = value[0], axes + 1
+    return axes if isinstance(value, Real) else 0
 
 
 def _texts(values: Iterable[object]) -> Iterable[int]:

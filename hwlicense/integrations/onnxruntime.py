@@ -6,15 +6,16 @@ not copied, and wiped when session and options are gone.
 
 from __future__ import annotations
 
+import os
 import posixpath
 import re
 import weakref
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from hwlicense.core.errors import Reason, UsageError
+from hwlicense.core.errors import DamagedError, Reason, UsageError
 from hwlicense.device.memory import SealedFile
 from hwlicense.integrations.external_data import locations
-from hwlicense.integrations.extras import extra, require
+from hwlicense.integrations.extras import check_model, extra, require
 
 with extra("onnxruntime", "onnxruntime"):
     import onnxruntime
@@ -40,6 +41,7 @@ WRITING: Final = (
 )
 """Entries of session options that have ONNX Runtime write files."""
 _WRITING = re.compile("cache|dump|save|context|profil", re.IGNORECASE)  # in names of the execution providers' options
+_MALFORMED = re.compile(r"(?:Load model from \S+ failed: ?|(?=ORT model verification))(?P<why>.*)", re.DOTALL)
 _OFF: Final = {"", "0", "false", "none", "off"}
 
 _used: weakref.WeakKeyDictionary[Any, list[memoryview]] = weakref.WeakKeyDictionary()
@@ -49,10 +51,10 @@ _used: weakref.WeakKeyDictionary[Any, list[memoryview]] = weakref.WeakKeyDiction
 class Session(onnxruntime.InferenceSession):  # type: ignore[misc]  # it has no types
     """An InferenceSession that cannot be made anew from a file, as there is none."""
 
-    def __init__(self, path: str, buffers: list[memoryview], options: Any, providers: Any) -> None:  # noqa: ANN401
-        """`buffers` are what the weights lie in."""
+    def __init__(self, path: str, buffers: list[memoryview], *options: Any) -> None:  # noqa: ANN401
+        """`buffers` are what the weights lie in; `options` are the runtime's, its providers and their options."""
         self._buffers = buffers
-        super().__init__(path, options, providers, enable_fallback=0, read_config_from_model=0)
+        super().__init__(path, *options, enable_fallback=0, read_config_from_model=0)
 
     def set_providers(self, *_args: object, **_kwargs: object) -> NoReturn:
         """Raises UsageError."""
@@ -66,19 +68,23 @@ class Session(onnxruntime.InferenceSession):  # type: ignore[misc]  # it has no 
 
 def session(
     model: Model,
-    name: str,
+    name: str | os.PathLike[str],
     *,
-    session_options: onnxruntime.SessionOptions | None = None,
+    sess_options: onnxruntime.SessionOptions | None = None,
     providers: Sequence[str | tuple[str, Mapping[str, Any]]] = ("CPUExecutionProvider",),
+    provider_options: Sequence[Mapping[str, Any]] | None = None,
 ) -> Session:
     """An InferenceSession of the member `name`, in ONNX or (with the ending .ort) ORT format.
 
     Members that hold its weights are found by the locations that it names, relative to it, and are read whole. Session
-    options serve one such model. Raises as `Model.read`, and UsageError PLAINTEXT_CACHE where options would write
-    what is in the model to a file.
+    options serve one such model. Raises as `Model.read`, DamagedError MEMBER_MALFORMED for what the runtime cannot
+    load, and UsageError PLAINTEXT_CACHE where options would write what is in the model to a file.
     """
-    options = session_options or onnxruntime.SessionOptions()
-    _refuse_caches(options, providers)
+    check_model(model)
+    name = os.fspath(name)
+    options = sess_options or onnxruntime.SessionOptions()
+    further = [dict(each) for each in provider_options or ()]
+    _refuse_caches(options, [*providers, *zip(map(str, providers), further, strict=False)])
     if name.endswith(".ort"):
         options.add_session_config_entry("session.load_model_format", "ORT")
     apart: list[str] = []
@@ -90,7 +96,13 @@ def session(
     staged = SealedFile(model.size(name), fill)
     try:
         buffers = _lend(model, name, apart, options) if apart else []
-        return Session(staged.path, buffers, options, list(providers))
+        return Session(staged.path, buffers, options, list(providers), further or None)
+    except Exception as error:
+        if not (said := _MALFORMED.search(str(error))):
+            raise
+        what = f"ONNX Runtime cannot load the member {name!r}: {said['why'].rstrip('.')}."
+        hint = "Ask the vendor for a package with a sound one, or for the version of ONNX Runtime that it was made for."
+        raise DamagedError(Reason.MEMBER_MALFORMED, what, hint) from error
     finally:
         staged.close()
 
@@ -121,9 +133,18 @@ def _lend(model: Model, name: str, apart: list[str], options: Any) -> list[memor
     if options in _used:
         what = "These session options hold the weights of another session."
         raise UsageError(Reason.USAGE, what, "Make new ones for each session of a model with external data.")
-    members = [posixpath.normpath(posixpath.join(posixpath.dirname(name), location)) for location in apart]
-    buffers = [model.read(member) for member in members]
+    buffers = [model.read(_beside(model, name, location)) for location in apart]
     _used[options] = buffers
     options.add_session_config_entry("session.use_external_initializer_file_buffers_directly", "1")
     options.add_external_initializers_from_files_in_memory(apart, buffers, [len(one) for one in buffers])
     return buffers
+
+
+def _beside(model: Model, name: str, location: str) -> str:
+    member = posixpath.normpath(posixpath.join(posixpath.dirname(name), location))
+    if member not in model.names:
+        what = f"{name!r} has weights in {location!r}, and the package {model.name!r} has no member {member!r}."
+        raise UsageError(
+            Reason.MEMBER_ABSENT, what, "Ask the vendor for a package that has them where the network says."
+        )
+    return member

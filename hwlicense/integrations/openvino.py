@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hwlicense.core.errors import Reason, UsageError
 from hwlicense.integrations.external_data import locations
-from hwlicense.integrations.extras import extra, require
+from hwlicense.integrations.extras import check_model, extra, require
 
 with extra("openvino", "openvino"):
     import openvino
@@ -30,7 +30,7 @@ TRACING: Final = ("OV_ENABLE_SERIALIZE_TRACING", "OV_ENABLE_VISUALIZE_TRACING", 
 
 
 def read_model(
-    model: Model, name: str, *, weights: str | None = None, core: openvino.Core | None = None
+    model: Model, name: str | os.PathLike[str], *, weights: str | None = None, core: openvino.Core | None = None
 ) -> openvino.Model:
     """The network in the member `name`: OpenVINO's own format (.xml) or another that it reads from memory, as ONNX.
 
@@ -38,6 +38,8 @@ def read_model(
     UsageError: EXTRA_UNSUPPORTED for ONNX with weights in files of their own, PLAINTEXT_CACHE where the core has a
     folder for its cache, or the environment asks for files.
     """
+    check_model(model)
+    name = os.fspath(name)
     core = core or openvino.Core()
     _refuse_writing(core, None, {})
     beside = str(PurePosixPath(name).with_suffix(".bin"))
@@ -54,7 +56,7 @@ def read_model(
 
 def compile_model(
     model: Model,
-    name: str,
+    name: str | os.PathLike[str],
     device_name: str = "CPU",
     config: Mapping[str, Any] | None = None,
     *,
@@ -71,7 +73,7 @@ def _refuse_files(name: str, network: bytes) -> None:
     """Of what is not XML: OpenVINO would read ONNX's external data from the disk, below the working folder."""
     if not network.startswith(b"<") and (apart := locations(memoryview(network))):
         what = f"{name!r} has its weights in {apart[0]!r}, which OpenVINO reads from a disk alone."
-        hint = "Pack the network with its weights in one file, or in OpenVINO's own format (`openvino.save_model`)."
+        hint = "Pack it with its weights in one file or as .xml (`openvino.save_model`), or load it with ONNX Runtime."
         raise UsageError(Reason.EXTRA_UNSUPPORTED, what, hint)
 
 

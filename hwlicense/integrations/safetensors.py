@@ -10,9 +10,9 @@ import math
 import os
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from hwlicense.core.errors import DamagedError, Reason, UsageError
+from hwlicense.core.errors import ClosedError, DamagedError, Reason, UsageError
 from hwlicense.device.memory import Memory, lend, memory_file
-from hwlicense.integrations.extras import extra, require
+from hwlicense.integrations.extras import check_model, extra, require
 
 with extra("safetensors", "safetensors"):
     import safetensors
@@ -42,11 +42,12 @@ class Tensors:
     Only the package's chunks that a tensor lies in are read and decrypted. Threads may share it. A context manager.
     """
 
-    def __init__(self, model: Model, name: str, framework: str = "np") -> None:
+    def __init__(self, model: Model, name: str | os.PathLike[str], framework: str = "np") -> None:
         """`framework` is np or pt. Raises as `Model.open`, and DamagedError MEMBER_MALFORMED, UsageError."""
-        self.name = name
+        check_model(model)
+        self.name = os.fspath(name)
         self._array, self._type = _numpy() if framework in {"np", "numpy"} else _torch(framework)
-        self._file = model.open(name)
+        self._file, self._ended = model.open(name), False
         try:
             self._places, self._metadata = self._header()
         except BaseException:
@@ -57,6 +58,8 @@ class Tensors:
         """The names of the tensors, in the order in which they are stored."""
         return list(self._places)
 
+    offset_keys = keys
+
     def metadata(self) -> dict[str, str] | None:
         """What the member says of itself."""
         return self._metadata
@@ -66,15 +69,20 @@ class Tensors:
         kind, shape, offset = self._place(name)
         return self._read(kind, shape, offset)
 
+    def get_tensors(self) -> dict[str, Any]:
+        """All by their names, each in memory of its own; `load` has them over one buffer. Raises as above."""
+        return {name: self.get_tensor(name) for name in self._places}
+
     def get_slice(self, name: str) -> Slice:
         """The tensor, to be indexed: only the rows (of the first axis) that are asked for are read. Raises as above."""
         kind, shape, offset = self._place(name)
-        return Slice(kind, shape, lambda rows, start: self._read(kind, rows, offset + start))
+        return Slice(name, kind, shape, lambda rows, start: self._read(kind, rows, offset + start))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_error: object) -> None:
+        self._ended = True
         self._file.close()
 
     def _place(self, name: str) -> tuple[str, tuple[int, ...], int]:
@@ -88,6 +96,9 @@ class Tensors:
         dtype, size = self._type(kind), math.prod(shape) * _bits(kind) // 8
         if not size:
             return self._array(bytearray(), dtype, shape)
+        if self._ended:
+            what = f"The tensors of {self.name!r} were closed, as their block ended."
+            raise ClosedError(Reason.USAGE, what, "Read within the `with` block, or make new ones.")
         memory = Memory(size)
         self._file.readinto_at(memory.view, offset)
         return self._array(lend(memory), dtype, shape)
@@ -123,9 +134,11 @@ class Tensors:
 class Slice:
     """A tensor that is read as it is indexed."""
 
-    def __init__(self, kind: str, shape: tuple[int, ...], read: Callable[[tuple[int, ...], int], Any]) -> None:
+    def __init__(
+        self, name: str, kind: str, shape: tuple[int, ...], read: Callable[[tuple[int, ...], int], Any]
+    ) -> None:
         """`read` gives a tensor of that shape from that offset in bytes."""
-        self._kind, self._shape, self._rows = kind, shape, read
+        self._name, self._kind, self._shape, self._rows = name, kind, shape, read
 
     def get_shape(self) -> list[int]:
         """The length of each axis."""
@@ -140,7 +153,11 @@ class Slice:
         first, *rest = index if isinstance(index, tuple) and index else (index,)
         within: int | slice
         if isinstance(first, int) and self._shape:
-            start = range(self._shape[0])[first]  # IndexError, as of a tensor
+            if not -self._shape[0] <= first < self._shape[0]:
+                raise IndexError(
+                    f"index {first} is out of bounds for {self._name!r}, whose first axis is {self._shape[0]}"
+                )
+            start = range(self._shape[0])[first]
             stop, within = start + 1, 0
         elif isinstance(first, slice) and self._shape and (first.step is None or first.step > 0):
             start, stop, step = first.indices(self._shape[0])
@@ -151,7 +168,7 @@ class Slice:
         return self._rows((stop - start, *self._shape[1:]), start * row)[(within, *rest)]
 
 
-def load(model: Model, name: str, framework: str = "np") -> dict[str, Any]:
+def load(model: Model, name: str | os.PathLike[str], framework: str = "np") -> dict[str, Any]:
     """All tensors of a member over one buffer, which is decrypted by several threads.
 
     NumPy's arrays are read-only, over the buffer that `model.read` lends to all; torch's may be written to, and share a

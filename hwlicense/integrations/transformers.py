@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from hwlicense.core.errors import DamagedError, Reason, UsageError
-from hwlicense.integrations.extras import extra, require
-from hwlicense.integrations.safetensors import load
+from hwlicense.integrations.extras import check_model, extra, require
 
-with extra("transformers", "transformers", "torch", "tokenizers"):
+with extra("transformers", "transformers", "torch", "tokenizers", "safetensors"):
+    import safetensors as _safetensors  # noqa: F401  # before the module that names its own extra
     import tokenizers
     import torch
     import transformers
+
+from hwlicense.integrations.safetensors import load
 
 if TYPE_CHECKING:
     from hwlicense.device.model import Model
@@ -93,6 +95,7 @@ class _Folder:
     """Members below one folder of a package, as hubs lay them out."""
 
     def __init__(self, model: Model, subfolder: str) -> None:
+        check_model(model)
         self._model = model
         self._start = subfolder.rstrip("/") + "/" if subfolder else ""
 

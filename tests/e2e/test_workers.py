@@ -9,6 +9,8 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy
+import onnx
 import pytest
 
 import hwlicense
@@ -71,6 +73,41 @@ with hwlicense.open(sys.argv[1], vendor=sys.argv[2], home=sys.argv[3]) as model:
     print(json.dumps({"read": read, "total": total, "before": before, "ended": ended, "own": zlib.crc32(weights)}))
 """
 )
+SESSIONS = (
+    OPENED
+    + """
+import numpy, onnxruntime
+from hwlicense.integrations import metered
+from hwlicense.integrations.onnxruntime import session
+def private():
+    lines = open("/proc/self/smaps_rollup").read().splitlines()
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Private_"))
+mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = 1
+with hwlicense.open(sys.argv[1], vendor=sys.argv[2], home=sys.argv[3]) as model:
+    network = session(model, sys.argv[5], sess_options=options)
+    run = metered(network.run, model, wait=5.0)
+    given = {"x": numpy.ones((1, 1 << 10), "f4")}
+    expected = network.run(None, given)[0]
+    pids, end = [], os.pipe()
+    for _ in range(WORKERS):
+        pid = os.fork()
+        if pid:
+            pids.append(pid)
+            continue
+        signal.alarm(60)
+        os.close(end[1])
+        right = all((run(None, given)[0] == expected).all() for _ in range(20))
+        theirs.send(json.dumps([right, private()]).encode())
+        os.read(end[0], 1)
+        sys.exit(0)  # ends as a worker does, with all that is done at the end of an interpreter
+    said = [json.loads(mine.recv(1000)) for _ in pids]
+    os.close(end[1])
+    ended = [os.waitpid(pid, 0)[1] for pid in pids]
+    print(json.dumps({"said": said, "ended": ended, "own": private()}))
+"""
+)
 HANDED = (
     OPENED
     + """
@@ -109,9 +146,14 @@ print(json.dumps({"read": read, "held": held, "own": zlib.crc32(own)}))
 
 @pytest.fixture
 def start(own_vendor, device, tmp_path):
-    (tmp_path / "weights").write_bytes(random.Random(0).randbytes(SIZE))
+    files = tmp_path / "files"
+    files.mkdir()
+    (files / "weights").write_bytes(random.Random(0).randbytes(SIZE))
+    network = multiplying(numpy.random.default_rng(1).random((1 << 10, 8 << 10), dtype="f4"))
+    onnx.save(network, files / "whole.onnx")
+    onnx.save(network, files / "apart.onnx", save_as_external_data=True, location="apart.weights")
     own_vendor.package = tmp_path / "large.hwpkg"
-    own_vendor.manifest = own_vendor.pack(own_vendor.package, tmp_path / "weights")
+    own_vendor.manifest = own_vendor.pack(own_vendor.package, files)
     licensed(own_vendor, device, f"{TERMS}[limits]\ninferences = {LIMIT}\n")
 
     def start(script: str, *given: str) -> dict[str, Any]:
@@ -139,6 +181,25 @@ def test_forked_workers_share_one_copy_and_one_account(start, killed):
         assert LIMIT // 2 < spent <= LIMIT
     else:
         assert spent == LIMIT
+
+
+def multiplying(weights: numpy.ndarray) -> onnx.ModelProto:
+    """32 MiB of weights."""
+    ends = [
+        onnx.helper.make_tensor_value_info(end, 1, [1, size]) for end, size in zip("xy", weights.shape, strict=True)
+    ]
+    node = onnx.helper.make_node("MatMul", ["x", "w"], ["y"])
+    graph = onnx.helper.make_graph([node], "net", ends[:1], ends[1:], [onnx.numpy_helper.from_array(weights, "w")])
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9)
+
+
+@pytest.mark.parametrize("network", ["whole.onnx", "apart.onnx"])
+def test_forked_workers_share_a_session_of_onnx_runtime(start, network, monkeypatch):
+    monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "1")
+    found = start(SESSIONS, network)
+    assert all(right for right, _ in found["said"])
+    assert max(private for _, private in found["said"]) < 8 << 20
+    assert found["ended"] == [0] * WORKERS
 
 
 def test_processes_that_are_handed_a_descriptor_share_one_copy(start):

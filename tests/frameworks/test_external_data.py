@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy
 import onnx
+import openvino
 import pytest
 from onnx import TensorProto, helper
+from openvino import opset13
 
 from hwlicense.core.errors import Reason, UsageError
 from hwlicense.integrations.external_data import WITHIN, locations
@@ -121,3 +125,41 @@ def test_nothing_is_read_from_a_disk(vendor, tmp_path, beside, way):
                 read_model(model, "net.onnx", weights=weights)
             assert refused.value.reason == Reason.EXTRA_UNSUPPORTED
             assert repr(location) in refused.value.what
+
+
+@pytest.mark.usefixtures("beside")
+@pytest.mark.parametrize("location", ["w.bin", "../disk/w.bin", "./w.bin"])
+def test_openvino_takes_no_file_of_the_working_folder_for_a_member(vendor, tmp_path, location):
+    """It looks for the weights of any network in memory there, of one in a folder of the package too."""
+    raw = network(apart(location)).SerializeToString()
+    members = {"ext/net.onnx": raw, "ext/w.bin": HERE.tobytes()}
+    package, key, _ = pack(vendor, tmp_path, members)
+    with opened(vendor, package, key) as model:
+        for make in (read_model, compile_model):
+            with pytest.raises(UsageError) as refused:
+                make(model, "ext/net.onnx")
+            assert refused.value.reason == Reason.EXTRA_UNSUPPORTED
+            assert repr("ext/net.onnx") in refused.value.what
+            assert repr(location) in refused.value.what
+            assert "ONNX Runtime" in refused.value.hint
+    if location == "w.bin":  # why it is refused: OpenVINO says nothing, and takes what lies there
+        core = openvino.Core()
+        assert core.compile_model(core.read_model(raw, b""), "CPU")(GIVEN)[0].tolist() == [8, 8, 8, 8]
+
+
+@pytest.mark.usefixtures("beside")
+def test_openvinos_own_format_names_no_files(vendor, tmp_path):
+    """Weights are what is given to it: places that the XML may name lead nowhere."""
+    given = opset13.parameter([4], numpy.float32, name="x")
+    openvino.save_model(openvino.Model([opset13.add(given, HERE)], [given]), "w.xml", compress_to_fp16=False)
+    entity = b'<?xml version="1.0"?><!DOCTYPE net [<!ENTITY w SYSTEM "w.bin">]>'
+    raw = Path("w.xml").read_bytes().replace(b'<?xml version="1.0"?>', entity)
+    raw = raw.replace(b"<data element_type", b'<data location="w.bin" path="w.bin" element_type')
+    raw = raw.replace(b"<rt_info>", b'<rt_info><__weights_path value="w.bin" />')
+    package, key, _ = pack(
+        vendor, tmp_path, {"w.xml": raw, "apart/w.xml": raw, "apart/w.bin": GIVEN["location"].tobytes()}
+    )
+    with opened(vendor, package, key) as model:
+        with pytest.raises(RuntimeError, match="weights"):
+            compile_model(model, "w.xml")
+        assert compile_model(model, "apart/w.xml")([HERE])[0].tolist() == [1, 2, 3, 4]

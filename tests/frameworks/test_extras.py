@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from hwlicense.core.errors import Reason, UsageError
+from hwlicense.integrations import gguf, openvino, safetensors
 from hwlicense.integrations.extras import extra, require
 
 # what is imported, what is missing, the extra
@@ -17,6 +18,8 @@ MISSING = [
     ("import hwlicense.integrations.safetensors", "safetensors", "safetensors"),
     ("import hwlicense.integrations.openvino", "openvino", "openvino"),
     ("import hwlicense.integrations.transformers", "torch", "transformers"),
+    ("import hwlicense.integrations.transformers", "safetensors", "transformers"),
+    ("import hwlicense.integrations.transformers", "tokenizers", "transformers"),
     ("from hwlicense.integrations import safetensors; safetensors._numpy()", "numpy", "safetensors"),
     ("from hwlicense.integrations import safetensors; safetensors._torch('pt')", "torch", "torch"),
     ("from hwlicense.integrations import gguf; gguf.reader(None, 'a')", "gguf", "gguf"),
@@ -78,6 +81,13 @@ def test_versions_compare_by_their_numbers(version, least, serves):
 def test_another_module_that_is_missing_is_another_error():
     with pytest.raises(ModuleNotFoundError), extra("onnxruntime", "onnxruntime"):
         importlib.import_module("no_such_module")
+
+
+@pytest.mark.parametrize("call", [openvino.read_model, openvino.compile_model, safetensors.load, gguf.reader])
+def test_a_path_of_a_package_is_no_model(call):
+    with pytest.raises(UsageError, match=r"'base[.]hwpkg' is a path") as refused:
+        call("base.hwpkg", "a member")
+    assert (refused.value.reason, "hwlicense.open" in refused.value.hint) == (Reason.USAGE, True)
 
 
 def test_nothing_is_imported_unasked():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,11 +82,15 @@ def test_tensors_are_the_sealed_memory_itself_and_outlive_the_model(net, weights
 def test_parts_lie_beside_each_other_in_memory_and_leave_no_trace(net, files):
     with integration.path(net, f"parts/{PARTS[0]}") as path:
         folder = Path(path).parent
-        assert [one.name for one in sorted(folder.iterdir())] == PARTS
+        links = sorted(folder.iterdir())
+        assert [one.name for one in links] == [
+            f"part-{part:05}-of-00003.gguf" for part in (1, 2, 3)
+        ]  # no member's name
+        assert links[0] == Path(path)
         assert all(one.is_symlink() for one in folder.iterdir())  # no content on any file system
         assert folder.stat().st_mode & 0o777 == 0o700
-        for part in PARTS:
-            assert contents(gguf.GGUFReader(folder / part)) == contents(gguf.GGUFReader(files[1] / "parts" / part))
+        for link, part in zip(links, PARTS, strict=True):
+            assert contents(gguf.GGUFReader(link)) == contents(gguf.GGUFReader(files[1] / "parts" / part))
     assert not folder.exists()
 
 
@@ -108,3 +114,63 @@ def test_what_is_wrong_with_parts_is_said(net, vendor, tmp_path, monkeypatch):
 
 def fails(**_options):
     raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_what_a_killed_process_leaves_goes_with_the_next_use(net, end, tmp_path, monkeypatch):
+    monkeypatch.setattr(integration, "MEMORY", str(tmp_path))
+    child = os.fork()
+    if child == 0:
+        with integration.path(net, f"parts/{PARTS[0]}"):
+            os.kill(os.getpid(), end)
+    os.waitpid(child, 0)
+    (dead,) = tmp_path.iterdir()
+    assert not any("net-" in one.name for one in dead.iterdir())
+    with integration.path(net, f"parts/{PARTS[0]}") as path:
+        assert not dead.exists()
+        with integration.path(net, f"parts/{PARTS[0]}"):  # another use leaves that one alone
+            assert Path(path).exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_folder_of_anybody_else_is_removed(net, tmp_path, monkeypatch):
+    """One that another process holds, a link, a file, and another user's."""
+    monkeypatch.setattr(integration, "MEMORY", str(tmp_path))
+    away = tmp_path / "away"
+    for folder in (away, tmp_path / "hwlicense-gguf-other", tmp_path / "hwlicense-gguf-held"):
+        folder.mkdir()
+        (folder / "file").touch()
+    (tmp_path / "hwlicense-gguf-link").symlink_to(away)
+    (tmp_path / "hwlicense-gguf-file").touch()
+    owner, stat = os.geteuid() + 1, os.fstat
+    other = (tmp_path / "hwlicense-gguf-other").stat().st_ino
+    monkeypatch.setattr(os, "fstat", lambda fd: owned(stat(fd), owner) if stat(fd).st_ino == other else stat(fd))
+    with integration._lock(tmp_path / "hwlicense-gguf-held"), integration.path(net, f"parts/{PARTS[0]}"):
+        pass
+    assert {one.name for one in tmp_path.iterdir()} == {"away", *(f"hwlicense-gguf-{one}" for one in OTHERS)}
+    assert (away / "file").exists()
+    assert (tmp_path / "hwlicense-gguf-held/file").exists()
+
+
+OTHERS = ("other", "held", "link", "file")
+
+
+def owned(found: os.stat_result, owner: int) -> os.stat_result:
+    return os.stat_result((*found[:4], owner, *found[5:]))
+
+
+def test_a_folder_that_was_taken_for_one_that_was_left_is_made_anew(net, tmp_path, monkeypatch):
+    monkeypatch.setattr(integration, "MEMORY", str(tmp_path))
+    made = []
+    mkdtemp = tempfile.mkdtemp
+
+    def taken(**options) -> str:
+        made.append(Path(mkdtemp(**options)))
+        if len(made) == 1:
+            made[0].rmdir()
+        return str(made[-1])
+
+    monkeypatch.setattr(tempfile, "mkdtemp", taken)
+    with integration.path(net, f"parts/{PARTS[0]}") as path:
+        assert Path(path).parent == made[1]
+    assert not list(tmp_path.iterdir())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,14 +11,14 @@ import numpy
 import onnxruntime
 import pytest
 
-from hwlicense.core.errors import ClosedError, ExceededError, Reason, UsageError
+from hwlicense.core.errors import ClosedError, ExceededError, HardwareError, Reason, UsageError
 from hwlicense.device.licensed import Conditions
 from hwlicense.device.model import Model
 from hwlicense.device.reading import PackageFile
 from hwlicense.integrations import metered
 from hwlicense.integrations.onnxruntime import session
 from tests.frameworks.conftest import picture
-from tests.metered import Machine, grant, limited
+from tests.metered import SECOND, Machine, grant, limited
 from tests.packages import nothing_enclosed
 
 
@@ -90,6 +92,12 @@ VALUE = onnxruntime.OrtValue.ortvalue_from_numpy(numpy.zeros((6, 2), "f4"))
         ((["a text", "and another"],), {}, 2),
         (([("a question", "its answer")] * 3,), {}, 3),
         (("a text",), {"past": numpy.zeros((2, 2))}, 2),
+        ((None, {"x": [[1, 2], [3, 4], [5, 6]]}), {}, 3),
+        ((["y"], {"x": [[1.0, 2.0], [3.0, 4.0]]}), {}, 2),
+        (([[[1, 2]], [[3, 4]]],), {}, 2),
+        ((["a text"],), {"stops": [1, 2, 3]}, 1),
+        (([1, 2],), {}, 2),
+        ((numpy.int64(5), [0.5, 1.5, 2.5]), {}, 1),
     ],
 )
 def test_how_long_a_batch_is(arguments, named, count):
@@ -107,24 +115,94 @@ def spending(spent: list[int]) -> Any:
 def test_what_cannot_be_told_is_asked_for():
     spent: list[int] = []
     with pytest.raises(UsageError) as refused:
-        metered(print, spending(spent))(5, [1, 2], file=None)
+        metered(print, spending(spent))(5, [object(), []], file=None)
     assert refused.value.reason == Reason.BATCH_UNKNOWN
     assert metered(sum, spending(spent), len)([1, 2, 3]) == 6
     assert spent == [3]
 
 
-def test_what_a_size_says(metering):
-    calls: list[int] = []
+@pytest.mark.parametrize("count", [numpy.int64(3), numpy.uint8(3), numpy.array(3)])
+def test_whole_numbers_of_other_libraries_are_counts(metering, count):
+    metered(lambda: None, metering, lambda: count)()
+    assert left(metering) == 5
 
-    def sized(length: Any) -> None:
-        metered(calls.append, metering, lambda _given: length)(1)
 
-    for length, remaining in ((numpy.int64(3), 5), (0, 4)):
-        sized(length)
-        assert left(metering) == remaining
-    with pytest.raises(UsageError):
-        sized(-3)
-    for wrong in (2.0, None, float("nan")):
-        with pytest.raises(TypeError):
-            sized(wrong)
-    assert (len(calls), left(metering)) == (2, 4)
+@pytest.mark.parametrize("count", [0, -1, numpy.int64(0), True, numpy.True_, 2.0, numpy.float64(2), None, "3", 1 << 31])
+def test_what_a_function_says_is_a_count_or_refused(count):
+    spent: list[int] = []
+    called: list[int] = []
+    with pytest.raises(UsageError) as refused:
+        metered(called.append, spending(spent), lambda _one: count)(1)
+    assert (refused.value.reason, spent, called) == (Reason.USAGE, [], [])
+
+
+@pytest.mark.parametrize("wait", [-1.0, float("nan"), "5", None])
+def test_what_is_no_time_to_wait(wait):
+    with pytest.raises(UsageError) as refused:
+        metered(print, spending([]), wait=wait)
+    assert refused.value.reason == Reason.USAGE
+
+
+@pytest.fixture
+def under(vendor, made, tmp_path, monkeypatch):
+    """Models under limits, on a machine whose account is looked after whenever time passes."""
+    with Machine().running(monkeypatch) as machine, ExitStack() as stack:
+
+        def opened(*rates, **limits):
+            granted = grant(limited(*rates, **limits))
+            account = machine.open(tmp_path / "state", granted)
+
+            def sleep(seconds):
+                machine.passes(seconds + 0.001)
+                account._tended.tend()
+
+            monkeypatch.setattr(time, "sleep", sleep)
+            file = PackageFile(made.package, vendor.public)
+            return stack.enter_context(Model(file, nothing_enclosed(made.key), Conditions(granted, None, account)))
+
+        yield SimpleNamespace(machine=machine, opened=opened)
+
+
+@pytest.mark.parametrize(
+    ("rates", "total", "batch", "calls"), [([], 10_000, 256, 20), ([(9000, 60)], None, 3, 1000), ([], 10_000, 1000, 8)]
+)
+def test_a_lease_that_is_not_renewed_yet_is_waited_for(under, rates, total, batch, calls):
+    model = under.opened(*rates, inferences=total)
+    done: list[int] = []
+    hasty = metered(done.append, model, lambda _call: batch)
+    with pytest.raises(ExceededError) as refused:
+        list(map(hasty, range(calls)))
+    assert refused.value.reason == Reason.LEASE_PENDING
+    patient = metered(done.append, model, lambda _call: batch, wait=5.0)
+    for _ in range(calls - len(done)):
+        patient(1)
+    assert len(done) == calls
+
+
+def test_no_longer_is_waited_than_was_said(under):
+    model = under.opened((10, 60), inferences=1000)
+    run = metered(lambda _batch: None, model, wait=5.0)
+    run(numpy.zeros(10))
+    before = under.machine.boot
+    with pytest.raises(ExceededError) as refused:
+        run(numpy.zeros(1))
+    assert (refused.value.reason, under.machine.boot) == (
+        Reason.RATE_EXCEEDED,
+        before,
+    )  # it is known that it is in vain
+    metered(lambda _batch: None, model, wait=70.0)(numpy.zeros(1))
+    assert under.machine.boot - before < 70 * SECOND
+    with pytest.raises(ExceededError) as refused:
+        metered(lambda _batch: None, model, wait=float("inf"))(numpy.zeros(1000))
+    assert refused.value.wait is None
+
+
+def test_a_lease_that_the_tpm_does_not_renew_is_waited_for_so_long(under):
+    model = under.opened(inferences=10_000)
+    under.machine.failing = HardwareError(Reason.TPM_FAILED, "The TPM failed.")
+    before = under.machine.boot
+    with pytest.raises(ExceededError) as refused:
+        metered(lambda _batch: None, model, wait=7.0)(numpy.zeros(2000))
+    assert refused.value.reason == Reason.LEASE_PENDING
+    assert 7 * SECOND <= under.machine.boot - before < 8 * SECOND
+    under.machine.failing = None

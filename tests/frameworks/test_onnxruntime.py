@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import gc
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy
 import onnx
 import onnxruntime
 import pytest
 
-from hwlicense.core.errors import ClosedError, Reason, UsageError
+from hwlicense.core.errors import ClosedError, DamagedError, Reason, UsageError
 from hwlicense.device.memory import protection
 from hwlicense.integrations.onnxruntime import WRITING, session
 from tests.frameworks.conftest import NETWORKS, picture, with_initializers
@@ -67,7 +68,7 @@ def test_weights_in_other_members_are_found_used_without_a_copy_and_wiped_with_t
 def test_weights_in_other_members_are_read_where_the_session_reads_them(model):
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.disable_prepacking", "1")
-    made_of = session(model, "apart/cls.onnx", session_options=options)
+    made_of = session(model, "apart/cls.onnx", sess_options=options)
     given = picture()
     before = run(made_of, given)
     lent = model.read("apart/cls.weights").obj
@@ -86,13 +87,13 @@ def test_the_runtimes_own_format(model, made):
 def test_options_serve_one_model_with_weights_apart_and_any_number_of_others(model, bare):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    first = session(model, "apart/cls.onnx", session_options=options)
+    first = session(model, "apart/cls.onnx", sess_options=options)
     with pytest.raises(UsageError) as refused:
-        session(model, "apart/cls.onnx", session_options=options)
+        session(model, "apart/cls.onnx", sess_options=options)
     assert refused.value.reason == Reason.USAGE
     del first
     gc.collect()
-    session(model, "cls.onnx", session_options=options)
+    session(model, "cls.onnx", sess_options=options)
     assert protection().held == bare + model.size("apart/cls.weights")  # the options still point to it
 
 
@@ -100,19 +101,19 @@ def test_options_serve_one_model_with_weights_apart_and_any_number_of_others(mod
 def test_options_that_would_write_files_are_refused(model, key):
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry(key, "1")
-    refused_as_a_cache(model, key, session_options=options)
+    refused_as_a_cache(model, key, sess_options=options)
 
 
 def test_options_that_say_no_to_that_are_given_on(model):
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("ep.context_enable", "0")
-    session(model, "cls.onnx", session_options=options)
+    session(model, "cls.onnx", sess_options=options)
 
 
 def test_an_optimized_model_is_not_written(model, tmp_path):
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    refused_as_a_cache(model, "optimized_model_filepath", session_options=options)
+    refused_as_a_cache(model, "optimized_model_filepath", sess_options=options)
     assert not list(tmp_path.iterdir())
 
 
@@ -120,7 +121,7 @@ def test_a_profile_is_not_written(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = onnxruntime.SessionOptions()
     options.enable_profiling = True
-    refused_as_a_cache(model, "enable_profiling", session_options=options)
+    refused_as_a_cache(model, "enable_profiling", sess_options=options)
     assert not list(tmp_path.iterdir())
 
 
@@ -173,7 +174,58 @@ def test_a_location_that_no_member_has_is_named(vendor, made, tmp_path):
     with opened(vendor, package, key) as other, pytest.raises(UsageError) as refused:
         session(other, "cls.onnx")
     assert refused.value.reason == Reason.MEMBER_ABSENT
-    assert "'cls.weights'" in refused.value.what
+    assert "'cls.onnx' has weights in 'cls.weights'" in refused.value.what
+
+
+@pytest.mark.parametrize("name", ["junk.ort", "empty.onnx", "operator.onnx"])
+def test_a_member_that_the_runtime_cannot_load_is_named(vendor, tmp_path, name):
+    ends = [onnx.helper.make_tensor_value_info(end, 1, [4]) for end in "xy"]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Unheard", ["x"], ["y"])], "net", ends[:1], ends[1:])
+    unheard = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9)
+    members = {"junk.ort": b"none of these", "empty.onnx": b"", "operator.onnx": unheard.SerializeToString()}
+    package, key, _ = pack(vendor, tmp_path, members)
+    with opened(vendor, package, key) as model, pytest.raises(DamagedError) as refused:
+        session(model, name)
+    assert refused.value.reason == Reason.MEMBER_MALFORMED
+    assert repr(name) in refused.value.what
+    assert ("Unheard" in refused.value.what) == (name == "operator.onnx")
+
+
+@pytest.mark.parametrize("location", ["../w.bin", "../../w.bin", "/w.bin"])
+def test_a_location_that_leads_elsewhere_is_shown_as_it_is_written(vendor, made, tmp_path, location):
+    network = onnx.load(made.files / "apart/cls.onnx", load_external_data=False)
+    for tensor in network.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = location
+    package, key, _ = pack(vendor, tmp_path, {"a/cls.onnx": network.SerializeToString()})
+    with opened(vendor, package, key) as model, pytest.raises(UsageError) as refused:
+        session(model, "a/cls.onnx")
+    assert refused.value.reason == Reason.MEMBER_ABSENT
+    assert f"'a/cls.onnx' has weights in {location!r}" in refused.value.what
+
+
+def test_options_of_providers_apart_are_given_on_or_refused_alike(model):
+    assert session(model, "cls.onnx", providers=CPU, provider_options=[{"use_arena": "1"}]).get_providers() == CPU
+    tensorrt = {"providers": ["TensorrtExecutionProvider", *CPU], "provider_options": [{"trt_dump_subgraphs": 1}, {}]}
+    refused_as_a_cache(model, "TensorrtExecutionProvider trt_dump_subgraphs", **tensorrt)
+    with pytest.raises(ValueError, match="provider_options"):
+        session(model, "cls.onnx", providers=CPU, provider_options=[{}, {}])
+
+
+def test_a_path_of_a_package_is_no_model():
+    paths: list[Any] = ["base.hwpkg", Path("base.hwpkg")]
+    for path in paths:
+        with pytest.raises(UsageError) as refused:
+            session(path, "cls.onnx")
+        assert (refused.value.reason, "hwlicense.open" in refused.value.hint) == (Reason.USAGE, True)
+
+
+def test_members_may_be_named_by_paths(model):
+    given = picture()
+    for name in ("apart/cls.onnx", "cls.ort"):
+        named = run(session(model, PurePosixPath(name)), given)
+        assert named.tobytes() == run(session(model, name), given).tobytes()
 
 
 def test_locations_with_folders_and_long_names(made, vendor, tmp_path):
@@ -193,9 +245,12 @@ def test_a_network_that_the_runtime_refuses_is_refused_once_and_leaves_nothing(v
     with opened(vendor, package, key) as model:
         gc.collect()  # of tests before
         files, held = len(list(Path("/proc/self/fd").iterdir())), protection().held
-        with pytest.raises(Exception, match="Protobuf") as refused:
+        with pytest.raises(DamagedError, match="Protobuf parsing failed") as refused:
             session(model, "bad.onnx")
-        assert type(refused.value).__module__.startswith("onnxruntime")
+        assert refused.value.reason == Reason.MEMBER_MALFORMED
+        assert "'bad.onnx'" in refused.value.what
+        assert "/proc/" not in refused.value.what
+        assert type(refused.value.__cause__).__module__.startswith("onnxruntime")
         assert capfd.readouterr().out == ""  # the runtime's fallback would print, and try the path again
         del refused
         gc.collect()

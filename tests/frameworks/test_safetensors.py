@@ -8,11 +8,13 @@ import signal
 import struct
 import sys
 import threading
+from pathlib import PurePosixPath
 
 import ml_dtypes
 import numpy
 import pytest
 import safetensors
+import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -144,8 +146,31 @@ def small_tensors(vendor, tmp_path_factory):
 
 @pytest.mark.parametrize("index", [7, -8, (0, 5)])
 def test_an_index_beyond_the_end_is_an_index_error(small_tensors, index):
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match=f"index {index} .*'t'.* 7" if isinstance(index, int) else "5"):
         small_tensors.get_slice("t")[index]
+
+
+def test_scalars_and_all_names_and_tensors_are_as_the_library_gives_them(vendor, tmp_path):
+    files = tmp_path / "files"
+    files.mkdir()
+    given = {"b": LARGE[0], "s": numpy.array(3.5), "a": numpy.zeros((0, 2), "i2"), "n": numpy.array(7)}
+    safetensors.numpy.save_file(given, files / "t")
+    package, key, _ = pack(vendor, tmp_path, {})
+    with (
+        opened(vendor, package, key) as model,
+        Tensors(model, "t") as ours,
+        safetensors.safe_open(files / "t", "np") as t,
+    ):
+        assert ours.offset_keys() == t.offset_keys()
+        found = ours.get_tensors()
+        assert list(found) == ours.keys()
+        for name in t.keys():  # noqa: SIM118  # it is no mapping
+            plain = t.get_tensor(name)
+            for one in (found[name], ours.get_slice(name)[()], ours.get_slice(name)[...]):
+                assert (one.dtype, one.shape, one.tobytes()) == (plain.dtype, plain.shape, plain.tobytes())
+    for read in (lambda: ours.get_tensor("b"), ours.get_tensors, lambda: ours.get_slice("b")[0]):
+        with pytest.raises(ClosedError, match="'t' were closed"):
+            read()
 
 
 @pytest.mark.parametrize("kind", TORCH)
@@ -191,6 +216,7 @@ def test_wrong_names(big):
     with pytest.raises(UsageError) as refused:
         Tensors(big, "a.safetensors", "jax")
     assert refused.value.reason == Reason.USAGE
+    assert (load(big, PurePosixPath("a.safetensors"))["large"] == LARGE).all()
 
 
 SOUND = written(("a", "U8", [4], b"1234"), ("b", "U8", [4], b"5678"))

@@ -10,7 +10,7 @@ import threading
 import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy
 import pytest
@@ -532,3 +532,16 @@ def test_a_reader_that_is_closed_while_a_thread_waits_for_it_decrypts_nothing_mo
             with pytest.raises(ValueError, match="closed file"):
                 waiting.result()
             assert reader._memory is None
+
+
+def test_members_may_be_named_by_paths(model):
+    name = PurePosixPath("big")
+    assert model.size(name) == len(MEMBERS["big"])
+    assert model.read(name).obj is model.read("big").obj  # one buffer, however it is named
+    assert model.path(name) == model.path("big")
+    assert model.open(name).read() == MEMBERS["big"]
+    model.readinto(name, buffer := bytearray(model.size("big")))
+    assert buffer == MEMBERS["big"]
+    with pytest.raises(UsageError, match="no member 'other'") as refused:
+        model.read(PurePosixPath("other"))
+    assert refused.value.reason == Reason.MEMBER_ABSENT
