@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,6 +86,8 @@ def work():
     (lambda: time.sleep(10))()
 threading.Thread(target=work, daemon=True).start()
 """
+BESIDE = "import threading; threading.Thread(target=time.sleep, args=(30,), daemon=True).start()"
+WALL = 0x40000000  # __WALL, waitpid(2): threads of others as well
 DUMPABLE_AGAIN = """
 import copy
 import ctypes
@@ -314,12 +317,18 @@ def attach(process):
     return 0 if libc.ptrace(0x4206, process, None, None) == 0 else ctypes.get_errno()
 
 
-def test_a_debugger_that_comes_later_ends_the_use(installation, refusing):
-    """Root's: no other comes so far, see below."""
-    with installation.started(OPENING + LATER.format(during=""), *refusing) as child:
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_debugger_that_comes_later_ends_the_use(installation, refusing, whole):
+    """Root's: no other comes so far, see below. One that looks at a single thread has the memory of all."""
+    code = OPENING + LATER.format(during="" if whole else BESIDE)
+    with installation.started(code, *refusing) as child:
         begun(child)
         time.sleep(0.5)
-        assert attach(child.pid) == 0
+        threads = {int(task.name) for task in Path(f"/proc/{child.pid}/task").iterdir()} - {child.pid}
+        thread = child.pid if whole else threads.pop()
+        assert attach(thread) == 0
+        if not whole:  # who traces it must see to its end, or the process does not end
+            threading.Thread(target=os.waitpid, args=(thread, WALL)).start()
         said, took = ended(child)
     assert f"debugger: process {os.getpid()} (" in said
     assert took < 3, "the terms say one second"
