@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,22 @@ def test_a_stopped_tree_ends_as_well(here, how):
         process.kill()
         until(lambda: not marked(mark) and not any(map(runs, (keeper, command))))
     assert not mounts(here.at)
+
+
+def test_the_command_ends_with_hwlicense_and_keeper_without_namespaces(here):
+    """Both killed while they are stopped, so that neither can do anything about it: the kernel does."""
+    mark = uuid.uuid4().hex
+    with here.running("while :; do sleep 0.1; done", "--fd", mark) as process:
+        keeper = children(process.pid)[0]
+        command = children(keeper)[0]
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in (process.pid, keeper):
+                os.kill(pid, number)
+        try:
+            until(lambda: not marked(mark) and not any(map(runs, (keeper, command))))
+        finally:
+            with suppress(ProcessLookupError):
+                os.kill(command, signal.SIGKILL)
 
 
 def test_processes_that_were_there_before_are_left_alone(here):
