@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from hwlicense.device.keeping import Mount
+from hwlicense.device.tree import Tree
 from tests.forging import as_root
 from tests.programs import children, marked, mounts, runs, shop, until
 from tests.world import PROGRAM, run
@@ -224,6 +226,24 @@ def test_the_members_cannot_be_changed(here):
     """
     done = here.exec(sys.executable, "-c", textwrap.dedent(code), "{weights.bin}", given=["--fd"])
     assert done.stdout == "Operation not permitted\n"
+
+
+@pytest.mark.parametrize("executable", [False, True])
+def test_the_mount_lends_no_rights(here, executable):
+    """Neither before a file lies there, as the keeper sees it, nor as the program does."""
+    with Tree(["true"], Mount(here.at, 1 << 20, 64, executable=executable)) as tree:
+        options = {"rw", "nosuid", "nodev", *([] if executable else ["noexec"])}
+        assert mounted(Path(f"/proc/{tree.keeper}/mountinfo").read_text(), here.at) == options
+    given = ["--at", here.at, *(["--executable"] if executable else [])]
+    seen = here.exec("cat", "/proc/self/mountinfo", given=given).stdout
+    assert mounted(seen, here.at) == options - {"rw"} | {"ro"}
+
+
+def mounted(mountinfo, at):
+    """The options of what is mounted there (proc_pid_mountinfo(5)), but for those about times."""
+    found = [fields[5] for line in mountinfo.splitlines() if (fields := line.split())[4] == str(at)]
+    assert len(found) == 1
+    return {option for option in found[0].split(",") if "atime" not in option}
 
 
 def test_nothing_but_what_is_meant_is_passed_on(here):
