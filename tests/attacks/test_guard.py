@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -440,14 +441,29 @@ def test_a_refusal_crosses_processes_and_names_a_few(installation, refusing):
 # ---- what the kernel stops -----------------------------------------------------------------------------------
 
 VICTIM = """
-import os, sys, time
+import ctypes, os, sys, time
 from hwlicense.device.memory import Memory, SealedFile
-if len(sys.argv) > 1: os.setgroups([]), os.setgid(65534), os.setuid(65534)
+libc = ctypes.CDLL(None)
+if len(sys.argv) > 1:
+    os.setgroups([]), os.setgid(int(sys.argv[1])), os.setuid(int(sys.argv[1]))
+    libc.prctl(4, 1, 0, 0, 0)  # as a process that has been this user's from its start: the change made it undumpable
+    libc.prctl(0x59616D61, ctypes.c_long(-1), 0, 0, 0)  # Yama (PR_SET_PTRACER_ANY) is not what keeps others out here
+"""
+HOLDING = """
 keys, plaintext = Memory(4096, secret=True), Memory(4096)
 keys.view[:] = plaintext.view[:] = b"a secret of 16 B" * 256
 file = SealedFile(4096, lambda view: view.__setitem__(slice(None), plaintext.view[:]))
 assert keys.secret
-print(os.getpid(), keys._address, plaintext._address, file.fd, flush=True)
+where = keys._address, plaintext._address, file.fd
+"""
+CARELESS = """
+keys, plaintext = (ctypes.create_string_buffer(b"a secret of 16 B" * 256) for _ in range(2))
+file = os.memfd_create("careless")
+os.write(file, keys.raw)
+where = ctypes.addressof(keys), ctypes.addressof(plaintext), file
+"""
+STAYING = """
+print(os.getpid(), *where, flush=True)
 time.sleep(60)
 """
 ATTACKER = """
@@ -480,43 +496,49 @@ for way, address in ((vm, keys), (vm, plaintext), (mem, keys), (mem, plaintext),
 DENIED = "PermissionError"
 
 
+@contextmanager
+def victim(*user, how=HOLDING, **options):
+    """A process that holds something, in this project's memory or in the careless way of the controls."""
+    command = [sys.executable, "-c", VICTIM + how + STAYING, *user]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options) as process:
+        try:
+            yield process, process.stdout.readline().split()
+        finally:
+            process.kill()
+
+
 @pytest.mark.parametrize(
-    ("victim", "attacker", "said"),
+    ("user", "how", "attacker", "said"),
     [
-        ([], ["65534"], [DENIED] * 6),  # another user
-        (["nobody"], ["65534"], [DENIED] * 6),  # the same user, who is not root
+        (["65534"], HOLDING, ["65533"], [DENIED] * 6),  # another user, whom the kernel keeps out in any case
+        (["65534"], HOLDING, ["65534"], [DENIED] * 6),  # the same user, who is not root
+        (["65534"], CARELESS, ["65534"], ["True"] * 6),
         # Root reads plaintext and attaches, and does not read keys: the kernel has no way to them
-        ([], [], ["OSError", "True", "OSError", "True", "True", "True"]),
+        ([], HOLDING, [], ["OSError", "True", "OSError", "True", "True", "True"]),
+        ([], CARELESS, [], ["True"] * 6),
     ],
 )
-def test_reading_memory_and_descriptors_from_another_process(victim, attacker, said):
-    with subprocess.Popen([sys.executable, "-c", VICTIM, *victim], stdout=subprocess.PIPE, text=True) as process:
-        try:
-            where = process.stdout.readline().split()
-            command = [sys.executable, "-c", ATTACKER, *where, *attacker]
-            assert subprocess.check_output(command, text=True).split() == said
-        finally:
-            process.kill()
+def test_reading_memory_and_descriptors_from_another_process(user, how, attacker, said):
+    with victim(*user, how=how) as (_, where):
+        command = [sys.executable, "-c", ATTACKER, *where, *attacker]
+        assert subprocess.check_output(command, text=True).split() == said
 
 
-@pytest.mark.parametrize("user", ["another", "the same"])
-def test_a_debugger_of_an_ordinary_user_is_not_let_in(user):
+@pytest.mark.parametrize(
+    ("user", "how", "let_in"), [("65533", HOLDING, False), ("65534", HOLDING, False), ("65534", CARELESS, True)]
+)
+def test_a_debugger_of_an_ordinary_user_is_not_let_in(user, how, let_in):
     """gdb attaches as py-spy does: by ptrace and /proc/PID/mem."""
     nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
-    command = [sys.executable, "-c", VICTIM, *(["nobody"] if user == "the same" else [])]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            number = process.stdout.readline().split()[0]
-            attach = ["gdb", "-batch", "-nx", "-p", number, "-ex", "info threads"]
-            done = subprocess.run([*nobody, *attach], capture_output=True, text=True, check=False)
-            assert "ptrace: Operation not permitted" in done.stderr + done.stdout
-        finally:
-            process.kill()
+    with victim(user, how=how) as (_, where):
+        attach = ["gdb", "-batch", "-nx", "-p", where[0], "-ex", "info threads"]
+        done = subprocess.run([*nobody, *attach], capture_output=True, text=True, check=False)
+    assert ("ptrace: Operation not permitted" in done.stderr + done.stdout) != let_in
+    assert ("* 1 " in done.stdout) == let_in
 
 
 def test_a_crash_writes_no_core(tmp_path):
-    with subprocess.Popen([sys.executable, "-c", VICTIM], stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
-        process.stdout.readline()
+    with victim(cwd=tmp_path) as (process, _):
         process.send_signal(6)
         assert process.wait(30) == -6
     assert list(tmp_path.iterdir()) == []
