@@ -9,7 +9,9 @@ import copy
 import ctypes
 import hmac
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -441,13 +443,14 @@ def test_a_refusal_crosses_processes_and_names_a_few(installation, refusing):
 # ---- what the kernel stops -----------------------------------------------------------------------------------
 
 VICTIM = """
-import ctypes, os, sys, time
+import ctypes, os, resource, sys, time
 from hwlicense.device.memory import Memory, SealedFile
 libc = ctypes.CDLL(None)
 if len(sys.argv) > 1:
     os.setgroups([]), os.setgid(int(sys.argv[1])), os.setuid(int(sys.argv[1]))
     libc.prctl(4, 1, 0, 0, 0)  # as a process that has been this user's from its start: the change made it undumpable
     libc.prctl(0x59616D61, ctypes.c_long(-1), 0, 0, 0)  # Yama (PR_SET_PTRACER_ANY) is not what keeps others out here
+resource.setrlimit(resource.RLIMIT_CORE, (resource.getrlimit(resource.RLIMIT_CORE)[1],) * 2)
 """
 HOLDING = """
 keys, plaintext = Memory(4096, secret=True), Memory(4096)
@@ -537,8 +540,26 @@ def test_a_debugger_of_an_ordinary_user_is_not_let_in(user, how, let_in):
     assert ("* 1 " in done.stdout) == let_in
 
 
-def test_a_crash_writes_no_core(tmp_path):
-    with victim(cwd=tmp_path) as (process, _):
-        process.send_signal(6)
-        assert process.wait(30) == -6
-    assert list(tmp_path.iterdir()) == []
+DUMPABLE = "libc.prctl(4, 1, 0, 0, 0)\n"
+LARGE_CORES = "resource.setrlimit(resource.RLIMIT_CORE, (resource.getrlimit(resource.RLIMIT_CORE)[1],) * 2)\n"
+
+
+@pytest.mark.parametrize(
+    ("how", "leaves"),
+    [
+        (HOLDING, False),
+        (HOLDING + LARGE_CORES, False),
+        (HOLDING + DUMPABLE, Path("/proc/sys/kernel/core_pattern").read_text().startswith("|")),  # of 0 bytes: core(5)
+        (HOLDING + DUMPABLE + LARGE_CORES, True),
+        (CARELESS, True),
+    ],
+)
+def test_a_crash_writes_no_core(tmp_path, how, leaves):
+    """By either of two defences; without both it does, wherever the system puts it."""
+    assert resource.getrlimit(resource.RLIMIT_CORE)[1], "the tests need core dumps to be allowed (ulimit -Hc)"
+    with victim(how=how, cwd=tmp_path) as (process, _):
+        process.send_signal(signal.SIGABRT)
+        ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert ended.si_status == signal.SIGABRT
+        assert (ended.si_code == os.CLD_DUMPED) == leaves
+    assert leaves or list(tmp_path.iterdir()) == []
