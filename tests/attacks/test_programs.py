@@ -183,18 +183,6 @@ def test_another_user_reaches_neither_socket_nor_files(here, how):
             assert "a way in: 0" in control.stdout  # root's: the ways are ways
 
 
-def test_the_keeper_is_no_way_in_for_the_same_user(here):
-    """It could be stopped and led to show what it likes; as it is not dumpable, its /proc entries are root's."""
-    with here.running(STAY) as process:
-        for pid in (process.pid, children(process.pid)[0]):
-            code = f"open('/proc/{pid}/mem', 'rb')"
-            words = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", sys.executable, "-c", code]
-            if as_root():
-                words[1:1] = ["--securebits=+noroot,+noroot_locked"]
-            done = subprocess.run(words, capture_output=True, text=True, check=False)
-            assert "Permission denied" in done.stderr
-
-
 @pytest.mark.parametrize("how", ["--at", "--fd"])
 def test_no_core_dump(here, how):
     given = ["--at", here.at] if how == "--at" else ["--fd"]
