@@ -26,6 +26,7 @@ from hwlicense.core.errors import ExceededError, Reason, RefusedError
 from hwlicense.core.process import CHECKS
 from hwlicense.device import checks, memory
 from hwlicense_simulators import Tpm
+from tests.forging import another_user
 from tests.installed import LATER, OPENING, Installation, Sold, shared_library
 from tests.world import MEMBERS
 
@@ -532,10 +533,9 @@ def test_reading_memory_and_descriptors_from_another_process(user, how, attacker
 )
 def test_a_debugger_of_an_ordinary_user_is_not_let_in(user, how, let_in):
     """gdb attaches as py-spy does: by ptrace and /proc/PID/mem."""
-    nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
     with victim(user, how=how) as (_, where):
         attach = ["gdb", "-batch", "-nx", "-p", where[0], "-ex", "info threads"]
-        done = subprocess.run([*nobody, *attach], capture_output=True, text=True, check=False)
+        done = subprocess.run([*another_user(), *attach], capture_output=True, text=True, check=False)
     assert ("ptrace: Operation not permitted" in done.stderr + done.stdout) != let_in
     assert ("* 1 " in done.stdout) == let_in
 
