@@ -63,7 +63,8 @@ def execute(
     HWLICENSE_SOCKET is the descriptor by which COMMAND spends inferences.
 
     The exit status is COMMAND's, 128+N where signal N ended it, 127 where it is not found, 126 where it cannot be run.
-    Where the license asks for presence and the hardware is gone, COMMAND gets SIGTERM, and ten seconds later SIGKILL.
+    Where the license asks for presence and the hardware is gone, or for a guard and it finds something, COMMAND gets
+    SIGTERM, and ten seconds later SIGKILL.
     """
     if (at is None) != as_fds:
         what = "--at and --fd exclude each other." if at else "How is COMMAND to get the files?"

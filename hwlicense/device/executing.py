@@ -11,6 +11,7 @@ import socket
 import stat
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final
 
@@ -127,12 +128,7 @@ class Program:
         return self._model.standing().refusal if self._model.locked and not server.session_under_way() else None
 
     def _placed(self, name: str) -> MountedFile | SealedFile:
-        size = self._model.size(name)
-
-        def fill(view: memoryview) -> None:
-            with self._model.open(name) as reader:
-                reader.readinto(view)
-
+        size, fill = self._model.size(name), partial(self._model.readinto, name)
         folder = self._tree.folder
         if folder < 0:
             return SealedFile(size, fill)

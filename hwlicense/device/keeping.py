@@ -232,9 +232,8 @@ class _Keeper:
             os._exit(1)
 
     def _pass_on(self, number: int) -> None:
-        from_terminal = False
-        while found := signal.sigtimedwait(FORWARDED, 0):
-            from_terminal |= found.si_signo == number and found.si_code > 0  # by the kernel: to the whole group
+        found = signal.sigtimedwait([number], 0)  # of others that wait, word is still to come
+        from_terminal = found is not None and found.si_code > 0  # by the kernel: to the whole group
         if self._command and not from_terminal:
             os.kill(self._command, number)
 

@@ -15,7 +15,7 @@ import os
 import signal
 import socket
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from hwlicense.core.errors import REPORT, HwlicenseError, Reason, StorageError, UsageError
 from hwlicense.device import keeping, namespaces
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from hwlicense.device.keeping import Mount
+
+_REFUSALS: Final = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EINVAL, errno.EUSERS}
+"""Of namespaces and mounts, as is ENOSPC of namespaces: beyond user.max_user_namespaces (user_namespaces(7))."""
 
 
 class Tree:
@@ -156,7 +159,7 @@ class Tree:
                 return unusable(self.command[0], why)
             case "folder" | "memory" if self._mount and number in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}:
                 return UsageError(Reason.FILE_ABSENT, f"{self._mount.path}: {why}.", "Give an empty folder as --at.")
-            case "namespaces" | "memory":
+            case "namespaces" | "memory" if number in _REFUSALS or (step, number) == ("namespaces", errno.ENOSPC):
                 what = f"The system refuses this process namespaces and mounts of its own ({why})."
                 hint = (
                     "Use --fd, which needs none; or allow user namespaces (user.max_user_namespaces), or run as root."

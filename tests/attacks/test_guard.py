@@ -9,10 +9,14 @@ import copy
 import ctypes
 import hmac
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +26,7 @@ from hwlicense.core.errors import ExceededError, Reason, RefusedError
 from hwlicense.core.process import CHECKS
 from hwlicense.device import checks, memory
 from hwlicense_simulators import Tpm
+from tests.forging import another_user
 from tests.installed import LATER, OPENING, Installation, Sold, shared_library
 from tests.world import MEMBERS
 
@@ -85,6 +90,8 @@ def work():
     (lambda: time.sleep(10))()
 threading.Thread(target=work, daemon=True).start()
 """
+BESIDE = "import threading; threading.Thread(target=time.sleep, args=(30,), daemon=True).start()"
+WALL = 0x40000000  # __WALL, waitpid(2): threads of others as well
 DUMPABLE_AGAIN = """
 import copy
 import ctypes
@@ -314,12 +321,18 @@ def attach(process):
     return 0 if libc.ptrace(0x4206, process, None, None) == 0 else ctypes.get_errno()
 
 
-def test_a_debugger_that_comes_later_ends_the_use(installation, refusing):
-    """Root's: no other comes so far, see below."""
-    with installation.started(OPENING + LATER.format(during=""), *refusing) as child:
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_debugger_that_comes_later_ends_the_use(installation, refusing, whole):
+    """Root's: no other comes so far, see below. One that looks at a single thread has the memory of all."""
+    code = OPENING + LATER.format(during="" if whole else BESIDE)
+    with installation.started(code, *refusing) as child:
         begun(child)
         time.sleep(0.5)
-        assert attach(child.pid) == 0
+        threads = {int(task.name) for task in Path(f"/proc/{child.pid}/task").iterdir()} - {child.pid}
+        thread = child.pid if whole else threads.pop()
+        assert attach(thread) == 0
+        if not whole:  # who traces it must see to its end, or the process does not end
+            threading.Thread(target=os.waitpid, args=(thread, WALL)).start()
         said, took = ended(child)
     assert f"debugger: process {os.getpid()} (" in said
     assert took < 3, "the terms say one second"
@@ -431,14 +444,30 @@ def test_a_refusal_crosses_processes_and_names_a_few(installation, refusing):
 # ---- what the kernel stops -----------------------------------------------------------------------------------
 
 VICTIM = """
-import os, sys, time
+import ctypes, os, resource, sys, time
 from hwlicense.device.memory import Memory, SealedFile
-if len(sys.argv) > 1: os.setgroups([]), os.setgid(65534), os.setuid(65534)
+libc = ctypes.CDLL(None)
+if len(sys.argv) > 1:
+    os.setgroups([]), os.setgid(int(sys.argv[1])), os.setuid(int(sys.argv[1]))
+    libc.prctl(4, 1, 0, 0, 0)  # as a process that has been this user's from its start: the change made it undumpable
+    libc.prctl(0x59616D61, ctypes.c_long(-1), 0, 0, 0)  # Yama (PR_SET_PTRACER_ANY) is not what keeps others out here
+resource.setrlimit(resource.RLIMIT_CORE, (resource.getrlimit(resource.RLIMIT_CORE)[1],) * 2)
+"""
+HOLDING = """
 keys, plaintext = Memory(4096, secret=True), Memory(4096)
 keys.view[:] = plaintext.view[:] = b"a secret of 16 B" * 256
 file = SealedFile(4096, lambda view: view.__setitem__(slice(None), plaintext.view[:]))
 assert keys.secret
-print(os.getpid(), keys._address, plaintext._address, file.fd, flush=True)
+where = keys._address, plaintext._address, file.fd
+"""
+CARELESS = """
+keys, plaintext = (ctypes.create_string_buffer(b"a secret of 16 B" * 256) for _ in range(2))
+file = os.memfd_create("careless")
+os.write(file, keys.raw)
+where = ctypes.addressof(keys), ctypes.addressof(plaintext), file
+"""
+STAYING = """
+print(os.getpid(), *where, flush=True)
 time.sleep(60)
 """
 ATTACKER = """
@@ -471,43 +500,66 @@ for way, address in ((vm, keys), (vm, plaintext), (mem, keys), (mem, plaintext),
 DENIED = "PermissionError"
 
 
+@contextmanager
+def victim(*user, how=HOLDING, **options):
+    """A process that holds something, in this project's memory or in the careless way of the controls."""
+    command = [sys.executable, "-c", VICTIM + how + STAYING, *user]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options) as process:
+        try:
+            yield process, process.stdout.readline().split()
+        finally:
+            process.kill()
+
+
 @pytest.mark.parametrize(
-    ("victim", "attacker", "said"),
+    ("user", "how", "attacker", "said"),
     [
-        ([], ["65534"], [DENIED] * 6),  # another user
-        (["nobody"], ["65534"], [DENIED] * 6),  # the same user, who is not root
+        (["65534"], HOLDING, ["65533"], [DENIED] * 6),  # another user, whom the kernel keeps out in any case
+        (["65534"], HOLDING, ["65534"], [DENIED] * 6),  # the same user, who is not root
+        (["65534"], CARELESS, ["65534"], ["True"] * 6),
         # Root reads plaintext and attaches, and does not read keys: the kernel has no way to them
-        ([], [], ["OSError", "True", "OSError", "True", "True", "True"]),
+        ([], HOLDING, [], ["OSError", "True", "OSError", "True", "True", "True"]),
+        ([], CARELESS, [], ["True"] * 6),
     ],
 )
-def test_reading_memory_and_descriptors_from_another_process(victim, attacker, said):
-    with subprocess.Popen([sys.executable, "-c", VICTIM, *victim], stdout=subprocess.PIPE, text=True) as process:
-        try:
-            where = process.stdout.readline().split()
-            command = [sys.executable, "-c", ATTACKER, *where, *attacker]
-            assert subprocess.check_output(command, text=True).split() == said
-        finally:
-            process.kill()
+def test_reading_memory_and_descriptors_from_another_process(user, how, attacker, said):
+    with victim(*user, how=how) as (_, where):
+        command = [sys.executable, "-c", ATTACKER, *where, *attacker]
+        assert subprocess.check_output(command, text=True).split() == said
 
 
-@pytest.mark.parametrize("user", ["another", "the same"])
-def test_a_debugger_of_an_ordinary_user_is_not_let_in(user):
+@pytest.mark.parametrize(
+    ("user", "how", "let_in"), [("65533", HOLDING, False), ("65534", HOLDING, False), ("65534", CARELESS, True)]
+)
+def test_a_debugger_of_an_ordinary_user_is_not_let_in(user, how, let_in):
     """gdb attaches as py-spy does: by ptrace and /proc/PID/mem."""
-    nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
-    command = [sys.executable, "-c", VICTIM, *(["nobody"] if user == "the same" else [])]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            number = process.stdout.readline().split()[0]
-            attach = ["gdb", "-batch", "-nx", "-p", number, "-ex", "info threads"]
-            done = subprocess.run([*nobody, *attach], capture_output=True, text=True, check=False)
-            assert "ptrace: Operation not permitted" in done.stderr + done.stdout
-        finally:
-            process.kill()
+    with victim(user, how=how) as (_, where):
+        attach = ["gdb", "-batch", "-nx", "-p", where[0], "-ex", "info threads"]
+        done = subprocess.run([*another_user(), *attach], capture_output=True, text=True, check=False)
+    assert ("ptrace: Operation not permitted" in done.stderr + done.stdout) != let_in
+    assert ("* 1 " in done.stdout) == let_in
 
 
-def test_a_crash_writes_no_core(tmp_path):
-    with subprocess.Popen([sys.executable, "-c", VICTIM], stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
-        process.stdout.readline()
-        process.send_signal(6)
-        assert process.wait(30) == -6
-    assert list(tmp_path.iterdir()) == []
+DUMPABLE = "libc.prctl(4, 1, 0, 0, 0)\n"
+LARGE_CORES = "resource.setrlimit(resource.RLIMIT_CORE, (resource.getrlimit(resource.RLIMIT_CORE)[1],) * 2)\n"
+
+
+@pytest.mark.parametrize(
+    ("how", "leaves"),
+    [
+        (HOLDING, False),
+        (HOLDING + LARGE_CORES, False),
+        (HOLDING + DUMPABLE, Path("/proc/sys/kernel/core_pattern").read_text().startswith("|")),  # of 0 bytes: core(5)
+        (HOLDING + DUMPABLE + LARGE_CORES, True),
+        (CARELESS, True),
+    ],
+)
+def test_a_crash_writes_no_core(tmp_path, how, leaves):
+    """By either of two defences; without both it does, wherever the system puts it."""
+    assert resource.getrlimit(resource.RLIMIT_CORE)[1], "the tests need core dumps to be allowed (ulimit -Hc)"
+    with victim(how=how, cwd=tmp_path) as (process, _):
+        process.send_signal(signal.SIGABRT)
+        ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert ended.si_status == signal.SIGABRT
+        assert (ended.si_code == os.CLD_DUMPED) == leaves
+    assert leaves or list(tmp_path.iterdir()) == []

@@ -2,17 +2,22 @@
 
 import json
 import os
+import resource
+import select
 import signal
 import subprocess
 import sys
 import textwrap
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from tests.forging import as_root
+from hwlicense.device.keeping import Mount
+from hwlicense.device.tree import Tree
+from tests.forging import another_user
 from tests.programs import children, marked, mounts, runs, shop, until
 from tests.world import PROGRAM, run
 
@@ -72,6 +77,22 @@ def test_a_stopped_tree_ends_as_well(here, how):
     assert not mounts(here.at)
 
 
+def test_the_command_ends_with_hwlicense_and_keeper_without_namespaces(here):
+    """Both killed while they are stopped, so that neither can do anything about it: the kernel does."""
+    mark = uuid.uuid4().hex
+    with here.running("while :; do sleep 0.1; done", "--fd", mark) as process:
+        keeper = children(process.pid)[0]
+        command = children(keeper)[0]
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in (process.pid, keeper):
+                os.kill(pid, number)
+        try:
+            until(lambda: not marked(mark) and not any(map(runs, (keeper, command))))
+        finally:
+            with suppress(ProcessLookupError):
+                os.kill(command, signal.SIGKILL)
+
+
 def test_processes_that_were_there_before_are_left_alone(here):
     """Those that a shell has started and left when it became hwlicense."""
     script = 'sleep 60 >/dev/null 2>&1 & echo $!; exec "$@"'
@@ -88,13 +109,13 @@ def test_nobody_else_sees_the_files(here):
         keeper = children(process.pid)[0]
         assert not list(here.at.iterdir())
         assert Path(f"/proc/{process.pid}/ns/mnt").readlink() != Path(f"/proc/{keeper}/ns/mnt").readlink()
-        if as_root():
-            command = children(keeper)[0]
-            for path in (f"/proc/{command}/root{here.at}", f"/proc/{command}/fd", f"/proc/{command}/mem"):
-                code = f"import os; os.listdir({path!r}) if 'mem' not in {path!r} else open({path!r})"
-                words = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-c", code]
-                done = subprocess.run(words, capture_output=True, text=True, check=False)
-                assert "Permission denied" in done.stderr
+        command = children(keeper)[0]
+        for path in (f"/proc/{command}/root{here.at}", f"/proc/{command}/fd", f"/proc/{command}/mem"):
+            code = f"import os; os.listdir({path!r}) if 'mem' not in {path!r} else open({path!r}, 'rb')"
+            words = [sys.executable, "-c", code]
+            done = subprocess.run([*another_user(), *words], capture_output=True, text=True, check=False)
+            assert "Permission denied" in done.stderr
+            subprocess.run(words, check=True)  # root's
 
 
 ANOTHER_USERS_WAYS = """
@@ -120,7 +141,7 @@ def joined_as_root_of_ones_own(pid):
         stderr=subprocess.DEVNULL)
 
 def traced(pid):
-    called(libc.ptrace(16, pid, 0, 0))  # PTRACE_ATTACH
+    called(libc.ptrace(0x4206, pid, 0, 0))  # PTRACE_SEIZE
 
 def read(pid):
     buffer = ctypes.create_string_buffer(8)
@@ -130,15 +151,27 @@ def read(pid):
 ways = [taken, joined, joined_as_root_of_ones_own, traced, read]
 folders = ("fd", "map_files", "cwd/.", "root/.")
 ways += [lambda pid, entry=entry: os.listdir(f"/proc/{pid}/{entry}") for entry in folders]
-ways += [lambda pid, entry=entry: open(f"/proc/{pid}/{entry}", "rb").read() for entry in ("mem", "environ", "maps")]
+ways += [lambda pid, entry=entry: open(f"/proc/{pid}/{entry}", "rb") for entry in ("mem", "environ", "maps")]
 ways += [lambda pid: open(f"/proc/{pid}/fd/{number}"), lambda pid: os.kill(pid, 0)]
+
+def let_in(way, pid):
+    try:
+        way(pid)
+    except (PermissionError, subprocess.CalledProcessError):
+        return False
+    except OSError:  # let in, where there is no such address, or no file to be opened
+        return True
+    return True
+
 for place, way in enumerate(ways):
-    for pid in processes:
-        try:
-            way(pid)
-        except (PermissionError, subprocess.CalledProcessError):
-            continue
-        print("a way in:", place, pid)
+    for kind, pid in zip(("hwlicense", "keeper", "command"), processes, strict=True):
+        child = os.fork()  # what one way has changed is not the next one's
+        if not child:
+            os._exit(3 if let_in(way, pid) else 4)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status in {3, 4}, status
+        if status == 3:
+            print("a way in:", place, kind)
 print("tried", len(ways))
 for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
     if "hwlicense" in line:
@@ -156,33 +189,23 @@ def test_another_user_reaches_neither_socket_nor_files(here, how):
         command = children(keeper)[0]
         pids = ",".join(map(str, (process.pid, keeper, command)))
         words = [sys.executable, "-c", ANOTHER_USERS_WAYS, pids, number]
-        if as_root():
-            words[:0] = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs"]
-            done = subprocess.run(words, capture_output=True, text=True, check=False, cwd="/")
-            assert (done.stdout, done.stderr) == ("tried 14\n", "")
-            control = subprocess.run(words[5:], capture_output=True, text=True, check=False, cwd="/")
-            assert "a way in: 0" in control.stdout  # root's: the ways are ways
-
-
-def test_the_keeper_is_no_way_in_for_the_same_user(here):
-    """It could be stopped and led to show what it likes; as it is not dumpable, its /proc entries are root's."""
-    with here.running(STAY) as process:
-        for pid in (process.pid, children(process.pid)[0]):
-            code = f"open('/proc/{pid}/mem', 'rb')"
-            words = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", sys.executable, "-c", code]
-            if as_root():
-                words[1:1] = ["--securebits=+noroot,+noroot_locked"]
-            done = subprocess.run(words, capture_output=True, text=True, check=False)
-            assert "Permission denied" in done.stderr
+        done = subprocess.run([*another_user(), *words], capture_output=True, text=True, check=False, cwd="/")
+        assert (done.stdout, done.stderr) == ("tried 14\n", "")
+        control = subprocess.run(words, capture_output=True, text=True, check=False, cwd="/")
+    # Root's: the ways are ways, but for the one that needs a user namespace and has no rights outside
+    ways = [f"a way in: {n} {kind}" for n in range(14) if n != 2 for kind in ("hwlicense", "keeper", "command")]
+    assert (control.stdout.splitlines(), control.stderr) == ([*ways, "tried 14"], "")
 
 
 @pytest.mark.parametrize("how", ["--at", "--fd"])
 def test_no_core_dump(here, how):
     given = ["--at", here.at] if how == "--at" else ["--fd"]
     done = here.exec("sh", "-c", "ulimit -c; ulimit -Hc; kill -SEGV $$", status=128 + signal.SIGSEGV, given=given)
+    assert len(done.stdout.split()) == 2
     assert set(done.stdout.split()) <= {"0", "1"}
     assert not list(here.folder.glob("core*"))
-    assert all(line.split()[4] in {"0", "1"} for line in _limits(here, given) if "core" in line)
+    least = "1" if resource.getrlimit(resource.RLIMIT_CORE)[1] else "0"
+    assert [line.split()[4:6] for line in _limits(here, given) if "core" in line] == [[least, least]]
 
 
 def _limits(here, given):
@@ -207,6 +230,24 @@ def test_the_members_cannot_be_changed(here):
     """
     done = here.exec(sys.executable, "-c", textwrap.dedent(code), "{weights.bin}", given=["--fd"])
     assert done.stdout == "Operation not permitted\n"
+
+
+@pytest.mark.parametrize("executable", [False, True])
+def test_the_mount_lends_no_rights(here, executable):
+    """Neither before a file lies there, as the keeper sees it, nor as the program does."""
+    with Tree(["true"], Mount(here.at, 1 << 20, 64, executable=executable)) as tree:
+        options = {"rw", "nosuid", "nodev", *([] if executable else ["noexec"])}
+        assert mounted(Path(f"/proc/{tree.keeper}/mountinfo").read_text(), here.at) == options
+    given = ["--at", here.at, *(["--executable"] if executable else [])]
+    seen = here.exec("cat", "/proc/self/mountinfo", given=given).stdout
+    assert mounted(seen, here.at) == options - {"rw"} | {"ro"}
+
+
+def mounted(mountinfo, at):
+    """The options of what is mounted there (proc_pid_mountinfo(5)), but for those about times."""
+    found = [fields[5] for line in mountinfo.splitlines() if (fields := line.split())[4] == str(at)]
+    assert len(found) == 1
+    return {option for option in found[0].split(",") if "atime" not in option}
 
 
 def test_nothing_but_what_is_meant_is_passed_on(here):
@@ -252,6 +293,26 @@ def test_opens_are_not_spent_on_what_could_not_run(vendor, tmp_path):
         limited.exec("true", given=["--at", tmp_path], status=2)
         limited.exec("sh", "-c", "exit 3", status=3)
         assert "reason: OPENS_EXHAUSTED" in limited.exec("true", status=1).stderr
+
+
+DEBUGGER = """
+import ctypes, sys, time
+assert ctypes.CDLL(None).ptrace(0x4206, int(sys.argv[1]), None, None) == 0  # PTRACE_SEIZE
+time.sleep(30)
+"""
+
+
+def test_what_a_guard_finds_ends_the_tree(vendor, tmp_path):
+    """A debugger of hwlicense's, root's."""
+    terms = 'licensee = "A"\nproduct = "p"\n[guard]\nrefuse = ["debugger"]\ninterval = "1s"\n'
+    script = "trap 'echo asked to end; exit 0' TERM; while :; do sleep 0.1; done"
+    with shop(vendor, tmp_path, terms) as guarded, guarded.running(script) as process:
+        with subprocess.Popen([sys.executable, "-c", DEBUGGER, str(process.pid)]) as debugger:
+            assert select.select([process.stdout], [], [], 20)[0]
+            debugger.kill()  # it would have to let hwlicense go on at each signal
+        assert process.stdout.read() == "asked to end\n"
+        assert "reason: GUARD" in process.stderr.read()
+        assert process.wait(10) == 1
 
 
 @pytest.fixture(scope="module")

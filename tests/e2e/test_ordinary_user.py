@@ -7,6 +7,7 @@ import pwd
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import pytest
 
 from tests.forging import as_root, listing
 from tests.world import MEMBERS, PROGRAM, WITH_PCRS
+
+LENT = ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +32,7 @@ def as_user(uid, gid):
     words = ["setpriv", f"--reuid={uid}", f"--regid={gid}", "--clear-groups", "--no-new-privs"]
     if subprocess.run([*words, PROGRAM, "--version"], check=False, capture_output=True).returncode:
         # The interpreter of the tests lies where only root may read: that right is lent, and nothing else
-        words += ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
+        words += LENT
     return words
 
 
@@ -150,6 +153,41 @@ def test_a_program_in_namespaces_of_its_own(shop, run, tcti):
     assert not list(place.iterdir())
     done = run("exec", "model.hwpkg", "--home", "home", "--fd", "--", "cat", "{labels/names.txt}")
     assert done.stdout == "bolt\nnut\n"
+
+
+WAY_IN = """
+import subprocess, sys
+from pathlib import Path
+with subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    assert process.stdout.readline() == b"ready\\n"
+    pids = [process.pid]
+    while len(pids) < 3:
+        pids.append(int(Path(f"/proc/{pids[-1]}/task/{pids[-1]}/children").read_text().split()[0]))
+    for pid, name in zip(pids, ("hwlicense", "keeper", "COMMAND")):
+        try:
+            open(f"/proc/{pid}/mem", "rb").close()
+        except PermissionError:
+            print("no way into", name)
+        else:
+            print("a way into", name)
+"""
+
+
+@pytest.mark.parametrize("how", [["--at", "at"], ["--fd"]])
+def test_neither_hwlicense_nor_the_keeper_is_a_way_in_for_the_same_user(shop, run, tcti, user, how):
+    """Either could be stopped and led to show what it likes. COMMAND is an ordinary process, and so the control.
+
+    From the process that has started them, which Yama (ptrace_scope) does not keep from its descendants.
+    """
+    _licensed(shop, run, tcti)
+    command = [PROGRAM, "exec", "model.hwpkg", "--home", "home", *how, "--", "sh", "-c", "echo ready; read line"]
+    lent = [word for word in LENT if as_root() and word not in user[0]]  # where a program of its own needs it, too
+    words = [*user[0], *lent, sys.executable, "-c", WAY_IN, *command]
+    done = subprocess.run(
+        words, cwd=shop, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=60, check=False
+    )
+    said = ["no way into hwlicense", "no way into keeper", "a way into COMMAND"]
+    assert done.stdout.splitlines() == said, done.stderr
 
 
 def test_a_program_that_is_set_uid(shop, run, tcti, user):

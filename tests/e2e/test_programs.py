@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -151,22 +152,27 @@ def test_a_signal_that_was_ignored_stays_so(here):
     assert process.returncode == 0
 
 
-def test_at_a_terminal(here, how):
-    """Ctrl-C reaches the program once, and it reads what is typed."""
-    script = "trap 'echo got it' INT; echo ready; read line; read line; echo \"$line, status $?\"; exit 4"
-    words = [PROGRAM, "exec", here.vendor.package, *map(str, how), "--", "bash", "-c", script]
+def at_terminal(here, how, *command):
+    """A program that has said that it is ready: hwlicense's number, the terminal, what is heard, and a wait for it."""
+    words = [PROGRAM, "exec", here.vendor.package, *map(str, how), "--", *command]
     pid, terminal = pty.fork()
     if not pid:
         os.execve(words[0], words, here.environment)  # noqa: S606
-    said = b""
+    said = bytearray()
 
     def hears(text):
-        nonlocal said
         while text not in said:
             assert select.select([terminal], [], [], 10)[0], said
-            said += os.read(terminal, 1024)
+            said.extend(os.read(terminal, 1024))
 
     hears(b"ready")
+    return pid, terminal, said, hears
+
+
+def test_at_a_terminal(here, how):
+    """Ctrl-C reaches the program once, and it reads what is typed."""
+    script = "trap 'echo got it' INT; echo ready; read line; read line; echo \"$line, status $?\"; exit 4"
+    pid, terminal, said, hears = at_terminal(here, how, "bash", "-c", script)
     os.write(terminal, b"\x03")
     hears(b"got it")
     os.write(terminal, b"one\ntwo\n")
@@ -174,6 +180,31 @@ def test_at_a_terminal(here, how):
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 4
     os.close(terminal)
     assert said.count(b"got it") == 1
+
+
+def test_two_signals_of_a_terminal_at_once(here, how):
+    """The keeper hears of either while both wait for it."""
+    code = """
+        import signal, sys
+        for number in (signal.SIGINT, signal.SIGQUIT):
+            signal.signal(number, lambda number, _: print(signal.Signals(number).name, flush=True))
+        print("ready", flush=True)
+        print(sys.stdin.readline(), flush=True)
+    """
+    pid, terminal, said, hears = at_terminal(here, how, sys.executable, "-c", textwrap.dedent(code))
+    keeper = children(pid)[0]
+    os.kill(keeper, signal.SIGSTOP)
+    os.write(terminal, b"\x03\x1c")
+    hears(b"SIGINT")
+    hears(b"SIGQUIT")
+    time.sleep(0.5)  # hwlicense has heard of both and told the keeper
+    os.kill(keeper, signal.SIGCONT)
+    time.sleep(0.5)
+    os.write(terminal, b"the end\n")
+    hears(b"the end\r\nthe end")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    os.close(terminal)
+    assert (said.count(b"SIGINT"), said.count(b"SIGQUIT")) == (1, 1)
 
 
 def test_an_opening_that_is_interrupted_starts_nothing(here):

@@ -7,10 +7,12 @@ import socket
 import pytest
 
 from hwlicense.core.errors import HwlicenseError
-from hwlicense.device import keeping
+from hwlicense.device import keeping, namespaces
+from hwlicense.device.keeping import Mount
 from hwlicense.device.tree import Tree
 
 COMMAND = ["sh", "-c", "sleep 60"]
+REFUSALS = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EINVAL, errno.EUSERS)
 
 
 def raising(error):
@@ -38,6 +40,23 @@ def test_a_keepers_own_fault_is_not_the_disks(monkeypatch, error, reason, words)
     assert "must not show" not in str(caught.value)
     assert caught.value.hint
     assert "disk" not in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("step", "number", "reason"),
+    [
+        *((step, number, "NAMESPACES_REFUSED") for step in ("leave", "mount_memory") for number in REFUSALS),
+        ("leave", errno.ENOSPC, "NAMESPACES_REFUSED"),  # beyond user.max_user_namespaces
+        *((step, number, "STORAGE") for step in ("leave", "mount_memory") for number in (errno.ENOMEM, errno.EMFILE)),
+        ("mount_memory", errno.ENOSPC, "STORAGE"),
+    ],
+)
+def test_what_is_short_is_not_taken_for_a_refusal(monkeypatch, tmp_path, step, number, reason):
+    monkeypatch.setattr(namespaces, step, raising(OSError(number, os.strerror(number))))
+    with pytest.raises(HwlicenseError, match=os.strerror(number)) as caught:
+        Tree(COMMAND, Mount(tmp_path, 1 << 20, 64, executable=False))
+    assert caught.value.reason == reason
+    assert ("--fd" in caught.value.hint) == (reason == "NAMESPACES_REFUSED")
 
 
 @pytest.mark.parametrize("message", [b"dance", b"run", b"signal", b"signal x", b"members now"])
