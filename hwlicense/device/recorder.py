@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from hwlicense.core.chain import Certificate, Closing, Link
+    from hwlicense.core.chain import Certificate, Closing
     from hwlicense.core.documents import License
     from hwlicense.core.hardware import Anchor, PinSource
     from hwlicense.device.bound import Connect
@@ -125,7 +125,8 @@ class Recorder:
             chain.begin(statement, certify(statement), *now())
             files = LogFiles(place, recording, sync)
             stack.callback(files.close)
-            _begun(files, chain.take(0), place, log, self._licensed)
+            files.links += chain.take()
+            _begun(files, place, log, self._licensed)
             _remember(state, recording, chain.start)
             held = stack.pop_all()
         try:
@@ -234,10 +235,10 @@ def _check_others(there: Mapping[int, Sequence[Path]], log: str, licensed: Licen
             raise UsageError(Reason.USAGE, what, hint)
 
 
-def _begun(files: LogFiles, links: Sequence[Link], folder: Path, log: str, licensed: License) -> None:
+def _begun(files: LogFiles, folder: Path, log: str, licensed: License) -> None:
     """Write the start; where another log began in the folder since it was looked at, nothing of this one stays."""
     try:
-        files.write(links)
+        files.write()
     except UsageError as error:
         if error.reason != Reason.FILE_EXISTS:
             raise

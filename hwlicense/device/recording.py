@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import TracebackType
 
-    from hwlicense.core.chain import Certificate, Closing, Link, SensorSignature
+    from hwlicense.core.chain import Certificate, Closing, SensorSignature
     from hwlicense.device.log_files import LogFiles
 
 _GATHERING: Final = 0.002
@@ -276,12 +276,12 @@ class Outputs:
             self._done.notify_all()
 
     def _keep_writing(self) -> None:
-        waiting: list[Link] = []
+        files = self._files
         checked = heard = moment = time.monotonic()
         while True:
             idle = self._chain.last.closed == self._chain.last.number
             due = heard + self._policy.heartbeat if idle else checked + self._policy.interval
-            pause = _AGAIN if waiting else max(0.0, due - time.monotonic())
+            pause = _AGAIN if self.problem else max(0.0, due - time.monotonic())
             if self._wake.wait(pause):
                 self._wake.clear()
                 rest = moment + _GATHERING - time.monotonic()
@@ -289,16 +289,16 @@ class Outputs:
                     time.sleep(rest)
             moment = time.monotonic()
             stopping = self._stopping  # if so, the chain has its end by now
-            if not waiting:
+            if not self.problem:
                 self._sign_if_due(moment, checked, heard)
             # Without a turn: a thread that appends without pause would not let the writer have one
-            waiting += self._chain.take(waiting[-1].number if waiting else self._files.number)
-            last = waiting[-1] if waiting else self._chain.last
+            files.links += self._chain.take()
+            last = files.links[-1] if files.links else self._chain.last
             if last.closed == last.number:
                 checked = heard = moment
-            waiting = self._written_of(waiting)
+            self._write()
             patience = _REFUSED if self.problem else _PATIENCE
-            if stopping and (not waiting or time.monotonic() > self._ending + patience):
+            if stopping and (not files.links or time.monotonic() > self._ending + patience):
                 self._finish()
                 return
 
@@ -317,20 +317,18 @@ class Outputs:
             else:
                 self._chain.close_until_now(Heartbeat, *now())
 
-    def _written_of(self, waiting: list[Link]) -> list[Link]:
-        """Write; what is left for later. `problem` says why."""
+    def _write(self) -> None:
+        """What is left for later stays with the files. `problem` says why."""
         try:
-            self._files.write(waiting)
+            self._files.write()
             self.problem = None
         except HwlicenseError as error:
             self.problem = error
         except MemoryError:
             self.problem = StorageError(Reason.STORAGE, "There is no memory left to write with.", "Free some.")
         with self._done:
-            if waiting and self._files.number >= waiting[0].number:
-                self._written = waiting[self._files.number - waiting[0].number].total
+            self._written = self._files.total
             self._done.notify_all()
-        return [link for link in waiting if link.number > self._files.number]
 
     def _wait(self, target: int, timeout: float | None) -> None:
         with self._done:

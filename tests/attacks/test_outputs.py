@@ -245,7 +245,7 @@ def made_up(path, scene):
     number = int(path.name[:8])
     said = msgspec.structs.replace(start.statement, key=chain.key, recording=number, previous=digest(line))
     chain.begin(said, start.certificate, *now())
-    path.write_bytes(b"".join(link.line + b"\n" for link in chain.take(0)))
+    path.write_bytes(b"".join(link.line + b"\n" for link in chain.take()))
 
 
 @pytest.mark.parametrize("plant", [no_record, folder, pipe, copied, made_up])
@@ -419,7 +419,7 @@ def test_another_program_with_the_tpm_cannot_go_back_in_time(scene):
         selection = Selection.parse(*document.grant.pcrs)
         chain.begin(said, hardware.certify(bound_to(document), selection, certified_bytes(said), None), *now())
         chain.end(hardware.certify(bound_to(document), selection, certified_bytes(chain.closing()), None), None, *now())
-    first.write_bytes(b"".join(link.line + b"\n" for link in chain.take(0)))
+    first.write_bytes(b"".join(link.line + b"\n" for link in chain.take()))
     has(scene.said(), "forged", "By the TPM's clock it began before")
 
 
@@ -434,7 +434,7 @@ def test_a_forged_certificate_is_none(scene):
     chain.begin(said, start.certificate, start.wall, start.boot)
     chain.add(Output, start.wall, start.boot, json=b"2")
     chain.end(start.certificate, None, start.wall, start.boot)
-    path.write_bytes(b"".join(link.line + b"\n" for link in chain.take(0)))
+    path.write_bytes(b"".join(link.line + b"\n" for link in chain.take()))
     has(scene.said(), "forged", "it was made for another document")
 
 
@@ -455,7 +455,7 @@ def test_a_clock_that_is_moved_shows(scene):
         chain.begin(said, certify(said), wall, boot)
         chain.add(Output, wall - 86_400_000_000, boot + 1, json=b"1")
         chain.end(certify(chain.closing()), None, wall, boot + 2)
-    path.write_bytes(b"".join(link.line + b"\n" for link in chain.take(0)))
+    path.write_bytes(b"".join(link.line + b"\n" for link in chain.take()))
     has(scene.said(), "note", "The wall clock was moved by -86,400.0 s.")
 
 
@@ -484,6 +484,19 @@ def test_who_takes_the_process_over_cannot_change_what_was_signed(scene):
 
     rewrite(path, forge)
     has(scene.said(), "forged", "Its signature is not by the key that is due.")
+
+
+def test_records_that_wait_for_the_disk_have_no_keys(scene, monkeypatch):
+    with scene.open() as model, model.outputs(scene.folder) as outputs:
+        disk = LosingDisk(monkeypatch, 1000)
+        disk._size = scene.files()[0].stat().st_size
+        outputs.append({"alert": "intruder"})
+        with pytest.raises(StorageError, match="Input/output"):
+            outputs.flush(0.2)
+        assert outputs._files.links
+        assert all(link.key is None for link in outputs._files.links)
+        disk.failures = 0
+    assert scene.said() == []
 
 
 def test_silence_shows(scene):
@@ -658,6 +671,47 @@ class FullDisk:
         return done
 
 
+class LosingDisk:
+    """fdatasync(2) for files of logs that fails so often: what it had to write is lost then, and it says so once."""
+
+    def __init__(self, monkeypatch, failures) -> None:
+        self.calls, self.failures, self._size, self._sync = 0, failures, 0, os.fdatasync
+        monkeypatch.setattr("hwlicense.device.log_files.os.fdatasync", self)
+
+    def __call__(self, fd):
+        self.calls += 1
+        if self.calls <= self.failures:
+            os.ftruncate(fd, self._size)
+            raise OSError(5, "Input/output error")
+        self._sync(fd)
+        self._size = os.fstat(fd).st_size
+
+
+@pytest.mark.parametrize("sync", ["checkpoint", "always"])
+def test_what_a_disk_lost_is_not_called_safe_and_comes_again(scene, monkeypatch, sync):
+    monkeypatch.setattr(recording, "_AGAIN", 0.1)
+    with scene.open() as model, model.outputs(scene.folder, sync=sync) as outputs:
+        disk = LosingDisk(monkeypatch, 1)
+        disk._size = scene.files()[0].stat().st_size
+        outputs.append("first")
+        outputs.append("second")
+        outputs.flush()
+        assert disk.calls >= 2
+    assert scene.said() == []
+    assert scene.check().recordings[0].outputs == 2
+
+
+@pytest.mark.parametrize(("sync", "least", "most"), [("never", 0, 0), ("checkpoint", 1, 2), ("always", 5, 99)])
+def test_a_recording_is_brought_to_the_disk_as_often_as_was_asked(scene, monkeypatch, sync, least, most):
+    disk = LosingDisk(monkeypatch, 0)
+    with scene.open() as model, model.outputs(scene.folder, sync=sync, interval=10.0) as outputs:
+        for number in range(5):
+            outputs.append(number)
+            while outputs._files.total < outputs._chain.last.total:
+                time.sleep(0.001)
+    assert least <= disk.calls <= most
+
+
 @pytest.mark.parametrize("full", ["refuse", "drop"])
 def test_a_disk_that_is_full_in_the_middle_of_a_record(scene, monkeypatch, full):
     with scene.open() as model, model.outputs(scene.folder, full=full, buffer=256 << 10) as outputs:
@@ -709,7 +763,7 @@ def test_a_writer_that_fails_is_told(scene, monkeypatch):
     with scene.open() as model:
         outputs = model.outputs(scene.folder)
 
-        def fails(_self, _links):
+        def fails(_self):
             raise ValueError("unforeseen")
 
         monkeypatch.setattr("hwlicense.device.log_files.LogFiles.write", fails)
