@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from hwlicense import storage
 from hwlicense.core.chain import Link
 from hwlicense.core.errors import StorageError
 from hwlicense.device import log_files
@@ -28,6 +29,11 @@ class Disk:
             raise OSError(errno.EIO, "Input/output error")
         self._sync(fd)
         self._safe[status.st_ino] = status.st_size
+
+
+class Broken:
+    def __call__(self, _folder):
+        raise OSError(errno.EIO, "Input/output error")
 
 
 FIRST = b"line 0"
@@ -99,6 +105,20 @@ def test_a_part_begins_when_the_one_before_is_on_the_disk(tmp_path, disk):
     assert (files.durable, files.number) == (5, 5)
     assert lines(tmp_path) == [b"line 0", b"line 1", b"line 2"]
     assert lines(tmp_path, 2) == [b"line 3", b"line 4"]
+    files.close()
+
+
+def test_a_part_whose_folder_cannot_be_synced_begins_when_it_can(tmp_path, monkeypatch):
+    files = begun(tmp_path, "checkpoint")
+    files.links += made([1, 2], parts=[0, 1], signed=[2])
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "_sync", Broken())
+        for _ in range(2):
+            with pytest.raises(StorageError, match="Input/output"):
+                files.write()
+    assert files.durable == 1
+    files.write()
+    assert (files.durable, lines(tmp_path, 2)) == (3, [b"line 1", b"line 2"])
     files.close()
 
 
