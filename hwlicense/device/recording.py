@@ -165,6 +165,7 @@ class Outputs:
             self._chain.end(certificate, str(refusal.reason) if refusal else None, *now())
             target = self._chain.last.number
             self._ending, self._stopping = time.monotonic(), True
+        self._stop.set()
         self._wake.set()
         try:
             self._thread.join(_PATIENCE + _AGAIN)
@@ -281,8 +282,10 @@ class Outputs:
         while True:
             idle = self._chain.last.closed == self._chain.last.number
             due = heard + self._policy.heartbeat if idle else checked + self._policy.interval
-            pause = _AGAIN if self.problem else max(0.0, due - time.monotonic())
-            if self._wake.wait(pause):
+            if self.problem:
+                if self._stop.wait(_AGAIN):
+                    self._stop.clear()
+            elif self._wake.wait(max(0.0, due - time.monotonic())):
                 self._wake.clear()
                 rest = moment + _GATHERING - time.monotonic()
                 if rest > 0 and not self._stopping:
@@ -349,7 +352,7 @@ class Outputs:
     def _renew(self) -> None:
         self._lock = threading.RLock()
         self._busy = False
-        self._wake = threading.Event()
+        self._wake, self._stop = threading.Event(), threading.Event()
         self._done = threading.Condition()
 
     def leave(self) -> None:

@@ -660,10 +660,11 @@ class FullDisk:
     """pwrite(2) for files of logs: `room` bytes are taken, then there is no space, until room is made."""
 
     def __init__(self, monkeypatch, room) -> None:
-        self.room, self._write = room, os.pwrite
+        self.room, self.tries, self._write = room, 0, os.pwrite
         monkeypatch.setattr("hwlicense.device.log_files.os.pwrite", self)
 
     def __call__(self, fd, data, at):
+        self.tries += 1
         if self.room <= 0:
             raise OSError(28, "No space left on device")
         done = self._write(fd, bytes(data)[: self.room], at)
@@ -757,6 +758,33 @@ def test_a_disk_that_is_full_for_a_moment_at_the_end_loses_nothing(scene, monkey
         room.start()
         outputs.close()
     assert scene.said() == []
+
+
+def test_a_disk_that_fails_is_not_tried_more_often_because_records_come(scene, monkeypatch):
+    monkeypatch.setattr(recording, "_AGAIN", 0.25)
+    with scene.open() as model, model.outputs(scene.folder, full="drop") as outputs:
+        outputs.append("before")
+        outputs.flush()
+        disk = FullDisk(monkeypatch, 0)
+        until = time.monotonic() + 1.0
+        while time.monotonic() < until:
+            outputs.append("more")
+            time.sleep(0.001)
+        assert 2 <= disk.tries <= 6
+        disk.room = 1 << 30
+    assert scene.said() == []
+
+
+def test_a_disk_that_fails_is_not_tried_more_often_because_of_the_end(scene, monkeypatch):
+    monkeypatch.setattr(recording, "_AGAIN", 0.25)
+    monkeypatch.setattr(recording, "_REFUSED", 1.0)
+    with scene.open() as model:
+        outputs = model.outputs(scene.folder)
+        disk = FullDisk(monkeypatch, 0)
+        outputs.append("lost")
+        with pytest.raises(StorageError, match="No space left"):
+            outputs.close()
+        assert 2 <= disk.tries <= 9
 
 
 def test_a_writer_that_fails_is_told(scene, monkeypatch):
