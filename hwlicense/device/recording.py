@@ -7,7 +7,6 @@ a slow disk, a slow TPM and a full disk are waited for by nobody but who asks to
 from __future__ import annotations
 
 import atexit
-import hashlib
 import os
 import threading
 import time
@@ -15,25 +14,18 @@ import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Self
 
-from hwlicense.core.chain import (
-    Chain,
-    Checkpoint,
-    Heartbeat,
-    Input,
-    Output,
-    Sensor,
-)
+from hwlicense.core.chain import Chain, Checkpoint, Heartbeat, Input, Output
 from hwlicense.core.errors import ClosedError, HwlicenseError, Reason, StorageError, UsageError
 from hwlicense.core.wording import quantity
 from hwlicense.device import clock
-from hwlicense.device.payloads import check_types, encoded
+from hwlicense.device.payloads import encoded, identified
 from hwlicense.threads import begin
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import TracebackType
 
-    from hwlicense.core.chain import Certificate, Closing, SensorSignature
+    from hwlicense.core.chain import Certificate, Closing, Sensor
     from hwlicense.device.log_files import LogFiles
 
 _GATHERING: Final = 0.002
@@ -87,12 +79,13 @@ class Outputs:
         self._certify, self._ended, self._left = certify, ended, left
         self._dropped, self._part, self._part_total = 0, 1, 0
         self._written = chain.last.total
-        self._closing = self._stopping = self._finished = self._foreign = False
+        self._closing = self._finished = self._foreign = self._busy = False
         self.problem: HwlicenseError | None = None
-        self._busy = False
+        self._refusal: HwlicenseError | None = None
+        self._over = threading.Lock()  # taken by who lets log and hardware go
         self._renew()
         self._ending = 0.0
-        self._thread = begin("outputs", self._write_on)
+        begin("outputs", self._write_on)
         _open.add(self)
 
     def append(
@@ -143,40 +136,23 @@ class Outputs:
         """Write and sign what is left, have the hardware certify the count, and end. Again, it does nothing.
 
         Raises StorageError where the disk does not take it; else HardwareError or RefusedError where the hardware does
-        not certify: then the end says so.
+        not certify: then the end says so. Where a signal interrupts it, it waits no longer for the disk, or, before the
+        hardware has answered, may be called again.
         """
-        if self._foreign:
+        if self._foreign or self._over.locked() or not self._end():
             return
-        with self._turn():
-            if self._closing:
-                return
-            self._note_dropped()
-            self._closing = True  # the chain stays as it is from here on
-            closing = self._chain.closing()
-        certificate, refusal = None, None
         try:
-            certificate = self._certify(closing)
-        except HwlicenseError as error:
-            refusal = error
-        except BaseException:  # of a signal: it may be closed again
-            self._closing = False
+            self._await_writer(_PATIENCE + _AGAIN)
+        except BaseException:  # of a signal: what is being written is the last
+            self._ending -= _PATIENCE
+            self._await_writer(_AGAIN)
             raise
-        with self._turn():
-            self._chain.end(certificate, str(refusal.reason) if refusal else None, *now())
-            target = self._chain.last.number
-            self._ending, self._stopping = time.monotonic(), True
-        self._stop.set()
-        self._wake.set()
-        try:
-            self._thread.join(_PATIENCE + _AGAIN)
-            written = self._files.durable >= target
-            self._ended(self._chain.last.head if written else None)
-            if not written:
-                raise self._not_taken(target)
         finally:
-            _open.discard(self)
-        if refusal:
-            raise refusal
+            self._let_go()
+        if self._files.durable < self._chain.last.number:
+            raise self._not_taken(self._chain.last.number)
+        if self._refusal:
+            raise self._refusal
 
     def __enter__(self) -> Self:
         return self
@@ -197,13 +173,8 @@ class Outputs:
         sensor: str | None,
         signature: bytes,
     ) -> int:
-        check_types(input_, digest, sensor, signature)
+        digest, signed = identified(self._sensors, input_, digest, sensor, signature)
         json, data = encoded(payload)
-        signed = self._checked(sensor, input_, signature) if sensor is not None or signature else None
-        if input_ is not None:
-            digest = hashlib.sha256(input_).digest()
-        if digest is not None and len(digest) != hashlib.sha256().digest_size:
-            raise UsageError(Reason.USAGE, "A digest of an input is a SHA-256, 32 bytes.", "Or give input= itself.")
         with self._turn():
             self._check_open()
             chain = self._chain
@@ -219,12 +190,6 @@ class Outputs:
         if not self._wake.is_set():
             self._wake.set()
         return number
-
-    def _checked(self, sensor: str | None, content: bytes | None, signature: bytes) -> SensorSignature:
-        if sensor not in self._sensors or content is None or not signature:
-            what = "A sensor's signature takes input=, signature= and the name of one of the recording's sensors."
-            raise UsageError(Reason.USAGE, what, "Give sensors={name: public key} to model.outputs().")
-        return self._sensors[sensor].check(content, signature)
 
     def _refuse(self) -> int:
         if self._policy.full == "drop":
@@ -258,6 +223,46 @@ class Outputs:
                 yield
             finally:
                 self._busy = False
+
+    # ---- the end
+
+    @property
+    def _stopping(self) -> bool:
+        return self._chain.last.key is None
+
+    def _end(self) -> bool:
+        """Give the chain its end, once. False where another thread is at it."""
+        mine, certificate, refusal = False, None, None
+        try:
+            with self._turn():
+                if self._closing:
+                    return self._stopping
+                self._note_dropped()
+                mine = self._closing = True  # the chain stays as it is from here on
+                closing = self._chain.closing()
+            try:
+                certificate = self._certify(closing)
+            except HwlicenseError as error:
+                refusal = error
+            with self._turn():
+                self._refusal, self._ending = refusal, time.monotonic()
+                self._chain.end(certificate, str(refusal.reason) if refusal else None, *now())
+        finally:
+            if mine:
+                self._closing = self._stopping  # else a signal came: it may be closed again
+        return True
+
+    def _await_writer(self, seconds: float) -> None:
+        self._stop.set()
+        self._wake.set()
+        with self._done:
+            self._done.wait_for(lambda: self._finished, seconds)
+
+    def _let_go(self) -> None:
+        if self._over.acquire(blocking=False):
+            _open.discard(self)
+            written = self._files.durable >= self._chain.last.number
+            self._ended(self._chain.last.head if written else None)
 
     # ---- the writer's thread
 

@@ -593,6 +593,76 @@ def test_a_close_that_a_signal_interrupts_is_done_again(scene, monkeypatch):
     assert scene.check().recordings[0].outputs == 2
 
 
+MAIN = threading.main_thread().ident or 0
+
+
+MAIN = threading.main_thread().ident or 0
+
+
+class Interrupting(threading.Event):
+    """Holds a disk up until it is set; a moment after it came there, a signal comes."""
+
+    def __init__(self, monkeypatch, signals=1) -> None:
+        super().__init__()
+        self._signals, self._write = signals, os.pwrite
+        monkeypatch.setattr("hwlicense.device.log_files.os.pwrite", self)
+
+    def __call__(self, fd, data, at):
+        if not self.is_set():
+            for _ in range(self._signals):
+                time.sleep(0.2)
+                signal.pthread_kill(MAIN, signal.SIGINT)
+            self.wait(30)
+        return self._write(fd, data, at)
+
+
+def test_a_close_that_is_interrupted_while_the_disk_is_slow_lets_log_and_hardware_go(scene, monkeypatch):
+    with scene.open() as model:
+        outputs = model.outputs(scene.folder)
+        outputs.append(1)
+        outputs.flush()
+        disk = Interrupting(monkeypatch)
+        released = threading.Timer(0.5, disk.set)
+        released.start()
+        with pytest.raises(KeyboardInterrupt):
+            outputs.close()
+        released.join()
+        outputs.close()
+        with model.outputs(scene.folder) as again:
+            again.append(2)
+    assert scene.said() == []
+    assert [each.ended for each in scene.check().recordings] == [True, True]
+
+
+def test_a_close_that_is_interrupted_twice_waits_for_no_disk(scene, monkeypatch):
+    with scene.open() as model:
+        outputs = model.outputs(scene.folder)
+        outputs.append(1)
+        outputs.flush()
+        disk, begun = Interrupting(monkeypatch, 2), time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            outputs.close()
+        assert time.monotonic() - begun < 10
+        outputs.close()
+        disk.set()
+        with model.outputs(scene.folder) as again:
+            again.append(2)
+
+
+def test_threads_that_close_it_together_end_it_once(scene):
+    with scene.open() as model:
+        outputs = model.outputs(scene.folder)
+        outputs.append(1)
+        threads = [threading.Thread(target=outputs.close) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        with model.outputs(scene.folder) as again:
+            again.append(2)
+    assert scene.said() == []
+
+
 def test_an_anchored_license_gives_its_count(vendor, device, tmp_path):
     terms = WITH_PCRS + "anchor = true\n[limits]\ninferences = 100000\n"
     raw = licensed(vendor, device, terms, counted=True)
