@@ -20,7 +20,7 @@ from hwlicense.device import clock
 from hwlicense.device.bound import Bound
 from hwlicense.device.locking import LockedFile
 from hwlicense.device.log_files import LogFiles, files_of, first_line, last_digest, path_of
-from hwlicense.device.recording import Outputs, Policy, now
+from hwlicense.device.recording import Policy, Recording, now
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,7 +75,7 @@ class Recorder:
         heartbeat: int = 10,
         full: Full = "refuse",
         buffer: int = 16 << 20,
-    ) -> Outputs:
+    ) -> Recording:
         """Begin a recording, in new files in `folder`. Waits for the hardware, which certifies its key.
 
         `name` tells logs of one license apart, by default the folder's; a log has one recording at a time. `sensors`
@@ -132,7 +132,7 @@ class Recorder:
             _remember(state, recording, chain.start)
             held = stack.pop_all()
         try:
-            return Outputs(chain, files, policy, known, certify, partial(_ended, held, state, recording), turn.close)
+            return Recording(chain, files, policy, known, certify, partial(_ended, held, state, recording), turn.close)
         except BaseException:
             held.close()
             raise

@@ -54,7 +54,7 @@ class Policy(NamedTuple):
     buffer: int
 
 
-class Outputs:
+class Recording:
     """One recording, until `close`. Threads share it; forked children have no part in it. A context manager.
 
     A record is in memory when `append` returns, in the kernel's hands a few milliseconds later, and signed at the next
@@ -369,19 +369,19 @@ class Outputs:
         self._left()
 
 
-_open: weakref.WeakSet[Outputs] = weakref.WeakSet()
+_open: weakref.WeakSet[Recording] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    for outputs in list(_open):
-        outputs.leave()
+    for each in list(_open):
+        each.leave()
     _open.clear()
 
 
 def _at_exit() -> None:
-    for outputs in list(_open):
+    for each in list(_open):
         try:
-            outputs.close()
+            each.close()
         except HwlicenseError:  # nobody is left to be told; the log says that it was cut, or not certified
             continue
 
