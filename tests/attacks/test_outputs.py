@@ -626,10 +626,9 @@ def test_a_close_that_is_interrupted_while_the_disk_is_slow_lets_log_and_hardwar
         released.start()
         with pytest.raises(KeyboardInterrupt):
             outputs.close()
-        released.join()
-        outputs.close()
         with model.outputs(scene.folder) as again:
             again.append(2)
+        outputs.close()
     assert scene.said() == []
     assert [each.ended for each in scene.check().recordings] == [True, True]
 
@@ -643,10 +642,10 @@ def test_a_close_that_is_interrupted_twice_waits_for_no_disk(scene, monkeypatch)
         with pytest.raises(KeyboardInterrupt):
             outputs.close()
         assert time.monotonic() - begun < 10
-        outputs.close()
         disk.set()
         with model.outputs(scene.folder) as again:
             again.append(2)
+        outputs.close()
 
 
 def test_threads_that_close_it_together_end_it_once(scene):
