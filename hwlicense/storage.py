@@ -136,7 +136,13 @@ def new_file(path: Path, mode: int = 0o644, *, force: bool = False) -> Iterator[
                     file.flush()
                     os.fsync(fd)
                     hidden = _publish(fd, folder, hidden, path.name, force=force)
-                _sync(folder)
+                try:
+                    _sync(folder)
+                except OSError:
+                    if not force:  # who tries again must not find its own file in the way
+                        with suppress(OSError):
+                            os.unlink(path.name, dir_fd=folder)
+                    raise
             finally:
                 if hidden:
                     with suppress(FileNotFoundError):

@@ -93,7 +93,7 @@ class Log:
         self.chain.end(self.signer.certify(self.chain.closing()), None, *self.now())
 
     def lines(self) -> list[bytes]:
-        taken = self.chain.take(0)
+        taken = self.chain.take()
         self.head = self.chain.last.head
         return [link.line for link in taken]
 

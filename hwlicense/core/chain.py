@@ -283,16 +283,16 @@ class Chain:
         """The public half of the key that signs next. Raises ClosedError after the end."""
         return self._key(self.last).public_key().public_bytes_raw()
 
-    def take(self, number: int) -> list[Link]:
-        """The links from record `number` on, which the chain forgets but for its last.
+    def take(self) -> list[Link]:
+        """The links that were not taken yet, without their keys. The chain forgets them but for its last.
 
         For one thread, while another makes records: that only adds at the other end.
         """
         taken = list[Link]()
         while len(self._links) > 1:
             self._links.popleft()
-            taken.append(self._links[0])
-        return [link for link in taken if link.number > number]
+            taken.append(Link(*self._links[0][:-1], None))
+        return taken
 
     def begin(self, statement: Statement, certificate: Certificate, wall: int, boot: int) -> None:
         """The start, which the statement about `key` begins."""

@@ -11,7 +11,6 @@ from hwlicense import storage
 from hwlicense.core.chain import LINE_LIMIT, digest
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
     from hwlicense.core.chain import Link
@@ -19,6 +18,9 @@ if TYPE_CHECKING:
 SUFFIX: Final = ".hwout"
 _BATCH: Final = 1024
 """Lines of one write."""
+
+_HELD: Final = 1 << 20
+"""Bytes that are kept to be written again: after so many, files are brought to the disk before there is a signature."""
 
 _NAME: Final = re.compile(r"([0-9]+)-([0-9]+)" + re.escape(SUFFIX))
 
@@ -34,35 +36,37 @@ def path_of(folder: Path, recording: int, part: int) -> Path:
 class LogFiles:
     """Where lines go. For one thread at a time. Files have mode 0600.
 
-    `number` records were written whole, `durable` of them as safely as `sync` asks.
+    `number` records were written whole, of `total` bytes; `durable` of them as safely as `sync` asks. `links` are those
+    that are not durable yet, in their order; more are added at the end.
     """
 
     def __init__(self, folder: Path, recording: int, sync: Sync) -> None:
         self._folder, self._recording, self._sync = folder, recording, sync
         self._fd, self._size, self._path = -1, 0, folder
-        self.number = self.durable = 0
-        self._torn = False  # whether a write did not come to its end
-        self._signed = False  # whether there is a signature that is not on the disk yet
+        self.number = self.total = self.durable = 0
+        self.links: list[Link] = []
+        self._done = 0  # how many of the links were written
+        self._durable_size = self._durable_total = 0
+        self._torn = False  # whether there may be something after the last whole line
 
-    def write(self, links: Sequence[Link]) -> None:
-        """Write lines; again, after a failure, those from `number` on. Raises StorageError, UsageError FILE_EXISTS."""
-        todo = [link for link in links if link.number > self.number]
-        while todo:
-            if todo[0].part:
-                self._begin(todo.pop(0))
+    def write(self) -> None:
+        """Write what is left of `links`. After a failure it goes on, again, from what is safe.
+
+        Raises StorageError, UsageError FILE_EXISTS.
+        """
+        while self._done < len(self.links):
+            if self.links[self._done].part:
+                self._begin(self.links[self._done])
                 continue
-            batch = todo[:_BATCH]
+            batch = self.links[self._done : self._done + _BATCH]
             batch = batch[: next((place for place, link in enumerate(batch) if link.part), len(batch))]
             self._append(b"".join(link.line + b"\n" for link in batch))
-            self.number = batch[-1].number
-            del todo[: len(batch)]
-            self._signed |= batch[-1].closed > self.durable
-            if self._sync == "always":
-                self._to_disk()
-        if self._signed and self._sync == "checkpoint":
-            self._to_disk()
-        if self._sync == "never":
-            self.durable = self.number
+            self._done += len(batch)
+            self.number, self.total = batch[-1].number, batch[-1].total
+            if self._sync != "checkpoint" or self._size - self._durable_size > _HELD:
+                self._settle()
+        if self._done and self.links[self._done - 1].closed > self.durable:
+            self._settle()
 
     def close(self) -> None:
         """Nothing is written any more. Doing it again changes nothing."""
@@ -77,8 +81,8 @@ class LogFiles:
             self._path.unlink(missing_ok=True)
 
     def _begin(self, link: Link) -> None:
-        if self._fd >= 0 and self._sync != "never":
-            self._to_disk()
+        if self._done:
+            self._settle()
         path = path_of(self._folder, self._recording, link.part)
         fd = -1
         try:
@@ -93,7 +97,8 @@ class LogFiles:
         self.close()
         self._fd, self._torn = fd, False
         self._path, self._size = path, len(link.line) + 1
-        self.number = self.durable = link.number
+        self.number, self.total, self._done = link.number, link.total, 1
+        self._settled()
 
     def _append(self, data: bytes) -> None:
         """All or nothing: after a failure the next try begins where the last whole line ended."""
@@ -113,10 +118,25 @@ class LogFiles:
         self._size += len(data)
         self._torn = False
 
-    def _to_disk(self) -> None:
+    def _settle(self) -> None:
+        """Make what was written durable; where that fails, it is to be written again.
+
+        Linux tells once of pages that it could not write, and takes them for written from then on.
+        """
         with storage.reporting(self._path):
-            os.fdatasync(self._fd)
-        self.durable, self._signed = self.number, False
+            try:
+                if self._sync != "never":
+                    os.fdatasync(self._fd)
+            except OSError:
+                self._done, self._size, self._torn = 0, self._durable_size, True
+                self.number, self.total = self.durable, self._durable_total
+                raise
+        self._settled()
+
+    def _settled(self) -> None:
+        self.durable, self._durable_size, self._durable_total = self.number, self._size, self.total
+        del self.links[: self._done]
+        self._done = 0
 
 
 def files_of(folder: Path) -> dict[int, list[Path]]:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
+from math import inf
 from typing import TYPE_CHECKING, Final
 
 from hwlicense import storage
@@ -19,13 +20,13 @@ from hwlicense.device import clock
 from hwlicense.device.bound import Bound
 from hwlicense.device.locking import LockedFile
 from hwlicense.device.log_files import LogFiles, files_of, first_line, last_digest, path_of
-from hwlicense.device.recording import Outputs, Policy, now
+from hwlicense.device.recording import Policy, Recording, now
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from hwlicense.core.chain import Certificate, Closing, Link
+    from hwlicense.core.chain import Certificate, Closing
     from hwlicense.core.documents import License
     from hwlicense.core.hardware import Anchor, PinSource
     from hwlicense.device.bound import Connect
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from hwlicense.device.recording import Full
 
 _LEAST_BUFFER: Final = 256 << 10
+_DAY: Final = 86400
 
 
 class Latest(Document, frozen=True):
@@ -73,7 +75,7 @@ class Recorder:
         heartbeat: int = 10,
         full: Full = "refuse",
         buffer: int = 16 << 20,
-    ) -> Outputs:
+    ) -> Recording:
         """Begin a recording, in new files in `folder`. Waits for the hardware, which certifies its key.
 
         `name` tells logs of one license apart, by default the folder's; a log has one recording at a time. `sensors`
@@ -125,11 +127,12 @@ class Recorder:
             chain.begin(statement, certify(statement), *now())
             files = LogFiles(place, recording, sync)
             stack.callback(files.close)
-            _begun(files, chain.take(0), place, log, self._licensed)
+            files.links += chain.take()
+            _begun(files, place, log, self._licensed)
             _remember(state, recording, chain.start)
             held = stack.pop_all()
         try:
-            return Outputs(chain, files, policy, known, certify, partial(_ended, held, state, recording), turn.close)
+            return Recording(chain, files, policy, known, certify, partial(_ended, held, state, recording), turn.close)
         except BaseException:
             held.close()
             raise
@@ -234,10 +237,10 @@ def _check_others(there: Mapping[int, Sequence[Path]], log: str, licensed: Licen
             raise UsageError(Reason.USAGE, what, hint)
 
 
-def _begun(files: LogFiles, links: Sequence[Link], folder: Path, log: str, licensed: License) -> None:
+def _begun(files: LogFiles, folder: Path, log: str, licensed: License) -> None:
     """Write the start; where another log began in the folder since it was looked at, nothing of this one stays."""
     try:
-        files.write(links)
+        files.write()
     except UsageError as error:
         if error.reason != Reason.FILE_EXISTS:
             raise
@@ -278,26 +281,20 @@ def _ended(held: ExitStack, state: Path, recording: int, head: bytes | None) -> 
 
 def _check(policy: Policy, sync: Sync) -> None:
     """Raises UsageError for what makes no sense."""
-    sound = (
-        (policy.rotate is None or (_whole(policy.rotate) and policy.rotate >= _LEAST_BUFFER))
-        and _whole(policy.every)
-        and policy.every >= 1
-        and _whole(policy.heartbeat)
-        and _number(policy.interval)
-        and 0 < policy.interval <= policy.heartbeat <= 86400  # noqa: PLR2004  # a day
-        and policy.heartbeat >= 1
-        and policy.full in ("refuse", "drop")
-        and sync in ("never", "checkpoint", "always")
-        and _whole(policy.buffer)
-        and policy.buffer >= _LEAST_BUFFER
-    )
-    if not sound:
-        what = "The recording cannot be kept in this way."
-        hint = (
-            "rotate (or None) and buffer take 262144 bytes at least; every 1; heartbeat whole seconds, a day at most; "
-            "interval at most the heartbeat; full 'refuse' or 'drop'; sync 'checkpoint', 'always' or 'never'."
-        )
-        raise UsageError(Reason.USAGE, what, hint)
+    rotate, every, interval, heartbeat, full, buffer = policy
+    beat, least = _whole(heartbeat, 1, _DAY), f"a whole number of bytes, {_LEAST_BUFFER} at least"
+    limit = heartbeat if beat else _DAY
+    for option, value, sound, takes in (
+        ("rotate", rotate, rotate is None or _whole(rotate, _LEAST_BUFFER), f"{least}, or None"),
+        ("sync", sync, sync in ("never", "checkpoint", "always"), "'checkpoint', 'always' or 'never'"),
+        ("every", every, _whole(every, 1), "a whole number of records, 1 at least"),
+        ("heartbeat", heartbeat, beat, f"whole seconds, from 1 to {_DAY}"),
+        ("interval", interval, _seconds(interval, limit), f"seconds, more than 0 and at most the heartbeat ({limit})"),
+        ("full", full, full in ("refuse", "drop"), "'refuse' or 'drop'"),
+        ("buffer", buffer, _whole(buffer, _LEAST_BUFFER), least),
+    ):
+        if not sound:
+            raise UsageError(Reason.USAGE, f"{option}={value!r} is no way to keep a recording.", f"It takes {takes}.")
 
 
 def _check_names(folder: object, name: object, sensors: object) -> None:
@@ -312,9 +309,9 @@ def _check_names(folder: object, name: object, sensors: object) -> None:
         raise UsageError(Reason.USAGE, what, "Give model.outputs(folder, name='...', sensors={name: public key}).")
 
 
-def _whole(value: object) -> bool:
-    return isinstance(value, int)
+def _whole(value: object, least: int, most: float = inf) -> bool:
+    return isinstance(value, int) and least <= value <= most
 
 
-def _number(value: object) -> bool:
-    return isinstance(value, int | float)
+def _seconds(value: object, most: int) -> bool:
+    return isinstance(value, int | float) and 0 < value <= most

@@ -7,7 +7,6 @@ a slow disk, a slow TPM and a full disk are waited for by nobody but who asks to
 from __future__ import annotations
 
 import atexit
-import hashlib
 import os
 import threading
 import time
@@ -15,24 +14,17 @@ import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Self
 
-from hwlicense.core.chain import (
-    Chain,
-    Checkpoint,
-    Heartbeat,
-    Input,
-    Output,
-    Sensor,
-)
+from hwlicense.core.chain import Chain, Checkpoint, Heartbeat, Input, Output
 from hwlicense.core.errors import ClosedError, HwlicenseError, Reason, StorageError, UsageError
 from hwlicense.core.wording import quantity
 from hwlicense.device import clock
-from hwlicense.device.payloads import check_types, encoded
+from hwlicense.device.payloads import encoded, identified
 from hwlicense.threads import begin
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from hwlicense.core.chain import Certificate, Closing, Link, SensorSignature
+    from hwlicense.core.chain import Certificate, Closing, Sensor
     from hwlicense.device.log_files import LogFiles
 
 _GATHERING: Final = 0.002
@@ -61,7 +53,7 @@ class Policy(NamedTuple):
     buffer: int
 
 
-class Outputs:
+class Recording:
     """One recording, until `close`. Threads share it; forked children have no part in it. A context manager.
 
     A record is in memory when `append` returns, in the kernel's hands a few milliseconds later, and signed at the next
@@ -86,12 +78,13 @@ class Outputs:
         self._certify, self._ended, self._left = certify, ended, left
         self._dropped, self._part, self._part_total = 0, 1, 0
         self._written = chain.last.total
-        self._closing = self._stopping = self._finished = self._foreign = False
+        self._closing = self._finished = self._foreign = self._busy = False
         self.problem: HwlicenseError | None = None
-        self._busy = False
+        self._refusal: HwlicenseError | None = None
+        self._over = threading.Lock()  # taken by who lets log and hardware go
         self._renew()
         self._ending = 0.0
-        self._thread = begin("outputs", self._write_on)
+        begin("outputs", self._write_on)
         _open.add(self)
 
     def append(
@@ -142,39 +135,23 @@ class Outputs:
         """Write and sign what is left, have the hardware certify the count, and end. Again, it does nothing.
 
         Raises StorageError where the disk does not take it; else HardwareError or RefusedError where the hardware does
-        not certify: then the end says so.
+        not certify: then the end says so. Where a signal interrupts it, it waits no longer for the disk, or, before the
+        hardware has answered, may be called again.
         """
-        if self._foreign:
+        if self._foreign or self._over.locked() or not self._end():
             return
-        with self._turn():
-            if self._closing:
-                return
-            self._note_dropped()
-            self._closing = True  # the chain stays as it is from here on
-            closing = self._chain.closing()
-        certificate, refusal = None, None
         try:
-            certificate = self._certify(closing)
-        except HwlicenseError as error:
-            refusal = error
-        except BaseException:  # of a signal: it may be closed again
-            self._closing = False
+            self._await_writer(_PATIENCE + _AGAIN)
+        except BaseException:  # of a signal: what is being written is the last
+            self._ending -= _PATIENCE
+            self._await_writer(_AGAIN)
             raise
-        with self._turn():
-            self._chain.end(certificate, str(refusal.reason) if refusal else None, *now())
-            target = self._chain.last.number
-            self._ending, self._stopping = time.monotonic(), True
-        self._wake.set()
-        try:
-            self._thread.join(_PATIENCE + _AGAIN)
-            written = self._files.durable >= target
-            self._ended(self._chain.last.head if written else None)
-            if not written:
-                raise self._not_taken(target)
         finally:
-            _open.discard(self)
-        if refusal:
-            raise refusal
+            self._let_go()
+        if self._files.durable < self._chain.last.number:
+            raise self._not_taken(self._chain.last.number)
+        if self._refusal:
+            raise self._refusal
 
     def __enter__(self) -> Self:
         return self
@@ -193,13 +170,8 @@ class Outputs:
         sensor: str | None,
         signature: bytes,
     ) -> int:
-        check_types(input_, digest, sensor, signature)
+        digest, signed = identified(self._sensors, input_, digest, sensor, signature)
         json, data = encoded(payload)
-        signed = self._checked(sensor, input_, signature) if sensor is not None or signature else None
-        if input_ is not None:
-            digest = hashlib.sha256(input_).digest()
-        if digest is not None and len(digest) != hashlib.sha256().digest_size:
-            raise UsageError(Reason.USAGE, "A digest of an input is a SHA-256, 32 bytes.", "Or give input= itself.")
         with self._turn():
             self._check_open()
             chain = self._chain
@@ -215,12 +187,6 @@ class Outputs:
         if not self._wake.is_set():
             self._wake.set()
         return number
-
-    def _checked(self, sensor: str | None, content: bytes | None, signature: bytes) -> SensorSignature:
-        if sensor not in self._sensors or content is None or not signature:
-            what = "A sensor's signature takes input=, signature= and the name of one of the recording's sensors."
-            raise UsageError(Reason.USAGE, what, "Give sensors={name: public key} to model.outputs().")
-        return self._sensors[sensor].check(content, signature)
 
     def _refuse(self) -> int:
         if self._policy.full == "drop":
@@ -255,6 +221,46 @@ class Outputs:
             finally:
                 self._busy = False
 
+    # ---- the end
+
+    @property
+    def _stopping(self) -> bool:
+        return self._chain.last.key is None
+
+    def _end(self) -> bool:
+        """Give the chain its end, once. False where another thread is at it."""
+        mine, certificate, refusal = False, None, None
+        try:
+            with self._turn():
+                if self._closing:
+                    return self._stopping
+                self._note_dropped()
+                mine = self._closing = True  # the chain stays as it is from here on
+                closing = self._chain.closing()
+            try:
+                certificate = self._certify(closing)
+            except HwlicenseError as error:
+                refusal = error
+            with self._turn():
+                self._refusal, self._ending = refusal, time.monotonic()
+                self._chain.end(certificate, str(refusal.reason) if refusal else None, *now())
+        finally:
+            if mine:
+                self._closing = self._stopping  # else a signal came: it may be closed again
+        return True
+
+    def _await_writer(self, seconds: float) -> None:
+        self._stop.set()
+        self._wake.set()
+        with self._done:
+            self._done.wait_for(lambda: self._finished, seconds)
+
+    def _let_go(self) -> None:
+        if self._over.acquire(blocking=False):
+            _open.discard(self)
+            written = self._files.durable >= self._chain.last.number
+            self._ended(self._chain.last.head if written else None)
+
     # ---- the writer's thread
 
     def _write_on(self) -> None:
@@ -273,29 +279,31 @@ class Outputs:
             self._done.notify_all()
 
     def _keep_writing(self) -> None:
-        waiting: list[Link] = []
+        files = self._files
         checked = heard = moment = time.monotonic()
         while True:
             idle = self._chain.last.closed == self._chain.last.number
             due = heard + self._policy.heartbeat if idle else checked + self._policy.interval
-            pause = _AGAIN if waiting else max(0.0, due - time.monotonic())
-            if self._wake.wait(pause):
+            if self.problem:
+                if self._stop.wait(_AGAIN):
+                    self._stop.clear()
+            elif self._wake.wait(max(0.0, due - time.monotonic())):
                 self._wake.clear()
                 rest = moment + _GATHERING - time.monotonic()
                 if rest > 0 and not self._stopping:
                     time.sleep(rest)
             moment = time.monotonic()
             stopping = self._stopping  # if so, the chain has its end by now
-            if not waiting:
+            if not self.problem:
                 self._sign_if_due(moment, checked, heard)
             # Without a turn: a thread that appends without pause would not let the writer have one
-            waiting += self._chain.take(waiting[-1].number if waiting else self._files.number)
-            last = waiting[-1] if waiting else self._chain.last
+            files.links += self._chain.take()
+            last = files.links[-1] if files.links else self._chain.last
             if last.closed == last.number:
                 checked = heard = moment
-            waiting = self._written_of(waiting)
+            self._write()
             patience = _REFUSED if self.problem else _PATIENCE
-            if stopping and (not waiting or time.monotonic() > self._ending + patience):
+            if stopping and (not files.links or time.monotonic() > self._ending + patience):
                 self._finish()
                 return
 
@@ -314,20 +322,18 @@ class Outputs:
             else:
                 self._chain.close_until_now(Heartbeat, *now())
 
-    def _written_of(self, waiting: list[Link]) -> list[Link]:
-        """Write; what is left for later. `problem` says why."""
+    def _write(self) -> None:
+        """What is left for later stays with the files. `problem` says why."""
         try:
-            self._files.write(waiting)
+            self._files.write()
             self.problem = None
         except HwlicenseError as error:
             self.problem = error
         except MemoryError:
             self.problem = StorageError(Reason.STORAGE, "There is no memory left to write with.", "Free some.")
         with self._done:
-            if waiting and self._files.number >= waiting[0].number:
-                self._written = waiting[self._files.number - waiting[0].number].total
+            self._written = self._files.total
             self._done.notify_all()
-        return [link for link in waiting if link.number > self._files.number]
 
     def _wait(self, target: int, timeout: float | None) -> None:
         with self._done:
@@ -348,7 +354,7 @@ class Outputs:
     def _renew(self) -> None:
         self._lock = threading.RLock()
         self._busy = False
-        self._wake = threading.Event()
+        self._wake, self._stop = threading.Event(), threading.Event()
         self._done = threading.Condition()
 
     def leave(self) -> None:
@@ -360,19 +366,19 @@ class Outputs:
         self._left()
 
 
-_open: weakref.WeakSet[Outputs] = weakref.WeakSet()
+_open: weakref.WeakSet[Recording] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    for outputs in list(_open):
-        outputs.leave()
+    for each in list(_open):
+        each.leave()
     _open.clear()
 
 
 def _at_exit() -> None:
-    for outputs in list(_open):
+    for each in list(_open):
         try:
-            outputs.close()
+            each.close()
         except HwlicenseError:  # nobody is left to be told; the log says that it was cut, or not certified
             continue
 

@@ -245,7 +245,7 @@ def made_up(path, scene):
     number = int(path.name[:8])
     said = msgspec.structs.replace(start.statement, key=chain.key, recording=number, previous=digest(line))
     chain.begin(said, start.certificate, *now())
-    path.write_bytes(b"".join(link.line + b"\n" for link in chain.take(0)))
+    path.write_bytes(b"".join(link.line + b"\n" for link in chain.take()))
 
 
 @pytest.mark.parametrize("plant", [no_record, folder, pipe, copied, made_up])
@@ -419,7 +419,7 @@ def test_another_program_with_the_tpm_cannot_go_back_in_time(scene):
         selection = Selection.parse(*document.grant.pcrs)
         chain.begin(said, hardware.certify(bound_to(document), selection, certified_bytes(said), None), *now())
         chain.end(hardware.certify(bound_to(document), selection, certified_bytes(chain.closing()), None), None, *now())
-    first.write_bytes(b"".join(link.line + b"\n" for link in chain.take(0)))
+    first.write_bytes(b"".join(link.line + b"\n" for link in chain.take()))
     has(scene.said(), "forged", "By the TPM's clock it began before")
 
 
@@ -434,7 +434,7 @@ def test_a_forged_certificate_is_none(scene):
     chain.begin(said, start.certificate, start.wall, start.boot)
     chain.add(Output, start.wall, start.boot, json=b"2")
     chain.end(start.certificate, None, start.wall, start.boot)
-    path.write_bytes(b"".join(link.line + b"\n" for link in chain.take(0)))
+    path.write_bytes(b"".join(link.line + b"\n" for link in chain.take()))
     has(scene.said(), "forged", "it was made for another document")
 
 
@@ -455,7 +455,7 @@ def test_a_clock_that_is_moved_shows(scene):
         chain.begin(said, certify(said), wall, boot)
         chain.add(Output, wall - 86_400_000_000, boot + 1, json=b"1")
         chain.end(certify(chain.closing()), None, wall, boot + 2)
-    path.write_bytes(b"".join(link.line + b"\n" for link in chain.take(0)))
+    path.write_bytes(b"".join(link.line + b"\n" for link in chain.take()))
     has(scene.said(), "note", "The wall clock was moved by -86,400.0 s.")
 
 
@@ -484,6 +484,19 @@ def test_who_takes_the_process_over_cannot_change_what_was_signed(scene):
 
     rewrite(path, forge)
     has(scene.said(), "forged", "Its signature is not by the key that is due.")
+
+
+def test_records_that_wait_for_the_disk_have_no_keys(scene, monkeypatch):
+    with scene.open() as model, model.outputs(scene.folder) as outputs:
+        disk = LosingDisk(monkeypatch, 1000)
+        disk._size = scene.files()[0].stat().st_size
+        outputs.append({"alert": "intruder"})
+        with pytest.raises(StorageError, match="Input/output"):
+            outputs.flush(0.2)
+        assert outputs._files.links
+        assert all(link.key is None for link in outputs._files.links)
+        disk.failures = 0
+    assert scene.said() == []
 
 
 def test_silence_shows(scene):
@@ -580,6 +593,75 @@ def test_a_close_that_a_signal_interrupts_is_done_again(scene, monkeypatch):
     assert scene.check().recordings[0].outputs == 2
 
 
+MAIN = threading.main_thread().ident or 0
+
+
+MAIN = threading.main_thread().ident or 0
+
+
+class Interrupting(threading.Event):
+    """Holds a disk up until it is set; a moment after it came there, a signal comes."""
+
+    def __init__(self, monkeypatch, signals=1) -> None:
+        super().__init__()
+        self._signals, self._write = signals, os.pwrite
+        monkeypatch.setattr("hwlicense.device.log_files.os.pwrite", self)
+
+    def __call__(self, fd, data, at):
+        if not self.is_set():
+            for _ in range(self._signals):
+                time.sleep(0.2)
+                signal.pthread_kill(MAIN, signal.SIGINT)
+            self.wait(30)
+        return self._write(fd, data, at)
+
+
+def test_a_close_that_is_interrupted_while_the_disk_is_slow_lets_log_and_hardware_go(scene, monkeypatch):
+    with scene.open() as model:
+        outputs = model.outputs(scene.folder)
+        outputs.append(1)
+        outputs.flush()
+        disk = Interrupting(monkeypatch)
+        released = threading.Timer(0.5, disk.set)
+        released.start()
+        with pytest.raises(KeyboardInterrupt):
+            outputs.close()
+        with model.outputs(scene.folder) as again:
+            again.append(2)
+        outputs.close()
+    assert scene.said() == []
+    assert [each.ended for each in scene.check().recordings] == [True, True]
+
+
+def test_a_close_that_is_interrupted_twice_waits_for_no_disk(scene, monkeypatch):
+    with scene.open() as model:
+        outputs = model.outputs(scene.folder)
+        outputs.append(1)
+        outputs.flush()
+        disk, begun = Interrupting(monkeypatch, 2), time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            outputs.close()
+        assert time.monotonic() - begun < 10
+        disk.set()
+        with model.outputs(scene.folder) as again:
+            again.append(2)
+        outputs.close()
+
+
+def test_threads_that_close_it_together_end_it_once(scene):
+    with scene.open() as model:
+        outputs = model.outputs(scene.folder)
+        outputs.append(1)
+        threads = [threading.Thread(target=outputs.close) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        with model.outputs(scene.folder) as again:
+            again.append(2)
+    assert scene.said() == []
+
+
 def test_an_anchored_license_gives_its_count(vendor, device, tmp_path):
     terms = WITH_PCRS + "anchor = true\n[limits]\ninferences = 100000\n"
     raw = licensed(vendor, device, terms, counted=True)
@@ -647,15 +729,57 @@ class FullDisk:
     """pwrite(2) for files of logs: `room` bytes are taken, then there is no space, until room is made."""
 
     def __init__(self, monkeypatch, room) -> None:
-        self.room, self._write = room, os.pwrite
+        self.room, self.tries, self._write = room, 0, os.pwrite
         monkeypatch.setattr("hwlicense.device.log_files.os.pwrite", self)
 
     def __call__(self, fd, data, at):
+        self.tries += 1
         if self.room <= 0:
             raise OSError(28, "No space left on device")
         done = self._write(fd, bytes(data)[: self.room], at)
         self.room -= done
         return done
+
+
+class LosingDisk:
+    """fdatasync(2) for files of logs that fails so often: what it had to write is lost then, and it says so once."""
+
+    def __init__(self, monkeypatch, failures) -> None:
+        self.calls, self.failures, self._size, self._sync = 0, failures, 0, os.fdatasync
+        monkeypatch.setattr("hwlicense.device.log_files.os.fdatasync", self)
+
+    def __call__(self, fd):
+        self.calls += 1
+        if self.calls <= self.failures:
+            os.ftruncate(fd, self._size)
+            raise OSError(5, "Input/output error")
+        self._sync(fd)
+        self._size = os.fstat(fd).st_size
+
+
+@pytest.mark.parametrize("sync", ["checkpoint", "always"])
+def test_what_a_disk_lost_is_not_called_safe_and_comes_again(scene, monkeypatch, sync):
+    monkeypatch.setattr(recording, "_AGAIN", 0.1)
+    with scene.open() as model, model.outputs(scene.folder, sync=sync) as outputs:
+        disk = LosingDisk(monkeypatch, 1)
+        disk._size = scene.files()[0].stat().st_size
+        outputs.append("first")
+        outputs.append("second")
+        outputs.flush()
+        assert disk.calls >= 2
+    assert scene.said() == []
+    assert scene.check().recordings[0].outputs == 2
+
+
+@pytest.mark.parametrize(("sync", "least", "most"), [("never", 0, 0), ("checkpoint", 1, 2), ("always", 5, 99)])
+def test_a_recording_is_brought_to_the_disk_as_often_as_was_asked(scene, monkeypatch, sync, least, most):
+    disk = LosingDisk(monkeypatch, 0)
+    with scene.open() as model, model.outputs(scene.folder, sync=sync, interval=10.0) as outputs:
+        for number in range(5):
+            outputs.append(number)
+            while outputs._files.total < outputs._chain.last.total:
+                time.sleep(0.001)
+    assert least <= disk.calls <= most
 
 
 @pytest.mark.parametrize("full", ["refuse", "drop"])
@@ -705,11 +829,38 @@ def test_a_disk_that_is_full_for_a_moment_at_the_end_loses_nothing(scene, monkey
     assert scene.said() == []
 
 
+def test_a_disk_that_fails_is_not_tried_more_often_because_records_come(scene, monkeypatch):
+    monkeypatch.setattr(recording, "_AGAIN", 0.25)
+    with scene.open() as model, model.outputs(scene.folder, full="drop") as outputs:
+        outputs.append("before")
+        outputs.flush()
+        disk = FullDisk(monkeypatch, 0)
+        until = time.monotonic() + 1.0
+        while time.monotonic() < until:
+            outputs.append("more")
+            time.sleep(0.001)
+        assert 2 <= disk.tries <= 6
+        disk.room = 1 << 30
+    assert scene.said() == []
+
+
+def test_a_disk_that_fails_is_not_tried_more_often_because_of_the_end(scene, monkeypatch):
+    monkeypatch.setattr(recording, "_AGAIN", 0.25)
+    monkeypatch.setattr(recording, "_REFUSED", 1.0)
+    with scene.open() as model:
+        outputs = model.outputs(scene.folder)
+        disk = FullDisk(monkeypatch, 0)
+        outputs.append("lost")
+        with pytest.raises(StorageError, match="No space left"):
+            outputs.close()
+        assert 2 <= disk.tries <= 9
+
+
 def test_a_writer_that_fails_is_told(scene, monkeypatch):
     with scene.open() as model:
         outputs = model.outputs(scene.folder)
 
-        def fails(_self, _links):
+        def fails(_self):
             raise ValueError("unforeseen")
 
         monkeypatch.setattr("hwlicense.device.log_files.LogFiles.write", fails)
@@ -790,14 +941,6 @@ def test_hardware_that_is_gone_at_the_end_leaves_an_end_that_says_so(scene):
 @pytest.mark.parametrize(
     "options",
     [
-        {"rotate": 1},
-        {"every": 0},
-        {"interval": 0},
-        {"interval": 11},
-        {"heartbeat": 0},
-        {"full": "ignore"},
-        {"sync": "maybe"},
-        {"buffer": 10},
         {"name": ""},
         {"name": "x" * 201},
         {"name": "\udc80"},
@@ -805,18 +948,33 @@ def test_hardware_that_is_gone_at_the_end_leaves_an_end_that_says_so(scene):
         {"sensors": {"camera": "text"}},
         {"sensors": ["camera"]},
         {"name": 7},
-        {"heartbeat": None},
-        {"heartbeat": 1.5},
-        {"interval": "1"},
-        {"every": None},
-        {"rotate": "1 MiB"},
-        {"buffer": None},
-        {"full": []},
     ],
 )
-def test_options_that_make_no_sense_are_refused(scene, options):
+def test_names_that_make_no_sense_are_refused(scene, options):
     with scene.open() as model, pytest.raises(UsageError):
         model.outputs(scene.folder, **options)
+    assert scene.files() == []
+
+
+@pytest.mark.parametrize(
+    ("option", "values", "takes"),
+    [
+        ("rotate", [1, "1 MiB"], "a whole number of bytes, 262144 at least, or None"),
+        ("buffer", [10, None], "a whole number of bytes, 262144 at least"),
+        ("every", [0, None], "a whole number of records, 1 at least"),
+        ("heartbeat", [0, 86401, None, 1.5], "whole seconds, from 1 to 86400"),
+        ("interval", [0, 11, "1", math.nan], "seconds, more than 0 and at most the heartbeat (10)"),
+        ("full", ["ignore", []], "'refuse' or 'drop'"),
+        ("sync", ["maybe", None], "'checkpoint', 'always' or 'never'"),
+    ],
+)
+def test_an_option_that_makes_no_sense_is_named_with_what_it_takes(scene, option, values, takes):
+    with scene.open() as model:
+        for value in values:
+            with pytest.raises(UsageError) as refused:
+                model.outputs(scene.folder, **{option: value})
+            assert f"{option}={value!r}" in refused.value.what
+            assert refused.value.hint == f"It takes {takes}."
     assert scene.files() == []
 
 

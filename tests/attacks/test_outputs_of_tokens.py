@@ -153,7 +153,7 @@ def made(path, certify, certify_end=None, **changes):
     chain.begin(said, certify(said), *now())
     chain.add(Output, *now(), json=b"1")
     chain.end((certify_end or certify)(chain.closing()), None, *now())
-    path.write_bytes(b"".join(link.line + b"\n" for link in chain.take(0)))
+    path.write_bytes(b"".join(link.line + b"\n" for link in chain.take()))
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import fcntl
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -48,6 +49,28 @@ def test_a_file_appears_whole_with_its_mode(tmp_path: Path) -> None:
         os.umask(former)
     assert (tmp_path / "a").read_bytes() == b"content"
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+    assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.usefixtures("kind")
+@pytest.mark.parametrize("code", [errno.EIO, errno.EDQUOT])
+def test_a_file_whose_folder_cannot_be_synced_can_be_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    sync = os.fsync
+
+    def fails_for_folders(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(code, os.strerror(code))
+        sync(fd)
+
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fails_for_folders)
+            with pytest.raises(StorageError, match=os.strerror(code)):
+                storage.atomic_write(tmp_path / "a", b"content", force=False)
+        assert names(tmp_path) == []
+    storage.atomic_write(tmp_path / "a", b"content", force=False)
     assert names(tmp_path) == ["a"]
 
 
