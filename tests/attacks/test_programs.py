@@ -308,7 +308,7 @@ def test_what_a_guard_finds_ends_the_tree(vendor, tmp_path):
     script = "trap 'echo asked to end; exit 0' TERM; while :; do sleep 0.1; done"
     with shop(vendor, tmp_path, terms) as guarded, guarded.running(script) as process:
         with subprocess.Popen([sys.executable, "-c", DEBUGGER, str(process.pid)]) as debugger:
-            assert select.select([process.stdout], [], [], 20)[0]
+            assert select.select([process.stdout.fileno()], [], [], 20)[0]
             debugger.kill()  # it would have to let hwlicense go on at each signal
         assert process.stdout.read() == "asked to end\n"
         assert "reason: GUARD" in process.stderr.read()
