@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -292,6 +293,26 @@ def test_opens_are_not_spent_on_what_could_not_run(vendor, tmp_path):
         limited.exec("true", given=["--at", tmp_path], status=2)
         limited.exec("sh", "-c", "exit 3", status=3)
         assert "reason: OPENS_EXHAUSTED" in limited.exec("true", status=1).stderr
+
+
+DEBUGGER = """
+import ctypes, sys, time
+assert ctypes.CDLL(None).ptrace(0x4206, int(sys.argv[1]), None, None) == 0  # PTRACE_SEIZE
+time.sleep(30)
+"""
+
+
+def test_what_a_guard_finds_ends_the_tree(vendor, tmp_path):
+    """A debugger of hwlicense's, root's."""
+    terms = 'licensee = "A"\nproduct = "p"\n[guard]\nrefuse = ["debugger"]\ninterval = "1s"\n'
+    script = "trap 'echo asked to end; exit 0' TERM; while :; do sleep 0.1; done"
+    with shop(vendor, tmp_path, terms) as guarded, guarded.running(script) as process:
+        with subprocess.Popen([sys.executable, "-c", DEBUGGER, str(process.pid)]) as debugger:
+            assert select.select([process.stdout.fileno()], [], [], 20)[0]
+            debugger.kill()  # it would have to let hwlicense go on at each signal
+        assert process.stdout.read() == "asked to end\n"
+        assert "reason: GUARD" in process.stderr.read()
+        assert process.wait(10) == 1
 
 
 @pytest.fixture(scope="module")
