@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -74,3 +75,17 @@ def made(vendor: Vendor, tmp_path_factory: pytest.TempPathFactory) -> Made:
 def model(vendor: Vendor, made: Made) -> Iterator[Model]:
     with opened(vendor, made.package, made.key) as model:
         yield model
+
+
+class _Stack(ctypes.Structure):
+    """stack_t, of sigaltstack(2)."""
+
+    _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+@pytest.fixture(autouse=True)
+def _signals_on_the_ordinary_stack() -> Iterator[None]:
+    """OpenVINO gives a thread that runs a network a stack for signals, which may be gone when the next one comes."""
+    yield
+    disabled = _Stack(flags=2)
+    assert ctypes.CDLL(None).sigaltstack(ctypes.byref(disabled), None) == 0
