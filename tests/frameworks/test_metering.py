@@ -146,7 +146,7 @@ def test_what_is_no_time_to_wait(wait):
 @pytest.fixture
 def under(vendor, made, tmp_path, monkeypatch):
     """Models under limits, on a machine whose account is looked after whenever time passes."""
-    with Machine().running(monkeypatch) as machine, ExitStack() as stack:
+    with Machine().running(monkeypatch) as machine, monkeypatch.context() as patched, ExitStack() as stack:
 
         def opened(*rates, **limits):
             granted = grant(limited(*rates, **limits))
@@ -156,7 +156,7 @@ def under(vendor, made, tmp_path, monkeypatch):
                 machine.passes(seconds + 0.001)
                 account._tended.tend()
 
-            monkeypatch.setattr(time, "sleep", sleep)
+            patched.setattr(time, "sleep", sleep)
             file = PackageFile(made.package, vendor.public)
             return stack.enter_context(Model(file, nothing_enclosed(made.key), Conditions(granted, None, account)))
 
