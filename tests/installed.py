@@ -5,6 +5,7 @@ The environment that runs the tests has an editable install, which the guard rig
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -78,6 +79,8 @@ class Installation:
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
+        # Python takes the bytecode of a text of the same length that was there in the same second
+        Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
         return path
 
     def run(
