@@ -71,6 +71,10 @@ class Machine:
         self.steps += 1
         return self.read()
 
+    @contextmanager
+    def together(self):
+        yield self
+
     def passes(self, seconds: float) -> None:
         self.boot += int(seconds * SECOND)
         self.wall += seconds

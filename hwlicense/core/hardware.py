@@ -71,11 +71,8 @@ class Reading(NamedTuple):
     lapse: int
 
 
-class Anchor(Protocol):
-    """A count in hardware that only goes up, by which an older ledger is told from the latest.
-
-    For use at any time while the license is open, by any thread, and in forked processes.
-    """
+class Steps(Protocol):
+    """A count in hardware that only goes up."""
 
     def read(self) -> Reading:
         """The count as it is. Raises HardwareError, AbsentError, RefusedError LICENSE_SUPERSEDED."""
@@ -84,6 +81,20 @@ class Anchor(Protocol):
         """Count one more, and read. Raises as `read`; the step may have been counted then.
 
         One whose answer came too late is given by the next call in the same process, instead of another.
+        """
+
+
+class Anchor(Steps, Protocol):
+    """What an older ledger is told from the latest by.
+
+    For use at any time while the license is open, by any thread, and in forked processes.
+    """
+
+    def together(self) -> AbstractContextManager[Steps]:
+        """The same for several uses right after one another: the hardware is kept meanwhile, and asked for less.
+
+        What the block raises, and what hardware says at its end, is raised as by `read`. Others wait: it must not wait
+        for what they hold.
         """
 
 

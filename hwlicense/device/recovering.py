@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING
 
 from hwlicense.core import calendar, leases
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hwlicense.core.documents import ClockReset, Grant
-    from hwlicense.core.hardware import Anchor, Reading
+    from hwlicense.core.hardware import Anchor, Reading, Steps
     from hwlicense.core.limits import Rate
     from hwlicense.core.secret import Secret
 
@@ -104,7 +104,17 @@ class _Opening:
 
     def first(self, write: Callable[[bytes], None]) -> Account:
         """No other process has the license open."""
-        anchor, reading = self._anchor, self._anchor.read() if self._anchor else None
+        with self._anchor.together() if self._anchor else nullcontext() as anchor:
+            account, stepped = self._begun(write, anchor)
+        if stepped:
+            write(account.encode())
+            with self._ledger.sharing() as shared:
+                shared.share(account.encode())
+        return account
+
+    def _begun(self, write: Callable[[bytes], None], anchor: Steps | None) -> tuple[Account, bool]:
+        """The account recovered and shared with whoever joins; and whether it has a first lease to be written down."""
+        reading = anchor.read() if anchor else None
         if reading:
             self.clock.set(reading.clock)
         account, recorded = self._found(reading)
@@ -122,13 +132,9 @@ class _Opening:
         # All that can be short (descriptors, threads, room for a socket) is taken before the anchor is asked to count.
         self._ledger.begin(account.encode())
         self._ledger.serve()
-        if anchor and self._step(anchor, account):
-            write(account.encode())
-            with self._ledger.sharing() as shared:
-                shared.share(account.encode())
-        return account
+        return account, anchor is not None and self._step(anchor, account)
 
-    def _step(self, anchor: Anchor, account: Account) -> bool:
+    def _step(self, anchor: Steps, account: Account) -> bool:
         """Take a first lease, where there is something to lease."""
         metered, looked = self._grant.terms_of_use.metered, self._moment(account)
         step = leases.plan(account, looked, account.first_step)

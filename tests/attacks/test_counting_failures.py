@@ -165,7 +165,7 @@ def test_answers_changed_on_the_bus_are_not_believed(customer):
         anchor = hardware.unwrap(binding, held, approvals, None).anchor
         for code, steps in ((TPM2_CC.NV_Read, 1), (TPM2_CC.GetTime, 2), (TPM2_CC.GetCapability, 2)):
             if code == TPM2_CC.GetCapability:
-                anchor._lapse = 0
+                anchor._kept.lapse = 0
             _change(customer, code)
             for action in (anchor.read, anchor.step, lambda: hardware.use(binding, held)):
                 if code == TPM2_CC.GetCapability and action not in (anchor.read, anchor.step):

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -62,6 +62,10 @@ class FileAnchor:
 
     def read(self) -> Reading:
         return self._change(0)
+
+    @contextmanager
+    def together(self):
+        yield self
 
 
 PROMPT = 1_000_000

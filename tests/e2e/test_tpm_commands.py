@@ -85,6 +85,7 @@ DEFINE, INCREMENT, COUNTER = (
     "StartAuthSession NV_Read",
 )
 READ, STEP = "StartAuthSession PolicyCommandCode PolicyOR NV_Read GetTime", "StartAuthSession NV_Read GetTime"
+LAPSE = "StartAuthSession GetCapability"
 
 
 class Behind(NamedTuple):
@@ -282,7 +283,7 @@ def test_an_anchor(own_vendor, tapped, warm):
         anchor = hardware.unwrap(binding, held, approvals, None).anchor
         own.sent()
         for act, expected, count in (
-            (anchor.read, f"{READ} StartAuthSession GetCapability", 7),  # and once, how far the clock can be trusted
+            (anchor.read, f"{READ} {LAPSE} FlushContext", 8),  # and once, how far the clock can be trusted
             (anchor.read, READ, 5),
             (anchor.step, STEP, 3),
             (partial(hardware.use, binding, held), f"{COUNTER} StartAuthSession GetTime {READ}", 9),
@@ -290,6 +291,20 @@ def test_an_anchor(own_vendor, tapped, warm):
             act()
             assert own.sent() == (expected if warm else cold(expected))
             assert len(expected.split()) == count
+
+
+@pytest.mark.parametrize("warm", [True, False], ids=["persistent", "transient"])
+def test_an_open_with_every_limit(own_vendor, tapped, warm):
+    """The anchor is read and stepped under one key, and counts over the session that told how far its clock goes."""
+    own = tapped(warm=warm)
+    terms = EVERYTHING.replace("[limits]", "anchor = true\n[limits]\ninferences = 100000")
+    licensed(own_vendor, own.device, terms, counted=True)
+    own.sent()
+    expected = [COUNTED, f"{READ} {LAPSE} {STEP.removeprefix('StartAuthSession ')}"]
+    for _ in range(2):
+        own.device.open(own_vendor).close()
+        assert own.sent() == " ".join(expected if warm else map(cold, expected))
+    assert len(" ".join(expected).split()) == 21
 
 
 @pytest.mark.parametrize("warm", [True, False], ids=["persistent", "transient"])

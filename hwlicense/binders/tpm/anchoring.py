@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tpm2_pytss import TSS2_Exception
 
-from hwlicense.binders.tpm import clock, opening
+from hwlicense.binders.tpm import opening
 from hwlicense.binders.tpm.counting import GONE, Indexes, count
 from hwlicense.binders.tpm.failures import code, tampered
 from hwlicense.core.hardware import Reading
@@ -17,14 +17,61 @@ from hwlicense.core.tpm import standing
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from tpm2_pytss import ESYS_TR
-
-    from hwlicense.binders.tpm.connection import Connection, Work
+    from hwlicense.binders.tpm.connection import Connection
     from hwlicense.binders.tpm.held import Held
     from hwlicense.binders.tpm.sealed import Sealed
     from hwlicense.core.documents import TpmIndex
     from hwlicense.core.secret import Secret
+    from hwlicense.core.tpm.composing import Conditions
     from hwlicense.core.tpm.quote import Time
+
+
+class _Kept:
+    """What an anchor knows from one work to the next."""
+
+    lapse = 0
+    unused: Future[bytes] | bytes | None = None  # the count of a step that was not given to whoever asked
+
+    def counted(self) -> int | None:
+        """The count of that step, where it has come."""
+        unused = self.unused
+        if isinstance(unused, Future):
+            if not unused.done() or unused.exception():
+                return None
+            unused = unused.result()
+        return None if unused is None else count(unused)
+
+
+class TpmSteps:
+    """A `Steps` within one work."""
+
+    def __init__(self, indexes: Indexes, conditions: Conditions, index: TpmIndex, kept: _Kept) -> None:
+        self._indexes, self._kept = indexes, kept
+        self._public, self._branches = conditions.public(index), conditions.branches(index)
+
+    def read(self) -> Reading:
+        """The count as it is. Raises TSS2_Exception, HardwareError."""
+        steps, now = self._indexes.counted(self._public, self._branches)
+        return self._reading(steps, now)
+
+    def step(self) -> Reading:
+        """Count one more, and read. Raises as `read`."""
+        if (before := self._kept.counted()) is not None:
+            found = self.read()
+            self._kept.unused = None
+            if found.steps == before:
+                return found
+        counted: list[Future[bytes] | bytes] = []
+        try:
+            return self._reading(*self._indexes.step(self._public, counted.append))
+        except BaseException:
+            if counted:
+                self._kept.unused = counted[-1]
+            raise
+
+    def _reading(self, steps: int, now: Time) -> Reading:
+        self._kept.lapse = self._kept.lapse or self._indexes.lapse()
+        return Reading(steps, now.clock, now.uptime, self._kept.lapse)
 
 
 class TpmAnchor:
@@ -34,56 +81,28 @@ class TpmAnchor:
         self, connection: Connection, sealed: Sealed, held: Held, index: TpmIndex, auth: Callable[[], Secret]
     ) -> None:
         self._connection, self._sealed, self._held, self._index, self._auth = connection, sealed, held, index, auth
-        self._lapse = 0
-        self._unused: Future[bytes] | bytes | None = None  # the count of a step that was not given to whoever asked
+        self._kept = _Kept()
 
     def read(self) -> Reading:
         """The count as it is. Raises HardwareError, AbsentError, RefusedError LICENSE_SUPERSEDED, COUNTER_LOST."""
-        asked = self._sealed.conditions
-        with self._indexes() as (work, root, indexes):
-            found = indexes.counted(asked.public(self._index), asked.branches(self._index))
-            return self._reading(work, root, *found)
+        with self.together() as steps:
+            return steps.read()
 
     def step(self) -> Reading:
         """Count one more, and read. Raises as `read`; the step may have been counted then.
 
         A step whose answer came after its time is given now, unless another was counted since.
         """
-        if (before := self._counted()) is not None:
-            found = self.read()
-            self._unused = None
-            if found.steps == before:
-                return found
-        counted: list[Future[bytes] | bytes] = []
-        try:
-            with self._indexes() as (work, root, indexes):
-                stepped = indexes.step(self._sealed.conditions.public(self._index), counted.append)
-                return self._reading(work, root, *stepped)
-        except BaseException:
-            if counted:
-                self._unused = counted[-1]
-            raise
-
-    def _counted(self) -> int | None:
-        unused = self._unused
-        if isinstance(unused, Future):
-            if not unused.done() or unused.exception():
-                return None
-            unused = unused.result()
-        return None if unused is None else count(unused)
-
-    def _reading(self, work: Work, root: ESYS_TR, steps: int, now: Time) -> Reading:
-        if not self._lapse:
-            self._lapse = clock.lapse(work, root)
-        return Reading(steps, now.clock, now.uptime, self._lapse)
+        with self.together() as steps:
+            return steps.step()
 
     @contextmanager
-    def _indexes(self) -> Iterator[tuple[Work, ESYS_TR, Indexes]]:
+    def together(self) -> Iterator[TpmSteps]:
+        """As one work, under one storage root key and with one session for what is read and counted."""
         with self._auth() as auth, self._connection.work() as work:
-            root = opening.storage_root_key(work, self._held)
-            indexes = Indexes(work, root, auth)
+            indexes = Indexes(work, opening.storage_root_key(work, self._held), auth)
             try:
-                yield work, root, indexes
+                yield TpmSteps(indexes, self._sealed.conditions, self._index, self._kept)
             except TSS2_Exception as error:
                 if code(error) not in GONE:
                     raise

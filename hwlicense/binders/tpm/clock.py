@@ -31,11 +31,12 @@ def read(work: Work, session: ESYS_TR) -> Time:
     return read_time(bytes(attested.attestationData))
 
 
-def lapse(work: Work, root: ESYS_TR) -> int:
-    """How many milliseconds the TPM's clock can lose at a power cut. Raises HardwareError TPM_UNSUPPORTED."""
-    session = work.session(root, TPM2_SE.HMAC, TPMA_SESSION.AUDIT)
+def lapse(work: Work, session: ESYS_TR) -> int:
+    """How many milliseconds the TPM's clock can lose at a power cut, by a session for audit that goes on.
+
+    Raises HardwareError TPM_UNSUPPORTED.
+    """
     _, capability = work.call("get_capability", TPM2_CAP.TPM_PROPERTIES, TPM2_PT.CLOCK_UPDATE, 1, session1=session)
-    work.ended(session)
     facts = {int(fact.property): int(fact.value) for fact in capability.data.tpmProperties}
     found = facts.get(int(TPM2_PT.CLOCK_UPDATE), 0)
     if not 0 < found <= LONGEST_LAPSE:
@@ -49,8 +50,9 @@ def make_safe(work: Work, root: ESYS_TR) -> None:
 
     Takes the owner's authorization, and at most that time from the license.
     """
-    forward = lapse(work, root)
-    now = time(work, root)
+    goes_on = TPMA_SESSION.AUDIT | TPMA_SESSION.CONTINUESESSION
+    session = work.session(root, TPM2_SE.HMAC, goes_on)
+    forward, now = lapse(work, session), read(work, session)
     if now.safe:
         return
     session = work.session(root, TPM2_SE.HMAC, TPMA_SESSION(0))

@@ -57,6 +57,7 @@ class Indexes:
     def __init__(self, work: Work, root: ESYS_TR, auth: Secret) -> None:
         self._work, self._root, self._auth = work, root, auth
         self._known: dict[bytes, ESYS_TR] = {}
+        self._spare: ESYS_TR | None = None  # a session that goes on
 
     def handle(self, public: NvPublic) -> ESYS_TR:
         """For commands about an index that is what its license says, or fail."""
@@ -109,14 +110,24 @@ class Indexes:
         plain = {"session1": ESYS_TR.PASSWORD, "session2": ESYS_TR.PASSWORD}
         attested, _ = work.call("get_time", ESYS_TR.NULL, b"", session3=session, **plain)
         work.ended(session)
-        return int.from_bytes(content[:4], "big"), read_time(bytes(attested.attestationData))
+        return count(content), read_time(bytes(attested.attestationData))
+
+    def lapse(self) -> int:
+        """How many milliseconds the TPM's clock can lose at a power cut. Raises HardwareError TPM_UNSUPPORTED.
+
+        The session that it takes is left for `step`.
+        """
+        self._spare = self._work.session(self._root, TPM2_SE.HMAC, TPMA_SESSION.AUDIT | _CONTINUE)
+        found = clock.lapse(self._work, self._spare)
+        self._work.call("trsess_set_attributes", self._spare, _CONTINUE)
+        return found
 
     def step(self, public: NvPublic, counted: Callable[[Future[bytes] | bytes], None]) -> tuple[int, Time]:
         """Count one more, by reading with the index's authValue; and the time.
 
         `counted` is told the count as soon as it is known, also if the time is not; or what will be, if it comes late.
         """
-        session = self._work.session(self._root, TPM2_SE.HMAC, _CONTINUE)
+        session, self._spare = self._spare or self._work.session(self._root, TPM2_SE.HMAC, _CONTINUE), None
         index = self.handle(public)
         try:
             content = bytes(self._work.call("nv_read", index, NV_SIZE, auth_handle=index, session1=session))
