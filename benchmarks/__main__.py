@@ -123,7 +123,7 @@ def _options() -> argparse.Namespace:
         help="runs of each process of the cold start (a third of it, at least 5, for the throughput)",
     )
     parser.add_argument("--size", type=int, default=1024, help="MiB of the large model")
-    parser.add_argument("--large", default="1,4", help="GiB of the models whose memory is measured, by commas")
+    parser.add_argument("--large", default="1,4,16", help="GiB of the models whose memory is measured, by commas")
     parser.add_argument("--pulls", type=int, default=50, help="how often token and dongle are pulled")
     parser.add_argument("--seconds", type=float, default=60, help="how long the load on a token lasts")
     parser.add_argument("--days", type=int, default=100, help="normal days of each product that is monitored")

@@ -33,18 +33,21 @@ def throughput_by_size(axes: Any, found: dict[str, Any]) -> None:  # noqa: ANN40
 
 def opening_by_commands(axes: Any, found: dict[str, Any]) -> None:  # noqa: ANN401
     """Milliseconds over the number of commands."""
-    kinds = sorted(found.items(), key=lambda item: item[1]["commands"])
-    counts = [one["commands"] for _, one in kinds]
-    labels = (("SLB9672", "latencies of an SLB9672"), ("simulated", "simulated TPM"))
-    for (key, label), mark in zip(labels, MARKS, strict=False):
-        axes.plot(counts, [one[key]["median"] * 1e3 for _, one in kinds], mark + "-", label=label)
-    for kind, one in kinds:
-        place = (one["commands"], one["SLB9672"]["median"] * 1e3)
-        axes.annotate(kind, place, (3, 7), textcoords="offset points", rotation=40, rotation_mode="anchor")
+    highest = 0.0
+    for (title, kinds), mark in zip(found.items(), MARKS, strict=False):
+        each = sorted(kinds.items(), key=lambda item: item[1]["commands"])
+        counts = [one["commands"] for _, one in each]
+        for key, label, line in (("SLB9672", "latencies of an SLB9672", "-"), ("simulated", "simulated TPM", ":")):
+            times = [one[key]["median"] * 1e3 for _, one in each]
+            axes.plot(counts, times, mark + line, label=f"{title}, {label}")
+            highest = max(highest, *times)
+        for kind, one in each:
+            place = (one["commands"], one["SLB9672"]["median"] * 1e3)
+            axes.annotate(kind, place, (3, 7), textcoords="offset points", rotation=40, rotation_mode="anchor")
     title = "Opening a license, the TPM warm"
-    axes.set(xlabel="TPM commands", ylabel="milliseconds", title=title, ylim=0)
+    axes.set(xlabel="TPM commands", ylabel="milliseconds", title=title)
     axes.margins(x=0.15, y=0.15)
-    axes.set_ylim(0, 1.35 * max(one["SLB9672"]["median"] for _, one in kinds) * 1e3)
+    axes.set_ylim(0, 1.35 * highest)
 
 
 def spend_by_processes(axes: Any, found: dict[str, Any]) -> None:  # noqa: ANN401

@@ -22,13 +22,19 @@ TERMS = f'licensee = "Acme Robotics"\nproduct = "reader"\n[require]\npcrs = ["{P
 class Scene:
     """Everything lies below `folder`."""
 
-    def __init__(self, folder: Path, tpm: Tpm) -> None:
+    def __init__(self, folder: Path, tpm: Tpm, installed: tuple[Path, Path] | None = None) -> None:
         self.folder, self.tpm = folder, tpm
         self.environment = tpm.environment
-        self.python, self.program = install(folder / "installed")
+        self.python, self.program = installed or install(folder / "installed")
         self.home, self.package = folder / "home", folder / "model.hwpkg"
         self.vendor = folder / "vendor"
         self.hwlicense("vendor", "init", "--no-passphrase", "--name", "Acme", self.vendor)
+
+    def at(self, tpm: Tpm, name: str) -> Scene:
+        """Another one, with the same programs: of another TPM, in a folder within."""
+        folder = self.folder / name
+        folder.mkdir()
+        return Scene(folder, tpm, (self.python, self.program))
 
     @property
     def vendor_text(self) -> str:
