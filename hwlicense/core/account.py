@@ -121,6 +121,8 @@ class Account:
             self.first_step, min([LARGEST // RESERVATIONS, (self.total or LARGEST) // _LEASED, *bounds])
         )
         """Allowances of the largest reservation."""
+        self.largest_lease = self.largest_step * RESERVATIONS
+        """Allowances that an anchored account reserves before some are spent, at the most."""
         if raw is None:
             self.words[Field.LAYOUT] = _LAYOUT
             self.words[Field.STEP] = self.kept_idle

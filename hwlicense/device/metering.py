@@ -127,6 +127,8 @@ class Metering:
                     return
                 if short.rate or short.exhausted or short.wait:
                     raise self._exceeded(short, count, throttled=bool(throttled))
+                if never := self._never(count):
+                    raise never
                 if not self._tended.reserve(count):
                     break
             raise self._pending()
@@ -201,6 +203,14 @@ class Metering:
         hint = f"Ask for {at_once:,} or fewer{' at once' if at_once < left else ''}, or ask the vendor for a revision"
         return ExceededError(Reason.INFERENCES_EXHAUSTED, what, f"{hint} with more.")
 
+    def _never(self, count: int) -> ExceededError | None:
+        """What is said where no lease is large enough."""
+        most = self._tended.most
+        if most is None or count <= most:
+            return None
+        what = f"{count:,} inferences at once are more than this device ever reserves of the license."
+        return ExceededError(Reason.RATE_EXCEEDED, what, f"Ask for {most:,} at a time, or fewer.")
+
     def _pending(self) -> ExceededError:
         if self._tended.problem:
             what = f"The lease of inferences is used up and cannot be renewed now. {self._tended.problem.what}"
@@ -233,6 +243,8 @@ class Metering:
                 return session
             if held.rate or held.exhausted or held.wait:
                 raise self._exceeded(held, count)
+            if never := self._never(count):
+                raise never
             reserved = self._tended.reserve(count)
             if self._tended.problem or time.monotonic() > give_up:
                 raise self._pending()
@@ -272,6 +284,8 @@ class Metering:
             return self._exceeded(short, 1) if short.exhausted and not any(self._sessions.values()) else None
         if short.rate or short.exhausted or short.wait:
             return self._exceeded(short, count)
+        if never := self._never(count):
+            return never
         self._tended.ask(count)  # so that the session need not wait for it
         return self._pending() if self._tended.problem else None
 

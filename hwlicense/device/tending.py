@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from hwlicense.core import calendar, leases
-from hwlicense.core.account import RESERVATIONS, Field
+from hwlicense.core.account import Field
 from hwlicense.core.errors import HardwareError, HwlicenseError, Reason, StorageError
 from hwlicense.core.validity import check_validity
 from hwlicense.device import clock
@@ -165,6 +165,11 @@ class Tended:
         calendar.progress(account.words, clock.boot_time(), self._anchor_clock.now())
         write(account.encode())
 
+    @property
+    def most(self) -> int | None:
+        """Allowances that are reserved at once, at the most; None where nothing but the limits bounds it."""
+        return self._like.largest_lease if self._anchor else None
+
     def ask(self, count: int) -> None:
         """Have so many reserved, without waiting for it."""
         self._demand, self._asked = max(self._demand, count), time.monotonic()
@@ -271,7 +276,7 @@ class Tended:
         account, meter = self.snapshot()
         self._demand = min(
             self._demand,
-            account.largest_step * RESERVATIONS,
+            account.largest_lease,
             *([] if account.total is None else [account.remaining or 0]),
         )
         if time.monotonic() > self._asked + _ASKED:

@@ -11,7 +11,7 @@ from hwlicense import storage
 from hwlicense.core import calendar
 from hwlicense.core.account import Field
 from hwlicense.core.documents import ClockReset
-from hwlicense.core.errors import Reason
+from hwlicense.core.errors import ExceededError, Reason
 from hwlicense.core.hardware import Counted
 from hwlicense.core.limits import Limits, Monitor, Regularity, Use
 from hwlicense.core.secret import Secret
@@ -266,3 +266,32 @@ def test_use_that_the_monitor_denies(machine, tmp_path):
     (folder / "kept").rename(folder / "monitor")
     machine.restarts(off=4000)
     assert usage.over(granted, read(tmp_path, granted)) is None
+
+
+def test_more_than_a_lease_ever_holds_is_refused_at_once(machine, tmp_path):
+    """Not told to try again, which would never help; the bound itself is granted, and by one call."""
+    metering = machine.open(tmp_path, grant(USE))
+    never = machine.boot
+    for act in (lambda: metering.spend(8193), lambda: metering.hold(8193, 9)):
+        with pytest.raises(ExceededError, match="8,193 inferences at once") as caught:
+            act()
+        assert (caught.value.reason, caught.value.wait) == (Reason.RATE_EXCEEDED, None)
+        assert "Ask for 8,192 at a time" in caught.value.hint
+    assert metering.may_start(8193).reason == Reason.RATE_EXCEEDED
+    assert machine.boot == never
+    assert spend(metering, 8192, each=8192) == 8192
+    metering.close()
+
+
+def test_without_an_anchor_all_of_a_total_may_be_spent_at_once(monkeypatch, tmp_path):
+    with Machine(anchored=False).running(monkeypatch) as machine:
+        metering = machine.open(tmp_path, grant(USE))
+        assert spend(metering, 10_000, each=10_000) == 10_000
+        metering.close()
+
+
+@pytest.mark.parametrize("total", [1, 3, 64, 100, 128, 129, 1000])
+def test_of_a_small_total_all_may_be_spent_at_once(machine, tmp_path, total):
+    metering = machine.open(tmp_path, grant(Use(limits=Limits(inferences=total))))
+    assert spend(metering, total, each=total) == total
+    metering.close()
