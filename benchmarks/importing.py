@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import compileall
-import json
 import shutil
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.measure import Run, in_turn, run
+from benchmarks.measure import in_turn, told
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from benchmarks.measure import Command
     from benchmarks.scene import Scene
 
 SEALED = "sealed: import"
@@ -76,10 +74,10 @@ def measure(scene: Scene, runs: int) -> dict[str, Any]:
     compiled = sum(path.stat().st_size for path in plain.rglob("*.pyc"))
     given = (package, scene.vendor_text, scene.home)
     measures = {
-        name: partial(_told, scene.script(_SEALED, *given, str(place)), scene.environment)
+        name: partial(told, scene.script(_SEALED, *given, str(place)), scene.environment, expected=[MODULES])
         for place, name in enumerate((INSTALL, SEALED, HANDED))
     }
-    measures[DISK] = partial(_told, scene.script(_DISK, plain), scene.environment)
+    measures[DISK] = partial(told, scene.script(_DISK, plain), scene.environment, expected=[MODULES])
     found = in_turn(measures, runs)
     return {
         "modules": MODULES,
@@ -95,13 +93,6 @@ def table(found: dict[str, Any]) -> list[str]:
         median, least, most = (1000 * each[key] for key in ("median", "least", "most"))
         lines.append(f"  {name:<36} median {median:7.2f}   {least:7.2f} to {most:7.2f}   {each['runs']} runs")
     return lines
-
-
-def _told(command: Command, environment: dict[str, str]) -> Run:
-    done = run(command, environment)
-    seconds, count = json.loads(done.output)
-    assert count == MODULES
-    return done._replace(seconds=seconds)
 
 
 def _write(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import resource
@@ -12,7 +13,7 @@ import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from hwlicense import __version__
 
@@ -49,11 +50,6 @@ class Summary(NamedTuple):
         """Of at least one value."""
         return cls(statistics.median(values), min(values), max(values), len(values), peak)
 
-    @property
-    def spread(self) -> float:
-        """The distance from the least to the most, as a part of the median."""
-        return (self.most - self.least) / self.median
-
 
 def run(
     command: Sequence[str],
@@ -83,6 +79,26 @@ def run(
             return Run(seconds, peak, b"", said)
         sink.seek(0)
         return Run(seconds, peak, sink.read(), said)
+
+
+def told(
+    command: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    *,
+    expected: Sequence[Any] | None = None,
+    into: list[list[Any]] | None = None,
+) -> Run:
+    """As `run`, with the seconds that the program itself measured: it prints them, and more, as a line of JSON.
+
+    The rest of the line goes `into` a list. Raises Failed where it is not what was `expected`.
+    """
+    done = run(command, environment)
+    seconds, *rest = json.loads(done.output.splitlines()[-1])
+    if expected is not None and rest != expected:
+        raise Failed(f"{command[:1]}: {rest} instead of {expected}")
+    if into is not None:
+        into.append(rest)
+    return done._replace(seconds=seconds)
 
 
 def _watch(pid: int) -> int:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.measure import Run, in_turn, run
+from benchmarks.measure import in_turn, told
 from hwlicense.core import package
 from hwlicense.core.documents import Manifest, Member
 from hwlicense.core.envelope import seal
@@ -21,7 +20,6 @@ from hwlicense.vendor.packing import chunk_size_for
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from benchmarks.measure import Command
     from benchmarks.scene import Scene
 
 SIZES = (1 << 20, 1 << 30, 4 << 30, 16 << 30, 64 << 30)
@@ -33,7 +31,7 @@ given = {"vendor": sys.argv[2], "home": sys.argv[3]}
 hwlicense.open(sys.argv[1], **given).close()
 started = time.perf_counter()
 model = hwlicense.open(sys.argv[1], **given)
-print(json.dumps([time.perf_counter() - started, model.names]))
+print(json.dumps([time.perf_counter() - started]))
 """
 
 
@@ -45,7 +43,7 @@ def measure(scene: Scene, runs: int) -> dict[str, Any]:
         _write(scene, scene.package, size)
         scene.license()
         given = (scene.package, scene.vendor_text, scene.home)
-        measures[f"{size >> 20:,} MiB"] = partial(_told, scene.script(_OPEN, *given), scene.environment)
+        measures[f"{size >> 20:,} MiB"] = partial(told, scene.script(_OPEN, *given), scene.environment)
     scene.package = before
     return {name: one._asdict() for name, one in in_turn(measures, runs).items()}
 
@@ -58,11 +56,6 @@ def table(found: dict[str, Any]) -> list[str]:
         row = "".join(f"{one[key] * 1e3:>{width}.1f}" for key, width in (("median", 10), ("least", 8), ("most", 8)))
         lines.append(f"{name:<34}{row}{one['median'] / base:>7.2f}x{one['peak'] >> 20:>10,}")
     return lines
-
-
-def _told(command: Command, environment: dict[str, str]) -> Run:
-    done = run(command, environment)
-    return done._replace(seconds=json.loads(done.output)[0])
 
 
 def _write(scene: Scene, path: Path, size: int) -> None:

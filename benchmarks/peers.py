@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from benchmarks.measure import Run, run
+from benchmarks.measure import run, told
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from benchmarks.measure import Run
 
 PYTHON = Path(__file__).parents[1] / ".peers" / "bin" / "python"
 TENSOR = 64 << 20
@@ -105,13 +107,13 @@ class Measures(NamedTuple):
 def measures(folder: Path, source: Path) -> Measures:
     """Of the peers that are there; none without `scripts/peers`."""
     found = Measures({}, {})
-    there = versions()
+    there, size = versions(), [source.stat().st_size]
     for place, peer in enumerate(peer for peer in PEERS if peer.package in there):
         paths = [str(source), str(folder / f"peer{place}.sealed"), str(folder / f"peer{place}.keys")]
         write = _script(peer.imports, peer.keys, peer.write, "size")
         read = _script(peer.imports, peer.prepare, peer.read, "sum(one.nbytes for one in read.values())")
-        found.packing[f"{peer.name}: write"] = partial(_inside, [str(PYTHON), "-P", "-c", write, *paths], source)
-        found.reading[f"{peer.name}: read"] = partial(_inside, [str(PYTHON), "-P", "-c", read, *paths], source)
+        for way, script, ways in (("write", write, found.packing), ("read", read, found.reading)):
+            ways[f"{peer.name}: {way}"] = partial(told, [str(PYTHON), "-P", "-c", script, *paths], expected=size)
     return found
 
 
@@ -126,10 +128,3 @@ def versions() -> dict[str, str]:
 
 def _script(imports: str, prepare: str, work: str, told: str) -> str:
     return _PREPARED.format(imports=imports, prepare=prepare, work=work, told=told, tensor=TENSOR)
-
-
-def _inside(command: list[str], source: Path) -> Run:
-    done = run(command)
-    found: list[Any] = json.loads(done.output.splitlines()[-1])
-    assert found[1] == source.stat().st_size, "what was read is not what was written"
-    return done._replace(seconds=found[0])

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import peers
-from benchmarks.measure import Run, in_turn, run
+from benchmarks.measure import in_turn, run, told
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from benchmarks.measure import Run
     from benchmarks.scene import Scene
 
 READ = "hwlicense: open and read"
@@ -135,7 +135,6 @@ def measure(scene: Scene, runs: int, size: int) -> dict[str, Any]:
     }
     return {
         "size": size,
-        "chunk_size": 1 << 20,
         "reading": {name: one._asdict() for name, one in reading.items()},
         "packing": {name: one._asdict() for name, one in packing.items()},
         "peers": peers.versions(),
@@ -147,10 +146,7 @@ def measure(scene: Scene, runs: int, size: int) -> dict[str, Any]:
 def inside(scene: Scene, way: str, given: tuple[str | Path, ...], expected: list[int | str]) -> Run:
     """Read once, in a process of its own; seconds without its start and imports. `expected`: size, begin and end."""
     command = scene.script(_PREPARED.format(work=_WORK[way], size=expected[0]), *given)
-    done = run(command, scene.environment)
-    seconds, *found = json.loads(done.output)
-    assert found == expected, "what was read is not what was packed"
-    return done._replace(seconds=seconds)
+    return told(command, scene.environment, expected=expected)
 
 
 def random_file(path: Path, size: int) -> tuple[str, str]:

@@ -17,6 +17,26 @@ if TYPE_CHECKING:
 
 THREADS: Final = 4
 """At most so many: more outrun no memory bus."""
+THREADED: Final = 8 << 20
+"""Bytes from which on several are worth their start."""
+
+
+def threads_for(size: int) -> int:
+    """How many to share out so many bytes to."""
+    return THREADS if size >= THREADED else 1
+
+
+def one_at_a_time(progress: Callable[[int], None] | None) -> Callable[[int], None]:
+    """`progress`, if any, for several threads: a progress bar belongs to one of them at a time."""
+    if progress is None:
+        return lambda _done: None
+    turn = threading.Lock()
+
+    def report(done: int) -> None:
+        with turn:
+            progress(done)
+
+    return report
 
 
 def share_out(

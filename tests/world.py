@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import subprocess
 import sysconfig
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,7 +13,6 @@ from hwlicense import storage
 from hwlicense.binders.tpm import TpmHardware
 from hwlicense.core.documents import Manifest, Request, VendorPublic
 from hwlicense.core.envelope import unverified
-from hwlicense.core.keys import wrap_for_vendor
 from hwlicense.core.terms import parse_terms
 from hwlicense.core.tpm.pcrs import Selection
 from hwlicense.device.counters import Counters
@@ -26,6 +24,7 @@ from hwlicense.vendor.folder import Folder
 if TYPE_CHECKING:
     from hwlicense.core.secret import Secret
     from hwlicense.device.home import Home
+    from hwlicense.vendor.compiling import Compiled
     from hwlicense_simulators import Tpm
 
 NOW = datetime.datetime.now(datetime.UTC)
@@ -67,20 +66,25 @@ class Vendor:
         self.package = folder / "model.hwpkg"
         self.manifest = self.pack(self.package, files, chunk_size=chunk_size)
 
-    def pack(self, target: Path, *inputs: Path, name: str = "reader", version: str = "1.0", **options) -> Manifest:
+    def pack(
+        self,
+        target: Path,
+        *inputs: Path,
+        name: str = "reader",
+        version: str = "1.0",
+        compiled: Compiled | None = None,
+        **options,
+    ) -> Manifest:
         return packing.pack(
-            inputs,
+            packing.sources(inputs, compiled),
             target,
             name=name,
             version=version,
             vendor=self.public,
-            signers=self.keys.signers,
-            wrap_content_key=partial(self._wrap),
+            keys=self.keys,
+            code=compiled.code if compiled else None,
             **options,
         )
-
-    def _wrap(self, content_key: Secret, identifier: str) -> bytes:
-        return wrap_for_vendor(content_key, identifier, self.keys.content.public_key())
 
     def issue(
         self,

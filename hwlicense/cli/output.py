@@ -109,32 +109,20 @@ def shown(value: object) -> str:
 
 
 @contextmanager
-def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar in bytes, with rate and time left; what it gives takes the bytes done since the last call."""
+def progress(label: str, total: int, *, in_bytes: bool = True) -> Iterator[Callable[[int], None]]:
+    """A progress bar with the time left, and the rate of bytes or the number of other things.
+
+    What it gives takes how many were done since its last call.
+    """
     if sys.stderr is None or not sys.stderr.isatty():
         yield lambda _done: None
         return
-    started, done = time.monotonic(), 0
+    started = time.monotonic()
 
     def rate(_: object) -> str:
-        return f"{done / max(time.monotonic() - started, 1e-3) / 1e6:,.0f} MB/s"
+        return f"{bar.pos / max(time.monotonic() - started, 1e-3) / 1e6:,.0f} MB/s"
 
-    options: dict[str, Any] = {"width": 30, "update_min_steps": 1 << 22, "item_show_func": rate}
-    with click.progressbar(length=total, label=label, file=sys.stderr, **options) as bar:
-
-        def advance(size: int) -> None:
-            nonlocal done
-            done += size
-            bar.update(size)
-
-        yield advance
-
-
-@contextmanager
-def counting(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """As `progress`, for things that are counted."""
-    if sys.stderr is None or not sys.stderr.isatty():
-        yield lambda _done: None
-        return
-    with click.progressbar(length=total, label=label, file=sys.stderr, width=30, show_pos=True) as bar:
+    options: dict[str, Any] = {"update_min_steps": 1 << 22, "item_show_func": rate} if in_bytes else {"show_pos": True}
+    bar = click.progressbar(length=total, label=label, file=sys.stderr, width=30, **options)
+    with bar:
         yield bar.update

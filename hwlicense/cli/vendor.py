@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -25,7 +24,6 @@ from hwlicense.cli.vendor_licenses import issue, reset_clock, revise
 from hwlicense.cli.vendor_measuring import measure
 from hwlicense.cli.vendor_outputs import verify_outputs
 from hwlicense.core.errors import Reason, UsageError
-from hwlicense.core.keys import wrap_for_vendor
 from hwlicense.core.wording import quantity
 from hwlicense.vendor import approving, packing, signing
 from hwlicense.vendor.folder import Folder
@@ -34,7 +32,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hwlicense.core.package import Algorithm
-    from hwlicense.core.secret import Secret
 
 
 @click.group()
@@ -114,19 +111,19 @@ def pack(
     place = Folder(folder)
     compiled = compiled_code(packages, name, entry, pythons, optimize)
     keys = secrets.unlock(place, passphrase_file)
-    with output.progress("Packing", packing.total_size(inputs, compiled)) as advance:
+    found = packing.sources(inputs, compiled)
+    with output.progress("Packing", sum(source.size for source in found)) as advance:
         manifest = packing.pack(
-            inputs,
+            found,
             target,
             name=name,
             version=version,
             vendor=place.public,
-            signers=keys.signers,
-            wrap_content_key=partial(_wrapped, keys),
+            keys=keys,
             algorithm=algorithm,
             progress=advance,
             force=force,
-            compiled=compiled,
+            code=compiled.code if compiled else None,
         )
     size = sum(member.size for member in manifest.members)
     count = len(manifest.members)
@@ -192,7 +189,3 @@ def approve(
         place.keep_approval(approval, sealed)
     which = ", ".join(f"{p.bank}:{p.index}" for p in approval.pcrs)
     output.note(f"Approved a state of {product!r} ({which}), generation {approval.generation}, in {target}.")
-
-
-def _wrapped(keys: signing.Keys, content_key: Secret, identifier: str) -> bytes:
-    return wrap_for_vendor(content_key, identifier, keys.content.public_key())

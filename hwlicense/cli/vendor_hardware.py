@@ -117,7 +117,7 @@ def enroll_dongle(
         if answers > 1 and device.touch_wanted(slot):
             what = f"Slot {slot} of this dongle wants a touch for each of {answers:,} answers."
             raise UsageError(Reason.USAGE, what, "Give --answers with as many touches as you are ready for.")
-        with output.counting("Recording", answers + 1) as advance:
+        with output.progress("Recording", answers + 1, in_bytes=False) as advance:
 
             def ask(challenge: bytes) -> Any:  # noqa: ANN401  # a Secret
                 advance(1)

@@ -17,7 +17,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from hwlicense.core import code
-from hwlicense.device.memory import SealedFile, received
+from hwlicense.device.memory import SealedFile, mapped_content
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -79,7 +79,7 @@ class HandedCode:
     def __init__(self, fd: int, size: int) -> None:
         from hwlicense.device.sealed_code import SUFFIXES  # noqa: PLC0415  # which imports this module
 
-        self._view = memoryview(received(fd, size))
+        self._view = memoryview(mapped_content(fd, size))
         at = 4 + int.from_bytes(self._view[:4], "little")
         head = json.loads(bytes(self._view[4:at]))
         self.identity: str = head["identity"]

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from hwlicense.core.errors import Reason, StorageError
-from hwlicense.device.room import check_room
+from hwlicense.device.room import check_memory
 from hwlicense.storage import HINTS, above_standard
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Memory:
         """`secret` is for keys: see above. Raises StorageError where the system has no `size` bytes left."""
         self.size = size
         forbid_dumps()
-        check_room(size)
+        check_memory(size)
         self._spare: Memory | None = None
         self._take(secret=secret)
         self.lent = self._wiped = False
@@ -178,7 +178,7 @@ class SealedFile:
         self._map: mmap.mmap | None = None
         self.fd = -1
         forbid_dumps()
-        check_room(size)
+        check_memory(size)
         try:
             self.fd = memory_file()
             self.inode = os.fstat(self.fd).st_ino
@@ -326,7 +326,7 @@ def _locked_file(fd: int, size: int) -> tuple[mmap.mmap | None, int]:
     return (locked if locked_by else None), locked_by
 
 
-def received(fd: int, size: int) -> mmap.mmap:
+def mapped_content(fd: int, size: int) -> mmap.mmap:
     """The content of a `SealedFile` of another process, which handed its descriptor over. Raises StorageError."""
     forbid_dumps()
     made = _mapped(fd, size, mmap.MAP_SHARED, mmap.PROT_READ)

@@ -15,7 +15,7 @@ from hwlicense.device.licensed import Conditions, Licensed
 from hwlicense.device.memory import Memory, Protection, SealedFile, lend, protection
 from hwlicense.device.starting import Session, Standing, check_count, foremost, too_long
 from hwlicense.device.streaming import MemberReader
-from hwlicense.threads import THREADS
+from hwlicense.threads import threads_for
 
 if TYPE_CHECKING:
     import ctypes
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from hwlicense.device.reading import PackageFile
     from hwlicense.device.sealed_code import Importer
 
-THREADED: Final = 8 << 20  # bytes from which on several threads are worth their start
 _NONE: Final = Conditions()
 
 
@@ -364,7 +363,7 @@ class Model(Licensed):
             self._open(chunk, sealed, out[start : start + chunk.size])
 
         chunks = (self._layout.chunk(member, place) for place in places)
-        self._file.scan(chunks, handle, THREADS if len(places) * step >= THREADED else 1)
+        self._file.scan(chunks, handle, threads_for(len(places) * step))
 
     def _open(self, chunk: package.Chunk, sealed: memoryview, out: memoryview) -> None:
         self._check()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, Final, Self
 
 from hwlicense.core import package
@@ -10,7 +9,7 @@ from hwlicense.core.documents import Manifest
 from hwlicense.core.envelope import verified
 from hwlicense.core.errors import Reason, RefusedError
 from hwlicense.storage import OpenFile
-from hwlicense.threads import THREADS, share_out
+from hwlicense.threads import THREADS, one_at_a_time, share_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -52,26 +51,20 @@ class PackageFile:
 
         Raises DamagedError PACKAGE_DAMAGED, StorageError.
         """
-        turn = threading.Lock()
-
-        def report(size: int) -> None:
-            if progress:
-                with turn:  # a progress bar belongs to one thread at a time
-                    progress(size)
-
+        report = one_at_a_time(progress)
         self.table()
         report(self.layout.table_offset + self.layout.table_size)
         self.scan(self._everything(), lambda chunk, _: report(chunk.sealed_size))
 
     def table(self) -> memoryview:
-        """The encrypted key table, verified."""
+        """The encrypted key table, verified. Raises DamagedError PACKAGE_DAMAGED, StorageError."""
         sealed = bytearray(self.layout.table_size)
         self._fill(sealed, self.layout.table_offset)
         package.check_digest(sealed, self.manifest.table, self.manifest.algorithm, "The key table")
         return memoryview(sealed)
 
     def sealed(self, chunk: package.Chunk, buffer: bytearray) -> memoryview:
-        """The ciphertext of one chunk, verified, in `buffer`, which grows to hold it."""
+        """The ciphertext of one chunk, verified, in `buffer`, which grows to hold it. Raises as `table`."""
         if len(buffer) < chunk.sealed_size:
             buffer.extend(bytes(chunk.sealed_size - len(buffer)))
         view = memoryview(buffer)[: chunk.sealed_size]
@@ -88,7 +81,7 @@ class PackageFile:
     ) -> None:
         """Call `handle` with the verified ciphertext of each chunk, in any order and from several threads.
 
-        Takes memory for two chunks a thread at the most.
+        Takes memory for two chunks a thread at the most. Raises as `table`, and what `handle` raises.
         """
 
         def worker() -> Callable[[package.Chunk], None]:

@@ -20,7 +20,7 @@ LARGE: Final = 64 << 20
 _ROOT: Final = Path("/")
 
 
-def check_room(size: int) -> None:
+def check_memory(size: int) -> None:
     """Raises StorageError where `size` bytes are more than machine or control group can ever give."""
     if size < LARGE:
         return

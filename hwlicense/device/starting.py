@@ -75,12 +75,16 @@ def check_count(count: object, least: int = 1) -> None:
         raise UsageError(Reason.USAGE, what, f"Give a whole number from {least} on.")
 
 
+def check_seconds(seconds: float, said: str) -> None:
+    """Raises UsageError where `seconds` are no duration; `said`: which one is wanted."""
+    given: object = seconds
+    if not isinstance(given, Real) or not seconds >= 0:
+        raise UsageError(Reason.USAGE, f"{seconds!r} is no number of seconds.", f"Give {said}, from 0 on.")
+
+
 def too_long(horizon: float, continuity: int | None) -> RefusedError | None:
     """Why no procedure of `horizon` seconds may start; None if one may. Raises UsageError for what is no duration."""
-    given: object = horizon
-    if not isinstance(given, Real) or not horizon >= 0:
-        what = f"{horizon!r} is no number of seconds."
-        raise UsageError(Reason.USAGE, what, "Give how many seconds the procedure takes at the most, from 0 on.")
+    check_seconds(horizon, "how many seconds the procedure takes at the most")
     if continuity is None or horizon <= continuity:
         return None
     what = f"The procedure would take longer than the {spelled(continuity)} that the license keeps from interruption."

@@ -102,7 +102,7 @@ class MemberReader(io.BufferedIOBase):
         return self.readinto(buffer)
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """`size` bytes, or all that are left; fewer only at the end."""
+        """`size` bytes, or all that are left; fewer only at the end. Raises as `readinto`."""
         with self._turn():
             left = max(0, self.size - self._position)
             found = bytearray(left if size is None or size < 0 else min(size, left))
@@ -110,14 +110,14 @@ class MemberReader(io.BufferedIOBase):
             return bytes(found)
 
     def read1(self, size: int = -1, /) -> bytes:
-        """At most `size` bytes, and no more than a few KiB."""
+        """At most `size` bytes, and no more than io.DEFAULT_BUFFER_SIZE. Raises as `readinto`."""
         with self._turn():
             found = self.peek()[: size if size >= 0 else None]
             self._position += len(found)
             return found
 
     def peek(self, size: int = 0, /) -> bytes:  # noqa: ARG002  # like io.BufferedReader, as much as is at hand
-        """Some bytes from the position on, which stays where it is. This makes `readline` quick."""
+        """As many as `read1` gives, from the position on, which stays. This makes `readline` quick. Raises as it."""
         self._check()
         with self._using(), self._turn():
             if self._position >= self.size:

@@ -1,4 +1,4 @@
-"""Frameworks that may not be installed, or not in a version that serves."""
+"""What each framework's module asks first: that its framework is here, in a version that serves, and a model given."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, SupportsIndex, TypeVar
 
 from hwlicense.core.errors import ExceededError, Reason, UsageError
-from hwlicense.device.starting import check_count
+from hwlicense.device.starting import check_count, check_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -33,10 +33,7 @@ def metered(
     waited for, LEASE_PENDING above all. A call that is refused does not begin. Raises what `model.spend` raises, and
     UsageError: BATCH_UNKNOWN where nothing among the arguments tells it, USAGE where `size` gives no such number.
     """
-    given: object = wait
-    if not isinstance(given, Real) or not wait >= 0:
-        what = f"{wait!r} is no number of seconds."
-        raise UsageError(Reason.USAGE, what, "Give how long a call may wait for its inferences, from 0 on.")
+    check_seconds(wait, "how long a call may wait for its inferences")
 
     @wraps(call)
     def spend_and_call(*args: P.args, **kwargs: P.kwargs) -> R:

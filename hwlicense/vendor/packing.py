@@ -11,32 +11,31 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import threading
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from hwlicense.core import code, package
+from hwlicense.core import package
+from hwlicense.core.code import FOLDER, reserved
 from hwlicense.core.documents import Manifest, Member
 from hwlicense.core.envelope import seal, verified
 from hwlicense.core.errors import DamagedError, Reason, RefusedError, StorageError, UsageError
-from hwlicense.core.keys import TAG_SIZE
+from hwlicense.core.keys import TAG_SIZE, wrap_for_vendor
 from hwlicense.core.schema import SCHEMA
 from hwlicense.core.secret import SIZE, Secret
 from hwlicense.storage import OpenFile, new_file, reporting, write_at
-from hwlicense.threads import THREADS, share_out
+from hwlicense.threads import one_at_a_time, share_out, threads_for
 from hwlicense.vendor.folder import KEYS, PUBLIC
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
-    from hwlicense.core.documents import VendorPublic
-    from hwlicense.core.envelope import Signer
+    from hwlicense.core.documents import Code, VendorPublic
     from hwlicense.vendor.compiling import Compiled
+    from hwlicense.vendor.signing import Keys
 
 CHUNK_SIZES: Final = range(4096, (1 << 26) + 1)
-THREADED: Final = 8 << 20  # bytes from which on several threads are worth their start
 CHUNKS: Final = 2048  # from which on chunks are larger
 LARGEST_CHUNK: Final = 8 << 20
 MEMBER_LIMIT: Final = 100_000
@@ -86,8 +85,8 @@ def sources(inputs: Sequence[Path], compiled: Compiled | None = None) -> list[So
         if len(found) > MEMBER_LIMIT:
             raise UsageError(Reason.USAGE, f"There are more than {MEMBER_LIMIT:,} files.", "Pack fewer, or an archive.")
     for source in found:
-        if code.reserved(source.name):
-            what = f"{source.path} would be packed as {source.name!r}, and {code.FOLDER} is for code alone."
+        if reserved(source.name):
+            what = f"{source.path} would be packed as {source.name!r}, and {FOLDER} is for code alone."
             raise UsageError(Reason.MEMBER_NAME, what, "Rename the folder; code is packed with --code.")
     if compiled:
         found += compiled.sources
@@ -100,11 +99,6 @@ def sources(inputs: Sequence[Path], compiled: Compiled | None = None) -> list[So
     found.sort(key=lambda source: source.name)
     package.check_names([source.name for source in found])
     return found
-
-
-def total_size(inputs: Sequence[Path], compiled: Compiled | None = None) -> int:
-    """Bytes that `pack` will report to its `progress`."""
-    return sum(source.size for source in sources(inputs, compiled))
 
 
 def chunk_size_for(size: int) -> int:
@@ -120,36 +114,32 @@ def chunk_size_for(size: int) -> int:
 
 
 def pack(  # noqa: PLR0913  # what a package says, and who says it
-    inputs: Sequence[Path],
+    found: Sequence[Source],
     out: Path,
     *,
     name: str,
     version: str,
     vendor: VendorPublic,
-    signers: Sequence[Signer],
-    wrap_content_key: Callable[[Secret, str], bytes],
+    keys: Keys,
     chunk_size: int | None = None,
     algorithm: package.Algorithm = "blake3",
     progress: Callable[[int], None] | None = None,
     force: bool = False,
-    compiled: Compiled | None = None,
+    code: Code | None = None,
 ) -> Manifest:
-    """Pack `inputs` and `compiled` code into `out`, under a new content key.
+    """Pack what `sources` found into `out`, under a new content key; `code` tells what of it is code.
 
-    `wrap_content_key` wraps that key for the vendor's later use.
+    `progress` gets the bytes done since its last call, the sources' sizes in all. `out` appears when it is complete and
+    on the disk; after any failure, interruption or kill what was there before is still there. Needs memory for two
+    chunks a thread, and some 400 bytes for each chunk.
 
-    `progress` gets the bytes done since its last call. `out` appears when it is complete and on the disk; after any
-    failure, interruption or kill what was there before is still there. Needs memory for two chunks
-    a thread, and 64 bytes for each chunk.
-
-    Raises UsageError (FILE_EXISTS unless `force`, FILE_ABSENT, MEMBER_NAME, USAGE), StorageError.
+    Raises UsageError (FILE_EXISTS unless `force`, FILE_ABSENT, USAGE), StorageError.
     """
     if chunk_size is not None and chunk_size not in CHUNK_SIZES:
         raise UsageError(Reason.USAGE, "The chunk size must be 4 KiB to 64 MiB.", "Leave it out.")
     if not all(1 <= len(text) <= NAME_LIMIT and not _SURROGATE.search(text) for text in (name, version)):
         what = f"Name and version must have 1 to {NAME_LIMIT} characters, in UTF-8."
         raise UsageError(Reason.USAGE, what, "Shorten them, or check the terminal's encoding.")
-    found = sources(inputs, compiled)
     chunk_size = chunk_size or chunk_size_for(sum(source.size for source in found))
     if os.path.realpath(out) in {os.path.realpath(source.path) for source in found}:
         raise UsageError(
@@ -162,11 +152,11 @@ def pack(  # noqa: PLR0913  # what a package says, and who says it
     with (
         new_file(out, 0o644, force=force) as file,
         Secret.random() as content_key,
-        Secret.random(count * SIZE) as keys,
+        Secret.random(count * SIZE) as chunk_keys,
     ):
-        packer = _Packer(keys, chunk_size, algorithm, progress or (lambda _: None))
+        packer = _Packer(chunk_keys, chunk_size, algorithm, progress)
         members = [Member(source.name, source.size, packer.digests(source)) for source in found]
-        table = package.seal_table(content_key, keys.buffer)
+        table = package.seal_table(content_key, chunk_keys.buffer)
         identifier = secrets.token_hex(16)
         manifest = Manifest(
             schema=SCHEMA,
@@ -174,14 +164,14 @@ def pack(  # noqa: PLR0913  # what a package says, and who says it
             version=version,
             vendor=vendor.fingerprint,
             content_key=identifier,
-            wrapped_content_key=wrap_content_key(content_key, identifier),
+            wrapped_content_key=wrap_for_vendor(content_key, identifier, keys.content.public_key()),
             algorithm=algorithm,
             chunk_size=chunk_size,
             table=package.digest(table, algorithm),
             members=members,
-            code=compiled.code if compiled else None,
+            code=code,
         )
-        envelope = seal(manifest, signers)
+        envelope = seal(manifest, keys.signers)
         _check(envelope, vendor)
         file.write(package.header(envelope) + envelope + table)
         file.flush()
@@ -209,13 +199,12 @@ class _Packer:
     """Encrypts sources one after the other, each chunk under the next key of the table."""
 
     def __init__(
-        self, keys: Secret, chunk_size: int, algorithm: package.Algorithm, progress: Callable[[int], None]
+        self, keys: Secret, chunk_size: int, algorithm: package.Algorithm, progress: Callable[[int], None] | None
     ) -> None:
         self._keys = memoryview(keys.buffer)
         self._chunk_size = chunk_size
         self._algorithm = algorithm
-        self._progress = progress
-        self._turn = threading.Lock()  # a progress bar belongs to one thread at a time
+        self._progress = one_at_a_time(progress)
         self._next = 0
         self._passes = 0
 
@@ -264,12 +253,11 @@ class _Packer:
                     out = sealed[: size + TAG_SIZE]
                     package.seal_chunk_into(key, plain[:size], out, last=place + 1 == count)
                     handle(place, package.digest(out, self._algorithm), out)
-                    with self._turn:
-                        self._progress(size // 2 if self._passes else size - size // 2)
+                    self._progress(size // 2 if self._passes else size - size // 2)
 
                 return seal
 
-            share_out(range(count), worker, threads=THREADS if source.size >= THREADED else 1)
+            share_out(range(count), worker, threads=threads_for(source.size))
             _check_unchanged(source, file)
 
 
@@ -290,7 +278,10 @@ def _opened(source: Source) -> AbstractContextManager[OpenFile | _Made]:
 
 
 def walk(root: Path, left_out: Callable[[str], bool] = lambda _name: False) -> Iterator[Path]:
-    """Every entry below `root` that is not a folder, without folders whose name is `left_out`. Raises UsageError."""
+    """Every entry below `root` that is not a folder, without folders whose name is `left_out`.
+
+    Raises UsageError, StorageError.
+    """
 
     def refuse(error: OSError) -> None:
         raise error
@@ -308,7 +299,10 @@ def walk(root: Path, left_out: Callable[[str], bool] = lambda _name: False) -> I
 
 
 def source_of(name: str, path: Path, root: Path | None) -> Source:
-    """A file to pack under `name`. Raises UsageError for a link that leads out of `root` and for what is no file."""
+    """A file to pack under `name`.
+
+    Raises UsageError for a link that leads out of `root` and for what is no file, StorageError.
+    """
     if root and path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root):
         what = f"{path} is a symbolic link that leads out of {root}."
         raise UsageError(Reason.USAGE, what, "Put the file itself there, or pack it as an input of its own.")

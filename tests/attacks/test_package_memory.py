@@ -138,14 +138,12 @@ from pathlib import Path
 from hwlicense.core.documents import VendorPublic
 from hwlicense.core.keys import Content
 from hwlicense.vendor import packing, signing
-from hwlicense.core.keys import wrap_for_vendor
 made = signing.generate("ed25519")
 public = signing.public_part("Acme", made)
 keys = signing.assembled(made, public)
-def wrap(key, name): return wrap_for_vendor(key, name, keys.content.public_key())
 print("ready", flush=True)
-packing.pack([Path("in")], Path("out", "m.hwpkg"), name="n", version="1", vendor=public, signers=keys.signers,
-             chunk_size=65536, force=True, wrap_content_key=wrap)
+packing.pack(packing.sources([Path("in")]), Path("out", "m.hwpkg"), name="n", version="1", vendor=public, keys=keys,
+             chunk_size=65536, force=True)
 """
 
 

@@ -42,7 +42,7 @@ def made(vendor, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def threads_for_little(monkeypatch):
-    monkeypatch.setattr("hwlicense.device.model.THREADED", 8 * CHUNK)
+    monkeypatch.setattr("hwlicense.threads.THREADED", 8 * CHUNK)
     monkeypatch.setattr("hwlicense.device.reading.RUN", CHUNK)
 
 

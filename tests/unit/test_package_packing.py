@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from hwlicense import storage
+from hwlicense import storage, threads
 from hwlicense.core import package
 from hwlicense.core.errors import HwlicenseError, Reason, StorageError, UsageError
-from hwlicense.threads import THREADS
 from hwlicense.vendor import packing
 from tests.packages import content_key, decrypt, in_child, ordinary_user, pack, reachable
 
@@ -116,7 +115,7 @@ def test_progress_counts_every_byte_once(vendor, tmp_path):
     tree(tmp_path / "in", {"a": bytes(10_001), "b": b"", "c": b"x"})
     seen: list[int] = []
     vendor.pack(tmp_path / "out", tmp_path / "in", chunk_size=4096, progress=seen.append)
-    assert sum(seen) == packing.total_size([tmp_path / "in"]) == 10_002
+    assert sum(seen) == sum(source.size for source in packing.sources([tmp_path / "in"])) == 10_002
 
 
 @pytest.mark.parametrize(
@@ -226,7 +225,7 @@ def test_memory_stays_bounded(vendor, tmp_path):
     vendor.pack(tmp_path / "out", tmp_path / "big")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 2 * THREADS + 2 << 20
+    assert peak < 2 * threads.THREADS + 2 << 20
     assert (tmp_path / "out").stat().st_size > 64 << 20
 
 
@@ -238,12 +237,11 @@ def test_no_plaintext_reaches_the_disk(tmp_path):
 import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 from pathlib import Path
 from hwlicense.vendor import packing, signing
-from hwlicense.core.keys import wrap_for_vendor
 made = signing.generate("ed25519")
 public = signing.public_part("Acme", made)
 keys = signing.assembled(made, public)
-packing.pack([Path("in")], Path("out"), name="n", version="1", vendor=public, signers=keys.signers, chunk_size=4096,
-             wrap_content_key=lambda key, name: wrap_for_vendor(key, name, keys.content.public_key()))
+packing.pack(packing.sources([Path("in")]), Path("out"), name="n", version="1", vendor=public, keys=keys,
+             chunk_size=4096)
 """
     trace = tmp_path / "trace"
     command = ["strace", "-f", "-xx", "-s", "20000", "-o", str(trace), "-e"]
@@ -271,7 +269,7 @@ def test_a_key_never_has_two_ciphertexts_on_the_disk(vendor, tmp_path, monkeypat
 
     monkeypatch.setattr(package, "seal_chunk_into", seal)
     monkeypatch.setattr(packing, "write_at", write)
-    monkeypatch.setattr(packing, "THREADED", 1)
+    monkeypatch.setattr(threads, "THREADED", 1)
     tree(tmp_path / "in", {"a": bytes(20 * 4096)})
     seen: list[int] = []
 

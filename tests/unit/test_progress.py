@@ -45,3 +45,11 @@ def test_packing_and_checking_show_it_on_terminals_alone(vendor, tmp_path):
         assert "Packed 1 file" in said
         os.close(ours)
         os.close(theirs)
+
+
+def test_what_is_counted_shows_its_number(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with output.progress("Recording", 40, in_bytes=False) as advance:
+        advance(40)
+    assert re.search(r"Recording +\[#{30}\] +40/40", terminal.getvalue())

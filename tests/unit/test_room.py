@@ -42,16 +42,16 @@ def system(tmp_path, monkeypatch):
 )
 def test_the_least_limit_counts(system, files, limit, what):
     system(*files)
-    room.check_room(limit)
+    room.check_memory(limit)
     with pytest.raises(StorageError, match=what) as refused:
-        room.check_room(limit + 1)
+        room.check_memory(limit + 1)
     assert refused.value.reason == Reason.STORAGE
     assert "model.open" in refused.value.hint
 
 
 @pytest.mark.usefixtures("system")
 def test_where_nothing_is_said_nothing_is_refused():
-    room.check_room(1 << 60)
+    room.check_memory(1 << 60)
 
 
 def test_models_ask_and_keys_do_not(system):
@@ -65,4 +65,4 @@ def test_models_ask_and_keys_do_not(system):
 
 def test_this_machine_has_room():
     assert Path("/proc/meminfo").exists()
-    room.check_room(room.LARGE)
+    room.check_memory(room.LARGE)

@@ -51,8 +51,7 @@ class TpmSteps:
 
     def read(self) -> Reading:
         """The count as it is. Raises TSS2_Exception, HardwareError."""
-        steps, now = self._indexes.counted(self._public, self._branches)
-        return self._reading(steps, now)
+        return self._reading(*self._indexes.read(self._public, self._branches))
 
     def step(self) -> Reading:
         """Count one more, and read. Raises as `read`."""
@@ -61,12 +60,12 @@ class TpmSteps:
             self._kept.unused = None
             if found.steps == before:
                 return found
-        counted: list[Future[bytes] | bytes] = []
+        told: list[Future[bytes] | bytes] = []
         try:
-            return self._reading(*self._indexes.step(self._public, counted.append))
+            return self._reading(*self._indexes.step(self._public, told.append))
         except BaseException:
-            if counted:
-                self._kept.unused = counted[-1]
+            if told:
+                self._kept.unused = told[-1]
             raise
 
     def _reading(self, steps: int, now: Time) -> Reading:

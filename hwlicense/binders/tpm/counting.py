@@ -98,7 +98,7 @@ class Indexes:
                 raise
             return None
 
-    def counted(self, public: NvPublic, branches: PolicyOR) -> tuple[int, Time]:
+    def read(self, public: NvPublic, branches: PolicyOR) -> tuple[int, Time]:
         """How often an index was used, by the branch of its policy that does not count; and the time."""
         work = self._work
         session = work.session(self._root, TPM2_SE.POLICY, _CONTINUE | _ENCRYPT)
@@ -122,10 +122,10 @@ class Indexes:
         self._work.call("trsess_set_attributes", self._spare, _CONTINUE)
         return found
 
-    def step(self, public: NvPublic, counted: Callable[[Future[bytes] | bytes], None]) -> tuple[int, Time]:
+    def step(self, public: NvPublic, tell: Callable[[Future[bytes] | bytes], None]) -> tuple[int, Time]:
         """Count one more, by reading with the index's authValue; and the time.
 
-        `counted` is told the count as soon as it is known, also if the time is not; or what will be, if it comes late.
+        `tell` is given the count as soon as it is known, also if the time is not; or what will be, if it comes late.
         """
         session, self._spare = self._spare or self._work.session(self._root, TPM2_SE.HMAC, _CONTINUE), None
         index = self.handle(public)
@@ -133,9 +133,9 @@ class Indexes:
             content = bytes(self._work.call("nv_read", index, NV_SIZE, auth_handle=index, session1=session))
         except BaseException:  # an interrupt gives the answer up, too
             if self._work.answers.outcome:
-                counted(self._work.answers.outcome)
+                tell(self._work.answers.outcome)
             raise
-        counted(content)
+        tell(content)
         return count(content), clock.read(self._work, session)
 
     # ---- changing

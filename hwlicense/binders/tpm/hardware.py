@@ -177,7 +177,7 @@ class TpmHardware:
             if index is not None and state == "current":
                 asked = sealed.conditions
                 try:
-                    opens, now = indexes.counted(asked.public(index), asked.branches(index))
+                    opens, now = indexes.read(asked.public(index), asked.branches(index))
                 except TSS2_Exception as error:
                     if code(error) not in counting.GONE:
                         raise

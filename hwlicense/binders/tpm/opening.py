@@ -1,4 +1,4 @@
-"""Unsealing: seven commands where nothing is cold and nothing is limited, twelve with every limit.
+"""Unsealing: alone, seven commands without limits and twelve with all, where the storage root key is persistent.
 
 What can be wrong is found before the last step of the policy, which is the only one that costs the license an open.
 """
