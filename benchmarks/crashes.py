@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -111,12 +113,8 @@ CRASHES: Final = (
 )
 
 
-def costs(count: int = 25) -> dict[str, Any]:
+def cost(crash: _Crash, count: int = 25) -> dict[str, float]:
     """Seconds of use, at 30 inferences a second, that crashes at random moments cost."""
-    return {crash.name: _costs(crash, count) for crash in CRASHES}
-
-
-def _costs(crash: _Crash, count: int) -> dict[str, float]:
     chance, lost = random.Random(4), []  # noqa: S311
     with _scene([(1_000_000, 60)], crash.lapse) as scene:
         scene.machine.passes(3600)
@@ -153,12 +151,8 @@ USES: Final = {
 """How many inferences at once, and how many seconds apart."""
 
 
-def wear() -> dict[str, Any]:
+def wear(count: int, apart: int) -> dict[str, float]:
     """Leases and records of a day of use."""
-    return {name: _wear(count, apart) for name, (count, apart) in USES.items()}
-
-
-def _wear(count: int, apart: int) -> dict[str, float]:
     with _scene([(10**8, _DAY)]) as scene:
         metering = scene.open()
         before = scene.machine.steps
@@ -169,6 +163,19 @@ def _wear(count: int, apart: int) -> dict[str, float]:
         found: dict[str, float] = {"leases": scene.machine.steps - before, "records": scene.records}
         abandon(metering)
         return found
+
+
+def measure(days: int) -> dict[str, Any]:
+    """All of it, side by side: nothing here is timed, and the simulated device has a clock of its own."""
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        cuts = pool.submit(year, days)
+        lost = {crash.name: pool.submit(cost, crash) for crash in CRASHES}
+        worn = {name: pool.submit(wear, *use) for name, use in USES.items()}
+        return {
+            "power cuts": cuts.result(),
+            "cost of a crash": {name: one.result() for name, one in lost.items()},
+            "wear": {name: one.result() for name, one in worn.items()},
+        }
 
 
 def _spend(scene: _Scene, metering: Metering) -> None:

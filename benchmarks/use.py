@@ -264,18 +264,17 @@ def places(  # noqa: C901  # one loop that watches twenty processes
 
 def measure(scene: Scene, options: Any) -> dict[str, Any]:  # noqa: ANN401  # the program's options
     """All of it; each part is shown as soon as it is known."""
-    parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "kills": lambda: kills(scene, options.kills),
-        "soak": lambda: soak(scene, options.inferences),
-        "power cuts": lambda: crashes.year(options.cuts),
-        "cost of a crash": crashes.costs,
-        "wear": crashes.wear,
-        "instances": lambda: places(scene, min(60.0, options.seconds)),
-    }
+    parts: list[Callable[[], dict[str, Any]]] = [
+        lambda: {"kills": kills(scene, options.kills)},
+        lambda: {"soak": soak(scene, options.inferences)},
+        lambda: crashes.measure(options.cuts),
+        lambda: {"instances": places(scene, min(60.0, options.seconds))},
+    ]
     found: dict[str, Any] = {}
-    for name, part in parts.items():
-        found[name] = part()
-        print(*table({name: found[name]}), sep="\n", file=sys.stderr, flush=True)
+    for part in parts:
+        some = part()
+        found |= some
+        print(*table(some), sep="\n", file=sys.stderr, flush=True)
     return found
 
 
