@@ -101,7 +101,7 @@ class SoftwareKey:
         self.private = ec.generate_private_key(ec.SECP256R1())
         point = self.private.public_key().public_numbers()
         unique = number(point.x, 32), number(point.y, 32)
-        fields = {name: getattr(template, name) for name in Public.__dataclass_fields__}
+        fields = {name: getattr(template, name) for name in Public.__struct_fields__}
         self.public = Public(**{**fields, "unique": unique, **changes})
 
     def quote(

@@ -8,12 +8,12 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Final, NoReturn
 
-import click
-
 from hwlicense.core.errors import HwlicenseError, Reason, unforeseen
 
 if TYPE_CHECKING:
     from types import FrameType
+
+    import click
 
 USUAL_COLLECTION: Final = gc.get_threshold()
 """For programs that a command runs within its own process."""
@@ -35,6 +35,8 @@ def main() -> NoReturn:
 
 
 def _run(command: click.Command) -> int:  # noqa: PLR0911  # one return for each way to end
+    import click  # noqa: PLC0415  # when `main` has set how often garbage is looked for
+
     from hwlicense.cli import output  # noqa: PLC0415
 
     try:

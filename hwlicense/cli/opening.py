@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from hwlicense.cli import output, secrets
 from hwlicense.cli.options import place_options, token_option, tpm_option
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 _OPTIONS = (secrets.token_pin_option, secrets.pin_options, token_option, tpm_option, place_options)
 
 
-class Opener(NamedTuple):
+class Opener(msgspec.Struct, frozen=True):
     """The options as they were given."""
 
     home: Path | None
@@ -62,7 +64,7 @@ def opener_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def collected(*arguments: Any, **options: Any) -> Any:  # noqa: ANN401  # as click calls any command
-        opener = Opener(**{name: options.pop(name) for name in Opener._fields})
+        opener = Opener(**{name: options.pop(name) for name in Opener.__struct_fields__})
         return function(*arguments, opener=opener, **options)
 
     made: Callable[..., Any] = collected

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from array import array
 from enum import IntEnum, auto
-from typing import TYPE_CHECKING, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Final, Self
+
+import msgspec
 
 from hwlicense.core.windows import WORDS, Window, windows
 
@@ -78,7 +80,7 @@ _SESSIONS_AT: Final = range(len(Field), len(Field) + 2 * SESSIONS, 2)  # when it
 _WINDOWS_AT: Final = len(Field) + 2 * SESSIONS
 
 
-class Short(NamedTuple):
+class Short(msgspec.Struct, frozen=True):
     """Why nothing was booked: `rate` says no for `wait` nanoseconds (None: always); or the total is used up; or else
     more must be reserved first.
     """
@@ -88,7 +90,7 @@ class Short(NamedTuple):
     exhausted: bool = False
 
 
-class Booked(NamedTuple):
+class Booked(msgspec.Struct, frozen=True):
     """`taken` allowances that are good until `end`, in nanoseconds of the meter, in these slots of the windows."""
 
     taken: int

@@ -6,7 +6,9 @@ The mark is kept in the account. Seconds are since 1970, UTC.
 from __future__ import annotations
 
 import datetime
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
+
+import msgspec
 
 from hwlicense.core.account import Field
 from hwlicense.core.errors import Reason, RefusedError
@@ -20,7 +22,7 @@ TOLERANCE: Final = 3600
 DAY: Final = 86400
 
 
-class Clocks(NamedTuple):
+class Clocks(msgspec.Struct, frozen=True):
     """`wall` in seconds; `boot` in nanoseconds since this boot, and whether the mark was set in the `same_boot`;
     `anchor`, in milliseconds of powered-on time, None without an anchor.
     """

@@ -1,8 +1,8 @@
 """The schemas of the documents that vendor and device exchange."""
 
-from __future__ import annotations
+# Annotations are no texts here (`from __future__`): msgspec would compile each of them as this module is imported.
 
-import datetime  # noqa: TC003  # msgspec reads the annotations at run time
+import datetime
 import hashlib
 from typing import Annotated, Final, Literal
 
@@ -10,7 +10,7 @@ import msgspec
 
 from hwlicense.core.code import ENTRY, VERSION
 from hwlicense.core.limits import Use
-from hwlicense.core.process import Application, Guard  # noqa: TC001  # as above
+from hwlicense.core.process import Application, Guard
 from hwlicense.core.schema import (
     SIZE_LIMITS,
     Blob,

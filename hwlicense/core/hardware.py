@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeAlias, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeAlias, TypeVar, runtime_checkable
+
+import msgspec
 
 from hwlicense.core.errors import Reason, RefusedError
 
@@ -59,7 +61,7 @@ class TouchRequest(Protocol):
         """`prompt` is a sentence. Must not wait: the hardware goes on waiting meanwhile."""
 
 
-class Reading(NamedTuple):
+class Reading(msgspec.Struct, frozen=True):
     """What an anchor says: its count of `steps`; milliseconds of powered-on time, ever (`clock`) and since power-up.
 
     The clock may have lost up to `lapse` milliseconds at each power cut.
@@ -114,7 +116,7 @@ class CounterStore(Protocol):
         """Counters that were made and that no license uses, installed or about to be."""
 
 
-class Counted(NamedTuple):
+class Counted(msgspec.Struct, frozen=True):
     """What a TPM says of a license that it counts. The clock and the deadline are in milliseconds.
 
     `state` is "lost" also where an index is gone. `opens` are those spent; None where they are not counted or cannot be
@@ -128,7 +130,7 @@ class Counted(NamedTuple):
     deadline: int | None
 
 
-class Unwrapped(NamedTuple):
+class Unwrapped(msgspec.Struct, frozen=True):
     """The member secret, 32 bytes, for whoever asked to wipe; and the ledger's anchor, where the license has one."""
 
     secret: Secret

@@ -9,8 +9,9 @@ one message, so AES-256-GCM runs with a nonce of zeros: a nonce needs to differ 
 from __future__ import annotations
 
 from itertools import combinations
-from typing import TYPE_CHECKING, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Final, Self
 
+import msgspec
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
@@ -85,7 +86,7 @@ def unwrap_content_key(secret: Secret, licensed: License, identifier: str) -> Se
     raise _damaged("The license names the package but holds no key for it")
 
 
-class Content(NamedTuple):
+class Content(msgspec.Struct, frozen=True):
     """What a license opens: the content key, and what it encloses. A context manager that wipes both."""
 
     key: Secret

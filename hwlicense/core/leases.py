@@ -15,7 +15,9 @@ Without an anchor, a record is taken for the latest.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
+
+import msgspec
 
 from hwlicense.core.account import FOREVER, RESERVATIONS, Field
 
@@ -41,7 +43,7 @@ _OF_LEASE: Final = (
 )
 
 
-class Moment(NamedTuple):
+class Moment(msgspec.Struct, frozen=True):
     """When something is written down: running time and the meter's in nanoseconds, the anchor's clock in milliseconds.
 
     `session` is the longest session in nanoseconds: what one has reserved may be spent until its end.

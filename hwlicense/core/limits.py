@@ -1,6 +1,6 @@
 """What a grant says of use: limits, rates, features and the monitor, as the license carries them."""
 
-from __future__ import annotations
+# Annotations are no texts, as in `documents`
 
 from typing import Annotated, Final, Literal
 

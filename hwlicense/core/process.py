@@ -1,15 +1,13 @@
 """What a grant says of the process that opens a package: what the guard refuses, and which code may be loaded."""
 
-from __future__ import annotations
+# Annotations are no texts, as in `documents`
 
-from typing import TYPE_CHECKING, Annotated, Final, Literal, get_args
+from collections.abc import Mapping
+from typing import Annotated, Final, Literal, get_args
 
 import msgspec
 
 from hwlicense.core.schema import Digest, Document
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 Check = Literal["debugger", "tracing", "preloaded", "environment", "site", "replaced", "swap", "shadowed"]
 """What the guard looks for. docs/guard.md says what each finds."""

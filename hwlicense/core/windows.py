@@ -6,7 +6,9 @@ nanoseconds of one clock that never goes back, over restarts too.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
+
+import msgspec
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, MutableSequence
@@ -20,7 +22,7 @@ _RING: Final = SLOTS + 2  # the slots that a window can touch, and one more for 
 WORDS: Final = 1 + _RING
 
 
-class Window(NamedTuple):
+class Window(msgspec.Struct, frozen=True):
     """At most `limit` in any `SLOTS` slots of `width` nanoseconds; its numbers begin `at`."""
 
     limit: int

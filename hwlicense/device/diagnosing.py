@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
+import msgspec
+
 from hwlicense import storage
 from hwlicense.core import dongle
 from hwlicense.core.documents import License, TokenBinding, TpmBinding, UsbBinding
@@ -117,7 +119,7 @@ def probe(tcti: str | None, selection: Selection) -> dict[str, Any]:
     banks: dict[str, dict[int, bytes]] = {}
     for pcr in facts.pcrs:
         banks.setdefault(pcr.bank, {})[pcr.index] = pcr.value
-    return {**facts._asdict(), "pcrs": banks}
+    return {**msgspec.structs.asdict(facts), "pcrs": banks}
 
 
 def _libraries(needs: _Needs) -> Iterator[Finding]:

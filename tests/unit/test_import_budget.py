@@ -28,6 +28,9 @@ device.recovering device.resetting device.room device.selecting device.sharing d
 device.tending
 storage threads
 """
+CHECKING = """
+cli cli.checking cli.commands cli.device cli.opening cli.options cli.output cli.secrets device.selecting
+"""
 LIBRARIES = {"blake3", "cryptography", "msgspec", "tpm2_pytss", "_cffi_backend", "_openssl", "typing_extensions"}
 SLOW = {"asyncio", "click", "hwlicense_simulators", "multiprocessing", "numpy", "pkcs11", "ssl", "subprocess", "usb"}
 WATCHED = """
@@ -37,6 +40,17 @@ import hwlicense
 first = set(sys.modules)
 hwlicense.open(sys.argv[1], vendor=sys.argv[2], home=sys.argv[3]).close()
 print(json.dumps([sorted(first - before), sorted(set(sys.modules) - first), sorted(sys.stdlib_module_names)]))
+"""
+
+COMMAND = """
+import json, os, sys
+leave = os._exit
+def leaving(status):
+    print(json.dumps(sorted(sys.modules)), flush=True)
+    leave(status)
+os._exit = leaving
+from hwlicense.cli import main
+main()
 """
 
 
@@ -51,3 +65,13 @@ def test_what_importing_and_a_first_opening_import(vendor, device):
     top = {name.partition(".")[0] for name in (*first, *then)}
     assert top - set(standard) - {"hwlicense"} == LIBRARIES
     assert not top & SLOW
+
+
+def test_what_a_check_that_opens_imports(vendor, device):
+    licensed(vendor, device)
+    words = [sys.executable, "-c", COMMAND, "device", "check", "--open", "--home", device.home.path, vendor.package]
+    printed = subprocess.check_output([*map(str, words)], env=os.environ | device.tpm.environment, text=True)
+    imported = json.loads(printed.splitlines()[-1])
+    ours = {name for name in imported if name.startswith("hwlicense.")}
+    assert ours - PACKAGE == {f"hwlicense.{name}" for name in (*OPENING.split(), *CHECKING.split())}
+    assert not {name.partition(".")[0] for name in imported} & (SLOW - {"click"})

@@ -6,6 +6,7 @@ import datetime
 from contextlib import nullcontext
 
 import pytest
+from msgspec.structs import replace
 
 from hwlicense import storage
 from hwlicense.core import calendar
@@ -113,7 +114,7 @@ def test_what_the_monitor_found_is_unknown_without_an_account(machine, tmp_path)
     counted = Counted("current", 3, 9, 0, None)
     missing = usage.read(tmp_path, granted, counted, None, calendar.day(clock.wall()))
     assert (missing.state, usage._monitor(missing)) == ("missing", unknown)
-    never = usage.read(tmp_path, granted, counted._replace(opens=0), None, calendar.day(clock.wall()))
+    never = usage.read(tmp_path, granted, replace(counted, opens=0), None, calendar.day(clock.wall()))
     assert usage._monitor(never)["in_force"] == "none"
 
 

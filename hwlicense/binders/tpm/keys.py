@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from tpm2_pytss import ESYS_TR, TPM2_CAP, TPM2_RC, TPM2B_PUBLIC, TPML_PCR_SELECTION, TSS2_Exception
-from tpm2_pytss.utils import NoSuchIndex, create_ek_template
 
 from hwlicense.binders.tpm.failures import code
 from hwlicense.core.documents import EndorsementKey, Pcr
@@ -107,7 +106,7 @@ def endorsement_keys(work: Work) -> list[EndorsementKey]:
     """Those with a certificate in the TPM; where there is none, as on many firmware TPMs, the two common ones."""
     nv, keys = _Nv(work), []
     for template in [CERTIFICATES[index] for index in certificate_indices(work)] or ("EK-ECC256", "EK-RSA2048"):
-        certificate, area = create_ek_template(template, nv)
+        certificate, area = _template(template, nv)
         made = _make(work, area)
         if made is not None:
             work.flush(made[0])
@@ -125,7 +124,7 @@ def endorsement_key(work: Work, name: bytes, seed_size: int) -> tuple[ESYS_TR, P
     """
     nv = _Nv(work, certificates=False)
     for template in CERTIFICATES.values():
-        _, area = create_ek_template(template, nv)
+        _, area = _template(template, nv)
         kind = Public.parse(area.marshal()[2:])
         size = kind.bits // 8 if kind.type == Algorithm.RSA else 2 * (2 + kind.bits // 8)
         if size != seed_size or sized(kind.name)[:4] != sized(name)[:4]:
@@ -136,6 +135,13 @@ def endorsement_key(work: Work, name: bytes, seed_size: int) -> tuple[ESYS_TR, P
         if made is not None:
             work.flush(made[0])
     raise wrong_device("its endorsement key is not this one's")
+
+
+def _template(name: str, nv: _Nv) -> tuple[bytes | None, TPM2B_PUBLIC]:
+    from tpm2_pytss.utils import create_ek_template  # noqa: PLC0415  # no opening needs it, and it builds all templates
+
+    made: tuple[bytes | None, TPM2B_PUBLIC] = create_ek_template(name, nv)
+    return made
 
 
 def _make(work: Work, area: TPM2B_PUBLIC) -> tuple[ESYS_TR, Public] | None:
@@ -160,6 +166,8 @@ class _Nv:
         if index in CERTIFICATES and not self._certificates:
             return b""
         if index not in self.defined:
+            from tpm2_pytss.utils import NoSuchIndex  # noqa: PLC0415  # as above
+
             raise NoSuchIndex(index)
         handle = self._work.borrow(self._work.call("tr_from_tpmpublic", index))
         public, _ = self._work.call("nv_read_public", handle)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
+import msgspec
 from tpm2_pytss import TPM2_CAP, TPM2_RC, TSS2_Exception
 
 from hwlicense.binders.tpm import keys
@@ -27,7 +28,7 @@ _NV_COUNTERS, _NV_COUNTERS_LEFT = 0x20A, 0x20B
 _IN_LOCKOUT: Final = 1 << 9  # of TPMA_PERMANENT (Part 2, 8.6)
 
 
-class Facts(NamedTuple):
+class Facts(msgspec.Struct, frozen=True):
     """`wrong_pins` of `wrong_pins_allowed` are counted; one is forgiven after `forgiven_after` seconds.
 
     `nv_counters` of `nv_counters_most` (0: no fixed number) are defined, and by the TPM's own estimate room is left for

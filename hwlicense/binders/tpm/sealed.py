@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
+
+import msgspec
 
 from hwlicense.core.errors import DamagedError, Reason
 from hwlicense.core.tpm.composing import Conditions
@@ -17,8 +18,7 @@ if TYPE_CHECKING:
     from hwlicense.core.documents import Approval, TpmBinding
 
 
-@dataclass(frozen=True, slots=True)
-class Sealed:
+class Sealed(msgspec.Struct, frozen=True):
     """A binding whose parts fit each other, and the approvals that are meant for it."""
 
     binding: TpmBinding

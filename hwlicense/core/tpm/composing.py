@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
+
+import msgspec
 
 from hwlicense.core.errors import DamagedError, Reason
 from hwlicense.core.tpm.nv import UNCOUNTABLE, NvPublic, counter_public, limit_data, pin_pass_public, write_hash
@@ -51,8 +52,7 @@ MILLISECONDS: Final = 3_600_000
 """In an hour."""
 
 
-@dataclass(frozen=True, slots=True)
-class Conditions:
+class Conditions(msgspec.Struct, frozen=True):
     """What a binding's sealed object asks for before it opens. The fields are those of `TpmBinding`."""
 
     policy_key: Public | None

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from dataclasses import dataclass
 from enum import IntFlag
 from typing import TYPE_CHECKING, Final
+
+import msgspec
 
 from hwlicense.core.errors import DamagedError, Reason
 from hwlicense.core.tpm.wire import Algorithm, number, sized
@@ -51,8 +52,7 @@ _COUNTER: Final = _A.COUNTER | _A.AUTH_WRITE | _A.AUTH_READ | _A.NO_DA
 _PIN_PASS: Final = _A.PIN_PASS | _A.POLICY_WRITE | _A.POLICY_READ | _A.AUTH_READ | _A.NO_DA
 
 
-@dataclass(frozen=True, slots=True)
-class NvPublic:
+class NvPublic(msgspec.Struct, frozen=True):
     """TPMS_NV_PUBLIC (Part 2, 13.5) of an index named by SHA-256."""
 
     handle: int

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
+
+import msgspec
 
 from hwlicense.core.errors import Reason, RefusedError, UsageError
 from hwlicense.core.tpm.wire import DIGEST_SIZES, Algorithm, number
@@ -27,8 +28,7 @@ _NUMBER = re.compile("[0-9]{1,2}")
 _SYNTAX = 'Write banks and numbers like "sha256:7" or "sha256:4,7+sha384:7".'
 
 
-@dataclass(frozen=True, slots=True)
-class Selection:
+class Selection(msgspec.Struct, frozen=True):
     """PCRs by bank. Both levels are sorted, so that equal selections marshal to equal bytes."""
 
     banks: tuple[tuple[str, tuple[int, ...]], ...] = ()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from hwlicense.core.tpm.pcrs import Selection, values_digest
 from hwlicense.core.tpm.wire import number
@@ -25,44 +26,38 @@ CLOCK, SAFE = 8, 24
 """Where TPMS_TIME_INFO has the clock (8 bytes, in milliseconds) and its safe flag (1 byte)."""
 
 
-@dataclass(frozen=True, slots=True)
-class PolicyPCR:
+class PolicyPCR(msgspec.Struct, frozen=True):
     """The PCRs hold these values. Of no PCR at all, it still ends sessions kept over a TPM restart."""
 
     selection: Selection
     values: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class PolicyAuthorize:
+class PolicyAuthorize(msgspec.Struct, frozen=True):
     """The key of Name `key` has signed the policy so far, for this reference. Forgets what was before it."""
 
     key: bytes
     reference: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class PolicyCommandCode:
+class PolicyCommandCode(msgspec.Struct, frozen=True):
     """Good for one command only."""
 
     code: int
 
 
-@dataclass(frozen=True, slots=True)
-class PolicyAuthValue:
+class PolicyAuthValue(msgspec.Struct, frozen=True):
     """The object's own authValue (the PIN) is proved, too."""
 
 
-@dataclass(frozen=True, slots=True)
-class PolicyNV:
+class PolicyNV(msgspec.Struct, frozen=True):
     """The index holds `operand`. Checked when the command runs, not when the session is used."""
 
     index: NvPublic
     operand: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class PolicyCounterTimer:
+class PolicyCounterTimer(msgspec.Struct, frozen=True):
     """TPMS_TIME_INFO at `offset` compares with `operand`. Checked when the command runs."""
 
     offset: int
@@ -70,22 +65,19 @@ class PolicyCounterTimer:
     operation: int
 
 
-@dataclass(frozen=True, slots=True)
-class PolicySecret:
+class PolicySecret(msgspec.Struct, frozen=True):
     """The index's authValue is proved: an index of type PIN_PASS counts that, whatever comes after."""
 
     index: NvPublic
 
 
-@dataclass(frozen=True, slots=True)
-class PolicyCpHash:
+class PolicyCpHash(msgspec.Struct, frozen=True):
     """Good for one command with these very parameters."""
 
     hash: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class PolicyOR:
+class PolicyOR(msgspec.Struct, frozen=True):
     """One of these policies holds. Forgets which."""
 
     branches: tuple[bytes, ...]

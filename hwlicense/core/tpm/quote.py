@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
+
+import msgspec
 
 from hwlicense.core.errors import Reason
 from hwlicense.core.tpm.pcrs import Selection, values_digest
@@ -21,7 +23,7 @@ _GENERATED: Final = 0xFF544347  # only a TPM signs, with a restricted key, what 
 _ATTEST_QUOTE, _ATTEST_TIME = 0x8018, 0x8019
 
 
-class Quoted(NamedTuple):
+class Quoted(msgspec.Struct, frozen=True):
     """`clock` in milliseconds of powered-on time; `safe` says that no earlier reading was higher."""
 
     clock: int
@@ -64,7 +66,7 @@ def check_quote(attestation_key: Public, quote: bytes, statement: bytes, pcrs: S
     return quoted
 
 
-class Time(NamedTuple):
+class Time(msgspec.Struct, frozen=True):
     """Milliseconds of powered-on time: since power-up (`uptime`), and ever; `safe` as in a quote."""
 
     uptime: int

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from enum import IntFlag
 from typing import Final, Self
 
+import msgspec
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from hwlicense.core.errors import DamagedError, Reason
@@ -40,8 +40,7 @@ _RSA_BITS: Final = (2048, 3072, 4096)
 _SIGNING: Final = {Algorithm.RSA: (Algorithm.RSASSA,), Algorithm.ECC: (Algorithm.ECDSA,), Algorithm.KEYEDHASH: ()}
 
 
-@dataclass(frozen=True, slots=True)
-class Public:
+class Public(msgspec.Struct, frozen=True):
     """A public area. Only what the project meets: RSA, ECC on P-256 and P-384, sealed data; AES-CFB; no KDF scheme.
 
     `unique` is (modulus,), (x, y) or (digest,); `symmetric_bits` is the AES key size of a storage key, else 0;
