@@ -113,7 +113,7 @@ CRASHES: Final = (
 )
 
 
-def cost(crash: _Crash, count: int = 25) -> dict[str, float]:
+def cost(crash: _Crash, count: int) -> dict[str, float]:
     """Seconds of use, at 30 inferences a second, that crashes at random moments cost."""
     chance, lost = random.Random(4), []  # noqa: S311
     with _scene([(1_000_000, 60)], crash.lapse) as scene:
@@ -165,11 +165,11 @@ def wear(count: int, apart: int) -> dict[str, float]:
         return found
 
 
-def measure(days: int) -> dict[str, Any]:
+def measure(days: int, count: int) -> dict[str, Any]:
     """All of it, side by side: nothing here is timed, and the simulated device has a clock of its own."""
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         cuts = pool.submit(year, days)
-        lost = {crash.name: pool.submit(cost, crash) for crash in CRASHES}
+        lost = {crash.name: pool.submit(cost, crash, count) for crash in CRASHES}
         worn = {name: pool.submit(wear, *use) for name, use in USES.items()}
         return {
             "power cuts": cuts.result(),

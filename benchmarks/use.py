@@ -267,7 +267,7 @@ def measure(scene: Scene, options: Any) -> dict[str, Any]:  # noqa: ANN401  # th
     parts: list[Callable[[], dict[str, Any]]] = [
         lambda: {"kills": kills(scene, options.kills)},
         lambda: {"soak": soak(scene, options.inferences)},
-        lambda: crashes.measure(options.cuts),
+        lambda: crashes.measure(options.cuts, options.crashes),
         lambda: {"instances": places(scene, min(60.0, options.seconds))},
     ]
     found: dict[str, Any] = {}
