@@ -110,19 +110,19 @@ def test_keys_that_are_lost_while_the_enclosure_is_copied_give_no_zeros(vendor, 
 
     def lost_meanwhile(keys: Keyring) -> memoryview:
         monkeypatch.setattr(Keyring, "enclosure", copy)
-        model.lose_keys(AbsentError(Reason.DONGLE_ABSENT, "The dongle was pulled.", "Plug it in."))
+        own.lose_keys(AbsentError(Reason.DONGLE_ABSENT, "The dongle was pulled.", "Plug it in."))
         copied = copy(keys)
         if back:
-            model.regain_keys(model._keyring(content))
+            own.regain_keys(own._keyring(content))
         return copied
 
     monkeypatch.setattr(Keyring, "enclosure", lost_meanwhile)
-    with PackageFile(made[0], vendor.public) as file, Model(file, content) as model:
+    with PackageFile(made[0], vendor.public) as file, Model(file, content) as own:
         if back:
-            assert bytes(model.enclosure) == b"seed"
+            assert bytes(own.enclosure) == b"seed"
         else:
             with pytest.raises(AbsentError) as lost:
-                _ = model.enclosure
+                _ = own.enclosure
             assert lost.value.reason == Reason.DONGLE_ABSENT
             del lost
     gc.collect()  # what the error's traceback holds
