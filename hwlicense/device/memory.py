@@ -187,7 +187,7 @@ class SealedFile:
             self._map, self.locked_by = _locked_file(self.fd, size)
         except OSError as error:
             self.close()
-            raise _failed(size, error) from error
+            raise no_memory(size, error) from error
         except BaseException:
             self.close()
             raise
@@ -228,7 +228,7 @@ class MountedFile:
                 reading = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
                 self._map, self.locked_by = _locked_file(reading, size)
         except OSError as error:
-            raise _failed(size, error) from error
+            raise no_memory(size, error) from error
         finally:
             os.close(fd)
             if reading >= 0:
@@ -268,7 +268,7 @@ def _mapped(fd: int, size: int, flags: int, protection_: int) -> mmap.mmap:
     try:
         made = mmap.mmap(fd, size, flags, protection_)
     except OSError as error:
-        raise _failed(size, error) from error
+        raise no_memory(size, error) from error
     advice = [mmap.MADV_DONTDUMP, *([mmap.MADV_HUGEPAGE] if size >= HUGE_PAGE else [])]
     for each in advice:
         with suppress(OSError):  # a kernel without huge pages is slower, and one without MADV_DONTDUMP is not dumpable
@@ -354,7 +354,8 @@ def _address_of(readable: mmap.mmap) -> int:
         ctypes.pythonapi.PyBuffer_Release(ctypes.byref(buffer))
 
 
-def _failed(size: int, error: OSError) -> StorageError:
+def no_memory(size: int, error: OSError) -> StorageError:
+    """The error for memory, or a file in it, that the system does not give."""
     if error.errno in {errno.ENOMEM, errno.ENOSPC}:  # the latter from a file in memory
         what = f"The system has no {size:,} bytes of memory left for the model."
         return StorageError(Reason.STORAGE, what, "Free some memory, or read the member in parts with `model.open`.")

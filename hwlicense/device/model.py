@@ -149,7 +149,10 @@ class Model(Licensed):
         """
         self._check_present()
         with self._using():
-            return self._keys.enclosure()
+            keys = self._keys
+            copy = keys.enclosure()
+            self._check()  # keys that were wiped meanwhile enclose zeros
+            return copy if keys is self._keys else self.enclosure
 
     @property
     def protection(self) -> Protection:
@@ -333,8 +336,7 @@ class Model(Licensed):
                 if not self._users[thread]:
                     del self._users[thread]
                 if self._refusal:  # set during the call, which may have left plaintext in a reader
-                    for reader in list(self._readers):
-                        reader.forget_soon()
+                    self._forget_keys()
                 self._release_if_unused()
 
     def _release_if_unused(self) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 MEMORY: Final = "/dev/shm"  # noqa: S108  # a folder of its own within, for links alone
 PREFIX: Final = "hwlicense-gguf-"
-_SPLIT = re.compile(r"(?P<start>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+_SPLIT = re.compile(r"(?P<start>.+)-(?P<number>\d{5})-of-(?P<count>(?!00000)\d{5})\.gguf")
 
 
 def reader(model: Model, name: str | os.PathLike[str]) -> gguf.GGUFReader:

@@ -40,7 +40,7 @@ WRITING: Final = (
     "ep.context_model_external_initializers_file_name",
 )
 """Entries of session options that have ONNX Runtime write files."""
-_WRITING = re.compile("cache|dump|save|context|profil", re.IGNORECASE)  # in names of the execution providers' options
+_WRITING = re.compile("cache|dump|save|ep_(context|ctx)|profiling", re.IGNORECASE)  # among names of providers' options
 _MALFORMED = re.compile(r"(?:Load model from \S+ failed: ?|(?=ORT model verification))(?P<why>.*)", re.DOTALL)
 _OFF: Final = {"", "0", "false", "none", "off"}
 

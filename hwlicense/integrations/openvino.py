@@ -1,7 +1,8 @@
 """OpenVINO: networks of a model in a package. Importing raises UsageError EXTRA_MISSING, EXTRA_UNSUPPORTED.
 
-Weights are decrypted into memory that OpenVINO itself allots and shares out between network and compiled network: they
-live as long as it uses them, whatever is closed, and are not zeroed when it frees them.
+Weights beside an .xml are decrypted into memory that OpenVINO itself allots and shares out between network and compiled
+network; those of a network in one file it copies out of sealed memory, which is given back at once. They live as long
+as it uses them, whatever is closed, and are not zeroed when it frees them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Final
 
 from hwlicense.core.errors import Reason, UsageError
+from hwlicense.device.memory import SealedFile
 from hwlicense.integrations.external_data import locations
 from hwlicense.integrations.extras import check_model, extra, require
 
@@ -32,7 +34,7 @@ TRACING: Final = ("OV_ENABLE_SERIALIZE_TRACING", "OV_ENABLE_VISUALIZE_TRACING", 
 def read_model(
     model: Model, name: str | os.PathLike[str], *, weights: str | None = None, core: openvino.Core | None = None
 ) -> openvino.Model:
-    """The network in the member `name`: OpenVINO's own format (.xml) or another that it reads from memory, as ONNX.
+    """The network in the member `name`: OpenVINO's own format (.xml) or another that it knows by content, as ONNX.
 
     `weights` are by default in the member beside it that ends with .bin, if there is one. Raises as `Model.read`, and
     UsageError: EXTRA_UNSUPPORTED for ONNX with weights in files of their own, PLAINTEXT_CACHE where the core has a
@@ -45,10 +47,10 @@ def read_model(
     beside = str(PurePosixPath(name).with_suffix(".bin"))
     if weights is None and name.endswith(".xml") and beside in model.names:
         weights = beside
-    network = bytes(model.read(name))
-    _refuse_files(name, network)
     if weights is None:
-        return core.read_model(network, b"")
+        return _read_one_file(model, name, core)
+    network = bytes(model.read(name))
+    _refuse_files(name, _apart(memoryview(network)))
     allotted = openvino.Tensor(openvino.Type.u8, [model.size(weights)])
     model.readinto(weights, allotted.data)
     return core.read_model(network, allotted)
@@ -69,9 +71,29 @@ def compile_model(
     return core.compile_model(read_model(model, name, weights=weights, core=core), device_name, dict(config or {}))
 
 
-def _refuse_files(name: str, network: bytes) -> None:
-    """Of what is not XML: OpenVINO would read ONNX's external data from the disk, below the working folder."""
-    if not network.startswith(b"<") and (apart := locations(memoryview(network))):
+def _read_one_file(model: Model, name: str, core: openvino.Core) -> openvino.Model:
+    apart: list[str] = []
+
+    def fill(view: memoryview) -> None:
+        model.readinto(name, view)
+        apart.extend(_apart(view))
+
+    staged = SealedFile(model.size(name), fill)
+    try:
+        _refuse_files(name, apart)
+        return core.read_model(staged.path)
+    finally:
+        staged.close()
+
+
+def _apart(network: memoryview) -> list[str]:
+    """Where ONNX has external data; what is XML has none."""
+    return [] if network[:1].tobytes() == b"<" else locations(network)
+
+
+def _refuse_files(name: str, apart: list[str]) -> None:
+    """OpenVINO would read them from the disk, below the working folder."""
+    if apart:
         what = f"{name!r} has its weights in {apart[0]!r}, which OpenVINO reads from a disk alone."
         hint = "Pack it with its weights in one file or as .xml (`openvino.save_model`), or load it with ONNX Runtime."
         raise UsageError(Reason.EXTRA_UNSUPPORTED, what, hint)

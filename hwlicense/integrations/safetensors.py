@@ -11,7 +11,7 @@ import os
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from hwlicense.core.errors import ClosedError, DamagedError, Reason, UsageError
-from hwlicense.device.memory import Memory, lend, memory_file
+from hwlicense.device.memory import Memory, lend, memory_file, no_memory
 from hwlicense.integrations.extras import check_model, extra, require
 
 with extra("safetensors", "safetensors"):
@@ -110,8 +110,10 @@ class Tensors:
         """
         start = self._file.read(8)
         size = min(int.from_bytes(start, "little"), MOST)  # a longer one is refused below
-        fd = memory_file()
+        fd = -1
         try:
+            fd = memory_file()
+            os.close(os.dup(fd))  # the parser opens it anew, and calls it not found where no descriptor is left
             os.truncate(fd, self._file.size)
             os.pwrite(fd, start + self._file.read(size), 0)
             with safetensors.safe_open(f"/proc/self/fd/{fd}", "np") as parsed:
@@ -127,8 +129,11 @@ class Tensors:
             raise DamagedError(
                 Reason.MEMBER_MALFORMED, what, "Ask the vendor for a package with a sound one."
             ) from error
+        except OSError as error:
+            raise no_memory(self._file.size, error) from error
         finally:
-            os.close(fd)
+            if fd >= 0:
+                os.close(fd)
 
 
 class Slice:

@@ -78,7 +78,8 @@ def tokenizer(model: Model, subfolder: str = "", **options: Any) -> transformers
 def adapted(network: Any, model: Model, subfolder: str = "", **options: Any) -> Any:  # noqa: ANN401  # a PeftModel
     """`network` with the adapter (LoRA and others of peft's) in adapter_config.json and adapter_model.safetensors.
 
-    `model` may be another package than the network's. `options` are PeftModel's. Raises as above.
+    `model` may be another package than the network's. `options` are PeftModel's. Raises as above, MEMBER_MALFORMED also
+    where the adapter lacks a tensor, as one for other layers does.
     """
     with extra("transformers", "peft"):
         import peft  # noqa: PLC0415  # most applications have no adapter
@@ -87,7 +88,12 @@ def adapted(network: Any, model: Model, subfolder: str = "", **options: Any) -> 
     config.inference_mode = True
     wrapped = peft.PeftModel if config.task_type is None else peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[config.task_type]
     made = wrapped(network, config, **options)
-    peft.set_peft_model_state_dict(made, where.weights(ADAPTER))
+    lacking = peft.set_peft_model_state_dict(made, where.weights(ADAPTER)).missing_keys
+    # Of the network's own and other names of what was loaded, too: the adapter's are what peft would save of it.
+    saved = peft.get_peft_model_state_dict(made, save_embedding_layers=False)
+    for name in (key.replace(".default", "") for key in lacking):
+        if name in saved:
+            raise where.malformed(ADAPTER, f"it has no tensor {name!r}")
     return made.eval()
 
 
@@ -109,7 +115,7 @@ class _Folder:
         try:
             return msgspec.json.decode(self.read(name), type=dict[str, Any])
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise self._malformed(name, str(error)) from error
+            raise self.malformed(name, str(error)) from error
 
     def weights(self, name: str) -> dict[str, torch.Tensor]:
         """All tensors, of one file or of those that an index names."""
@@ -118,14 +124,14 @@ class _Folder:
             return load(self._model, self._start + name, "pt")
         parts = self.json(index).get("weight_map")
         if not isinstance(parts, dict) or not all(isinstance(part, str) for part in parts.values()):
-            raise self._malformed(index, "it has no weight_map of names to files")
+            raise self.malformed(index, "it has no weight_map of names to files")
         found: dict[str, torch.Tensor] = {}
         for part in dict.fromkeys(parts.values()):
             found |= load(self._model, self._start + part, "pt")
         if missing := parts.keys() - found:
-            raise self._malformed(index, f"its files have no tensor {min(missing)!r}")
+            raise self.malformed(index, f"its files have no tensor {min(missing)!r}")
         return found
 
-    def _malformed(self, name: str, why: str) -> DamagedError:
+    def malformed(self, name: str, why: str) -> DamagedError:
         what = f"The member {self._start + name!r} is not as transformers writes it: {why}."
         return DamagedError(Reason.MEMBER_MALFORMED, what, "Ask the vendor for a package with a sound one.")

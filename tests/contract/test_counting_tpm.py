@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import threading
 import time
 from contextlib import suppress
@@ -400,6 +401,21 @@ def test_a_step_whose_answer_comes_late_is_given_by_the_next(customer, parts, mo
     assert anchor.read().steps == 2
     assert anchor.step().steps == 3
     customer.tpm.reboot()  # what was loaded for that command is known to nobody, and no resource manager is here
+
+
+@pytest.mark.parametrize("command", [TPM2_CC.NV_Read, TPM2_CC.GetTime])
+def test_a_step_that_is_interrupted_is_given_by_the_next(customer, parts, command):
+    """By a signal whose handler raises, as Ctrl-C's does; the answer comes at once."""
+    hardware, binding, held, approvals = parts
+    anchor = hardware.unwrap(binding, held, approvals, None).anchor
+    assert anchor.step().steps == 1
+    customer.wire.delay(0.5, command=int(command))
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        anchor.step()
+    assert anchor.step().steps == 2
+    assert anchor.read().steps == 2
+    assert anchor.step().steps == 3
 
 
 def test_an_anchor_ends_with_its_revision(customer, parts):

@@ -99,6 +99,13 @@ def test_a_file_in_one_part_is_a_path_as_every_other(net):
         assert path == net.path("cls.gguf")
 
 
+def test_a_file_that_would_have_no_parts_is_one_as_every_other(vendor, tmp_path):
+    name = "net-00001-of-00000.gguf"
+    package, key, _ = pack(vendor, tmp_path, {name: b"alone"})
+    with opened(vendor, package, key) as model, integration.path(model, name) as path:
+        assert path == model.path(name)
+
+
 def test_what_is_wrong_with_parts_is_said(net, vendor, tmp_path, monkeypatch):
     with pytest.raises(UsageError) as refused, integration.path(net, f"parts/{PARTS[1]}"):
         pass

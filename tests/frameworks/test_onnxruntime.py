@@ -133,6 +133,14 @@ def test_a_profile_is_not_written(model, tmp_path, monkeypatch):
         ("OpenVINOExecutionProvider", "cache_dir", "/tmp/cache"),  # noqa: S108  # never made
         ("CoreMLExecutionProvider", "ModelCacheDirectory", "/tmp/cache"),  # noqa: S108
         ("MIGraphXExecutionProvider", "migraphx_save_compiled_model", "True"),
+        ("TensorrtExecutionProvider", "trt_timing_cache_enable", True),
+        ("TensorrtExecutionProvider", "trt_dump_ep_context_model", 1),
+        ("TensorrtExecutionProvider", "trt_ep_context_file_path", "context.onnx"),
+        ("NvTensorRTRTXExecutionProvider", "nv_runtime_cache_path", "/tmp/cache"),  # noqa: S108
+        ("QNNExecutionProvider", "qnn_context_cache_enable", "1"),
+        ("QNNExecutionProvider", "qnn_saver_path", "saver"),
+        ("QNNExecutionProvider", "profiling_file_path", "profile.csv"),
+        ("QNNExecutionProvider", "profiling_level", "detailed"),
     ],
 )
 def test_caches_of_execution_providers_are_refused(model, provider, option, value):
@@ -140,7 +148,12 @@ def test_caches_of_execution_providers_are_refused(model, provider, option, valu
 
 
 def test_options_of_execution_providers_that_write_nothing_are_given_on(model):
-    given = {"arena_extend_strategy": "kNextPowerOfTwo", "cache_dir": "", "trt_engine_cache_enable": "0"}
+    given = {
+        "arena_extend_strategy": "kNextPowerOfTwo", "cache_dir": "", "trt_engine_cache_enable": "0",
+        "trt_profile_min_shapes": "x:1x3x48x192", "trt_profile_opt_shapes": "x:3x3x48x192",
+        "trt_profile_max_shapes": "x:8x3x48x192", "nv_profile_min_shapes": "x:1x3x48x192",
+        "trt_context_memory_sharing_enable": "1", "qnn_context_priority": "high",
+    }  # fmt: skip
     assert session(model, "cls.onnx", providers=[("CPUExecutionProvider", given)]).get_providers() == CPU
 
 

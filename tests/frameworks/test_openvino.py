@@ -6,10 +6,12 @@ import gc
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy
 import openvino
+import openvino.opset13
 import openvino.properties
 import pytest
 
@@ -18,6 +20,7 @@ from hwlicense.device.memory import protection
 from hwlicense.integrations import metered
 from hwlicense.integrations.openvino import TRACING, compile_model, read_model
 from tests.frameworks.conftest import picture
+from tests.packages import opened, pack
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +53,28 @@ def test_weights_are_decrypted_where_openvino_uses_them(model):
         (one for one in network.get_ops() if one.get_type_name() == "Constant"), key=lambda one: one.data.nbytes
     )
     assert largest.data.tobytes() in bytes(model.read("rec.bin"))
+
+
+def test_a_network_in_one_file_is_read_without_a_copy_in_the_ordinary_heap(model, expected):
+    held, files = protection().held, len(list(Path("/proc/self/fd").iterdir()))
+    tracemalloc.start()
+    network = read_model(model, "rec.onnx")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < model.size("rec.onnx") // 4
+    assert (protection().held, len(list(Path("/proc/self/fd").iterdir()))) == (held, files)
+    model.close()
+    assert "memfd:hwlicense" not in Path("/proc/self/maps").read_text()
+    assert len(output(openvino.Core().compile_model(network, "CPU"))) == len(expected)
+
+
+def test_a_network_without_weights(vendor, tmp_path):
+    given = openvino.opset13.parameter([2], numpy.float32)
+    openvino.save_model(openvino.Model([openvino.opset13.relu(given)], [given]), tmp_path / "relu.xml")
+    package, key, _ = pack(vendor, tmp_path, {"relu.xml": (tmp_path / "relu.xml").read_bytes()})
+    with opened(vendor, package, key) as model:
+        run = compile_model(model, "relu.xml")
+    assert run(numpy.array([-1, 1], "f4"))[0].tolist() == [0, 1]
 
 
 def test_a_network_outlives_the_model_and_each_object_that_led_to_it(model, expected):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
+import os
+import resource
 import signal
 import struct
 import sys
@@ -18,7 +21,7 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hwlicense.core.errors import ClosedError, DamagedError, Reason, UsageError
+from hwlicense.core.errors import ClosedError, DamagedError, Reason, StorageError, UsageError
 from hwlicense.device.memory import protection
 from hwlicense.integrations.safetensors import TORCH, Tensors, load
 from tests.frameworks.conftest import CHUNK
@@ -246,6 +249,29 @@ def test_malformed_files_are_refused(way, vendor, tmp_path):
             with pytest.raises(DamagedError) as refused:
                 read(model, "t")
             assert refused.value.reason == Reason.MEMBER_MALFORMED
+
+
+@pytest.mark.parametrize(("limit", "left"), [("RLIMIT_NOFILE", 0), ("RLIMIT_NOFILE", 1), ("RLIMIT_FSIZE", 100)])
+def test_a_process_that_may_have_no_file_is_told(big, limit, left):
+    """Either of them: the parser opens the one in memory again."""
+
+    def child() -> None:
+        kind = getattr(resource, limit)
+        resource.setrlimit(kind, (64 if limit == "RLIMIT_NOFILE" else left, resource.getrlimit(kind)[1]))
+        kept = []
+        if limit == "RLIMIT_NOFILE":
+            with contextlib.suppress(OSError):
+                while True:
+                    kept.append(os.open("/", os.O_RDONLY))
+            for _ in range(left):
+                os.close(kept.pop())
+        for read in (Tensors, load):
+            with pytest.raises(StorageError, match="too large" if kept == [] else "Too many open files") as refused:
+                read(big, "a.safetensors")
+            assert refused.value.reason == Reason.STORAGE
+            assert "ulimit" in refused.value.hint
+
+    in_child(child)
 
 
 def test_threads_share_it(big):

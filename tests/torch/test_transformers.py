@@ -6,6 +6,7 @@ import gc
 
 import peft
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, LlamaModel
@@ -87,6 +88,52 @@ def test_an_adapter_of_another_folder_or_package(model, files, vendor, tmp_path)
     assert not any(one.requires_grad for one in again.parameters())
 
 
+@pytest.mark.parametrize("change", ["a tensor less", "other layers"])
+def test_an_adapter_that_is_incomplete_or_for_other_layers_is_refused(model, files, vendor, tmp_path, change):
+    """The base model's answers would be taken for the adapter's."""
+    members = {path.name: path.read_bytes() for path in (files / "adapter").glob("adapter_*")}
+    tensors = safetensors.torch.load(members["adapter_model.safetensors"])
+    if change == "a tensor less":
+        lost = next(name for name in tensors if "layers.2." in name)
+        del tensors[lost]
+    else:
+        tensors = {name.replace(".layers.", ".blocks."): tensor for name, tensor in tensors.items()}
+        lost = "layers.0."
+    members["adapter_model.safetensors"] = safetensors.torch.save(tensors)
+    package, key, _ = pack(vendor, tmp_path, members, name="adapter")
+    base = from_pretrained(model, AutoModelForCausalLM, "many")
+    with opened(vendor, package, key) as other, pytest.raises(DamagedError) as refused:
+        adapted(base, other)
+    assert refused.value.reason == Reason.MEMBER_MALFORMED
+    assert "'adapter_model.safetensors'" in refused.value.what
+    assert lost in refused.value.what
+
+
+KINDS = [
+    (peft.LoraConfig, {"use_dora": True, "modules_to_save": ["lm_head"], "init_lora_weights": False}),
+    (peft.VBLoRAConfig, {"num_vectors": 8, "vector_length": 16}),
+    (peft.VBLoRAConfig, {"num_vectors": 8, "vector_length": 16, "save_only_topk_weights": True}),
+    (peft.VeraConfig, {}),
+    (peft.VeraConfig, {"save_projection": False}),
+    (peft.IA3Config, {"init_ia3_weights": False}),
+    (peft.AdaLoraConfig, {"total_step": 10}),
+    (peft.PromptTuningConfig, {"num_virtual_tokens": 4}),
+    (peft.PrefixTuningConfig, {"num_virtual_tokens": 4}),
+]
+
+
+@pytest.mark.filterwarnings("ignore")  # of peft's, about its own kinds
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_no_kind_of_adapter_is_taken_for_incomplete(model, files, vendor, tmp_path, kind, options):
+    config = kind(task_type="CAUSAL_LM", **options)
+    made = peft.get_peft_model(LlamaForCausalLM.from_pretrained(files / "many"), config).eval()
+    made.save_pretrained(tmp_path / "files")
+    package, key, _ = pack(vendor, tmp_path, {}, name="adapter")
+    with opened(vendor, package, key) as other:
+        network = adapted(from_pretrained(model, AutoModelForCausalLM, "many"), other)
+    assert torch.allclose(logits(network), logits(made), atol=1e-6)
+
+
 def test_weights_lie_in_one_buffer_that_is_zeroed_with_the_network(model):
     before = protection().held
     network = from_pretrained(model, AutoModelForCausalLM, "one")
@@ -143,7 +190,6 @@ def test_what_is_malformed_is_said(vendor, files, tmp_path, name, content, reaso
 
 
 def test_real_embeddings_and_their_tokenizer(model, files):
-    import safetensors.torch  # noqa: PLC0415
     import tokenizers  # noqa: PLC0415
 
     from hwlicense.integrations.safetensors import Tensors, load  # noqa: PLC0415

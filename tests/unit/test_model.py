@@ -17,7 +17,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hwlicense.core.errors import ClosedError, DamagedError, HwlicenseError, Reason, StorageError, UsageError
+from hwlicense.core.errors import (
+    AbsentError,
+    ClosedError,
+    DamagedError,
+    HwlicenseError,
+    Reason,
+    StorageError,
+    UsageError,
+)
+from hwlicense.core.keys import Content
+from hwlicense.core.secret import Secret
+from hwlicense.device.keyring import Keyring
 from hwlicense.device.memory import protection
 from hwlicense.device.model import Model
 from hwlicense.device.reading import PackageFile
@@ -90,6 +101,31 @@ def test_reading_into_a_buffer_of_the_callers(model):
     model.close()
     with pytest.raises(ClosedError):
         model.readinto("one-chunk", numbers)
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_keys_that_are_lost_while_the_enclosure_is_copied_give_no_zeros(vendor, made, monkeypatch, back):
+    """Presence takes them, and gives them back, whoever is at work."""
+    content, copy = Content(made[1], Secret(bytearray(b"seed"))), Keyring.enclosure
+
+    def lost_meanwhile(keys: Keyring) -> memoryview:
+        monkeypatch.setattr(Keyring, "enclosure", copy)
+        own.lose_keys(AbsentError(Reason.DONGLE_ABSENT, "The dongle was pulled.", "Plug it in."))
+        copied = copy(keys)
+        if back:
+            own.regain_keys(own._keyring(content))
+        return copied
+
+    monkeypatch.setattr(Keyring, "enclosure", lost_meanwhile)
+    with PackageFile(made[0], vendor.public) as file, Model(file, content) as own:
+        if back:
+            assert bytes(own.enclosure) == b"seed"
+        else:
+            with pytest.raises(AbsentError) as lost:
+                _ = own.enclosure
+            assert lost.value.reason == Reason.DONGLE_ABSENT
+            del lost
+    gc.collect()  # what the error's traceback holds
 
 
 def test_memory_is_given_back_with_the_last_buffer_open_or_closed(model):

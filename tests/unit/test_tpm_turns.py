@@ -1,13 +1,17 @@
-"""What is done by one program alone at a TPM's device; files stand in for devices."""
+"""One program at a time: at a TPM's device, for which files stand in, and at a simulator's socket."""
 
 import errno
 import fcntl
 import os
+import threading
+import time
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
 from hwlicense.binders.tpm import answering, turns
 from hwlicense.core.errors import AbsentError, HardwareError, Reason
+from tests.packages import in_child
 
 
 @pytest.fixture
@@ -56,3 +60,88 @@ def test_a_device_that_the_kernel_gives_to_one_program_is_alone_already(node, mo
 def test_an_error_of_the_block_passes(node):
     with pytest.raises(PermissionError, match="own"), turns.alone(f"device:{node}"):
         raise OSError(errno.EACCES, "the block's own")
+
+
+# ---- turns at a simulator
+
+
+@pytest.fixture
+def tcti(tmp_path):
+    return f"swtpm:path={tmp_path / 'socket'}"
+
+
+def free(folder) -> bool:
+    """Whether nobody has a turn at the socket in this folder."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+@contextmanager
+def a_thread_in_a_turn(tcti, seconds):
+    """Of the parent, as that which proves presence."""
+    there = threading.Event()
+
+    def work():
+        with turns.turn(tcti):
+            there.set()
+            time.sleep(seconds)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert there.wait(10)
+    yield
+    thread.join()
+
+
+def test_a_child_that_was_forked_while_a_thread_had_its_turn_takes_turns(tcti, tmp_path):
+    def child():
+        began = time.monotonic()
+        for _ in range(2):
+            with turns.turn(tcti):
+                assert time.monotonic() - began > 0.3  # after the parent's
+                assert not free(tmp_path)
+            assert free(tmp_path)
+
+    with a_thread_in_a_turn(tcti, 0.5):
+        in_child(child)
+    assert free(tmp_path)
+
+
+def test_a_child_whose_parent_waits_for_it_within_a_turn_goes_on(tcti, tmp_path):
+    """As a signal handler may fork, and the child come out of it."""
+
+    def child():
+        with turns.turn(tcti):
+            pass
+        turn.close()
+
+    with ExitStack() as turn:
+        turn.enter_context(turns.turn(tcti))
+        in_child(child)
+        assert not free(tmp_path)  # the child has ended no turn of its parent's
+        threading.Timer(0.3, turn.close).start()
+        in_child(lambda: takes_a_turn(tcti, tmp_path))
+
+
+def takes_a_turn(tcti, folder):
+    with turns.turn(tcti):
+        assert not free(folder)
+
+
+def test_a_turn_ends_with_its_process_though_a_child_lives(tcti, tmp_path):
+    def killed():
+        with turns.turn(tcti):
+            if not os.fork():
+                time.sleep(3)
+            os._exit(0)
+
+    in_child(killed)
+    end = time.monotonic() + 2
+    while not free(tmp_path):
+        assert time.monotonic() < end

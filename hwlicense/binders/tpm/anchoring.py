@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from tpm2_pytss import TSS2_Exception
 
 from hwlicense.binders.tpm import opening
-from hwlicense.binders.tpm.counting import GONE, Indexes, count
+from hwlicense.binders.tpm.counting import GONE, Indexes
 from hwlicense.binders.tpm.failures import code, tampered
 from hwlicense.core.hardware import Reading
 from hwlicense.core.tpm import standing
@@ -30,16 +29,10 @@ class _Kept:
     """What an anchor knows from one work to the next."""
 
     lapse = 0
-    unused: Future[bytes] | bytes | None = None  # the count of a step that was not given to whoever asked
+    unused: int | None = None  # the count of a step that was not given to whoever asked
 
-    def counted(self) -> int | None:
-        """The count of that step, where it has come."""
-        unused = self.unused
-        if isinstance(unused, Future):
-            if not unused.done() or unused.exception():
-                return None
-            unused = unused.result()
-        return None if unused is None else count(unused)
+    def counted(self, steps: int) -> None:
+        self.unused = steps
 
 
 class TpmSteps:
@@ -55,18 +48,14 @@ class TpmSteps:
 
     def step(self) -> Reading:
         """Count one more, and read. Raises as `read`."""
-        if (before := self._kept.counted()) is not None:
+        if (before := self._kept.unused) is not None:
             found = self.read()
             self._kept.unused = None
             if found.steps == before:
                 return found
-        told: list[Future[bytes] | bytes] = []
-        try:
-            return self._reading(*self._indexes.step(self._public, told.append))
-        except BaseException:
-            if told:
-                self._kept.unused = told[-1]
-            raise
+        found = self._reading(*self._indexes.step(self._public, self._kept.counted))
+        self._kept.unused = None
+        return found
 
     def _reading(self, steps: int, now: Time) -> Reading:
         self._kept.lapse = self._kept.lapse or self._indexes.lapse()

@@ -36,7 +36,6 @@ class Answers:
     def __init__(self, address: str, late: Callable[[Future[Any]], None]) -> None:
         self._address, self._late = address, late
         self.given_up = False
-        self.outcome: Future[Any] | None = None  # of the command whose answer nobody waits for
         self._calls: SimpleQueue[Callable[[], None] | None] | None = None
         self._process = 0
 
@@ -83,7 +82,7 @@ class Answers:
         return self._calls
 
     def _give_up(self, outcome: Future[R]) -> None:
-        self.given_up, self.outcome = True, outcome
+        self.given_up = True
         _hung[self._address] = self
         outcome.add_done_callback(self._come)
 

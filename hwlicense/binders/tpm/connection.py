@@ -158,6 +158,13 @@ def _connected(address: str) -> TCTILdr:
         raise failures.connect_error(error, address) from error
 
 
+def _telling(run: Callable[[], Any], told: Callable[[Any], None]) -> Any:  # noqa: ANN401 - as many types as commands
+    """With the command: a signal may come right after it, and what the TPM has done is to be known all the same."""
+    answer = run()
+    told(answer)
+    return answer
+
+
 def _close(tcti: TCTILdr, esapi: ESAPI) -> None:
     esapi.close()
     tcti.close()
@@ -183,13 +190,18 @@ class Work:
         self._made_again: dict[ESYS_TR, Callable[[], ESYS_TR]] = {}
         self.command = ""
 
-    def call(self, command: str, *arguments: Any, **keywords: Any) -> Any:  # noqa: ANN401 - as many types as commands
-        """One command by its name in `ESAPI`. Raises TSS2_Exception with the TPM's response code; TPM_HUNG."""
+    def call(self, command: str, *arguments: Any, told: Callable[[Any], None] | None = None, **keywords: Any) -> Any:  # noqa: ANN401 - as many types
+        """One command by its name in `ESAPI`. Raises TSS2_Exception with the TPM's response code; TPM_HUNG.
+
+        `told` is called with the answer, also with one that comes when the wait for it was given up or interrupted.
+        """
         self.command, run = command, partial(getattr(self._esapi, command), *arguments, **keywords)
         if command in _LOCAL:
             return run()
         if command in _LOADS:
-            run = partial(self._flushed_later, run)
+            told = self._flush_later
+        if told:
+            run = partial(_telling, run, told)
         give_up, pause, full = time.monotonic() + PATIENCE, 0.01, False
         while True:
             try:
@@ -210,12 +222,10 @@ class Work:
 
     # ---- what is loaded ----
 
-    def _flushed_later(self, load: Callable[[], Any]) -> Any:  # noqa: ANN401 - as many types as commands
-        """What it loads is flushed at the end of the work. With the command: a signal may come right after it."""
-        result = load()
-        handle = result[0] if isinstance(result, tuple) else result
+    def _flush_later(self, loaded: Any) -> None:  # noqa: ANN401 - as many types as commands
+        """At the end of the work."""
+        handle = loaded[0] if isinstance(loaded, tuple) else loaded
         self._live[handle] = int(self._esapi.tr_get_tpm_handle(handle))
-        return result
 
     def borrow(self, handle: ESYS_TR) -> ESYS_TR:
         """Forget the library's record of something persistent at the end of the work; the TPM keeps it."""

@@ -29,7 +29,6 @@ from hwlicense.core.tpm.wire import sized
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from concurrent.futures import Future
 
     from hwlicense.binders.tpm.connection import Work
     from hwlicense.core.documents import TpmCounter
@@ -122,20 +121,16 @@ class Indexes:
         self._work.call("trsess_set_attributes", self._spare, _CONTINUE)
         return found
 
-    def step(self, public: NvPublic, tell: Callable[[Future[bytes] | bytes], None]) -> tuple[int, Time]:
+    def step(self, public: NvPublic, tell: Callable[[int], None]) -> tuple[int, Time]:
         """Count one more, by reading with the index's authValue; and the time.
 
-        `tell` is given the count as soon as it is known, also if the time is not; or what will be, if it comes late.
+        `tell` is given the count when the TPM gives it, also if nobody waits for it any more.
         """
         session, self._spare = self._spare or self._work.session(self._root, TPM2_SE.HMAC, _CONTINUE), None
         index = self.handle(public)
-        try:
-            content = bytes(self._work.call("nv_read", index, NV_SIZE, auth_handle=index, session1=session))
-        except BaseException:  # an interrupt gives the answer up, too
-            if self._work.answers.outcome:
-                tell(self._work.answers.outcome)
-            raise
-        tell(content)
+        content = self._work.call(
+            "nv_read", index, NV_SIZE, auth_handle=index, session1=session, told=lambda content: tell(count(content))
+        )
         return count(content), clock.read(self._work, session)
 
     # ---- changing

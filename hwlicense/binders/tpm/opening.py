@@ -256,5 +256,11 @@ def _ticket(work: Work, key: Public, approval: Approval, step: PolicyAuthorize) 
 def authorize(work: Work, session: ESYS_TR, step: PolicyAuthorize, policy: bytes, ticket: bytes) -> None:
     """The vendor has signed the policy so far."""
     verified, _ = TPMT_TK_VERIFIED.unmarshal(ticket)
-    signed = {"approved_policy": policy, "policy_ref": step.reference, "key_sign": step.key}
-    work.call("policy_authorize", session, check_ticket=verified, **signed)  # by keyword: the order varies by release
+    work.call(  # by keyword: the order varies by release
+        "policy_authorize",
+        session,
+        approved_policy=policy,
+        policy_ref=step.reference,
+        key_sign=step.key,
+        check_ticket=verified,
+    )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from hwlicense.binders.tpm import answering, failures
 from hwlicense.core.errors import HardwareError, Reason
@@ -16,8 +17,9 @@ from hwlicense.core.errors import HardwareError, Reason
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_turns: set[str] = set()  # sockets at which this process has its turn
-_inherited: set[str] = set()  # and those at which its parent had, when it was forked: the parent may wait for the child
+_MOMENT: Final = 1.0
+_turns: dict[int, tuple[str, int]] = {}  # of this process: its descriptor, the simulator's socket and the thread
+_inherited: dict[str, float] = {}  # sockets at which the parent had its turn at the fork: how long to wait for its end
 
 
 @contextmanager
@@ -32,15 +34,20 @@ def turn(tcti: str) -> Iterator[None]:
         folder = os.open(Path(path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) if path else -1
     except OSError:  # nothing is there, which connecting reports
         folder = -1
+    process = os.getpid()
     try:
-        if folder >= 0 and path not in _inherited:
-            fcntl.flock(folder, fcntl.LOCK_EX)  # let go by the kernel when the process dies
-            _turns.add(path)
+        if folder >= 0:
+            _turns[folder] = path, threading.get_ident()  # before it is had: a signal handler may fork at any moment
+            patience = _inherited.get(path)
+            if patience is None:
+                fcntl.flock(folder, fcntl.LOCK_EX)  # let go by the kernel when the process dies
+            elif _locked(folder, patience):
+                _inherited.pop(path, None)
         yield
     finally:
-        _turns.discard(path)
-        if folder >= 0:
-            fcntl.flock(folder, fcntl.LOCK_UN)  # also for the copy that a child forked meanwhile may hold
+        if folder >= 0 and os.getpid() == process:  # in a child that was forked meanwhile, it is closed
+            fcntl.flock(folder, fcntl.LOCK_UN)
+            del _turns[folder]
             os.close(folder)
 
 
@@ -58,8 +65,9 @@ def alone(tcti: str) -> Iterator[None]:
             raise failures.connect_error(error, tcti) from error
         node = -1  # the kernel lets one program in, and that is this one
     try:
-        if node >= 0:
-            _lock(node, path)
+        if node >= 0 and not _locked(node, answering.LIMIT):
+            what = f"Another program has kept {path} locked for {answering.LIMIT:g} s."
+            raise HardwareError(Reason.TPM_BUSY, what, f"See which one that is (`lsof {path}`).")
         yield
     finally:
         if node >= 0:
@@ -67,22 +75,27 @@ def alone(tcti: str) -> Iterator[None]:
             os.close(node)
 
 
-def _lock(node: int, path: str) -> None:
-    give_up, pause = time.monotonic() + answering.LIMIT, 0.001
+def _locked(node: int, seconds: float) -> bool:
+    """Whether it could be locked within that time."""
+    give_up, pause = time.monotonic() + seconds, 0.001
     while True:
         try:
             fcntl.flock(node, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        except BlockingIOError:
             if time.monotonic() > give_up:
-                what = f"Another program has kept {path} locked for {answering.LIMIT:g} s."
-                raise HardwareError(Reason.TPM_BUSY, what, f"See which one that is (`lsof {path}`).") from error
+                return False
             time.sleep(pause)
             pause = min(2 * pause, 0.1)
         else:
-            return
+            return True
 
 
 def forget() -> None:
-    """In a forked child: turns are the parent's, who may wait for the child."""
-    _inherited.update(_turns)
+    """In a forked child: turns are the parent's, and end with it, whatever becomes of the child.
+
+    A thread in its turn ends that by itself; the one that forked may be waiting for the child.
+    """
+    for folder, (path, thread) in _turns.items():
+        _inherited[path] = _MOMENT if thread == threading.get_ident() else answering.LIMIT
+        os.close(folder)
     _turns.clear()
