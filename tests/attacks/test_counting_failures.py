@@ -152,7 +152,7 @@ def test_other_programs_burn_no_opens_and_kill_no_license(customer):
             ):
                 with pytest.raises(TSS2_Exception):
                     attempt()
-    assert customer.use[:3] == ("current", 0, 2)
+    assert (customer.use.state, customer.use.opens, customer.use.limit) == ("current", 0, 2)
 
 
 def test_answers_changed_on_the_bus_are_not_believed(customer):
