@@ -9,7 +9,7 @@ from collections import Counter
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, NoReturn, Self
 
-from hwlicense.core.errors import ClosedError, DamagedError, HwlicenseError, Reason, UsageError
+from hwlicense.core.errors import ClosedError, DamagedError, HwlicenseError, Reason, UsageError, memory_needed
 from hwlicense.device.keyring import Keyring
 from hwlicense.device.licensed import Conditions, Licensed
 from hwlicense.device.memory import Memory, Protection, SealedFile, lend, protection
@@ -110,7 +110,8 @@ class Model(Licensed):
         """A member as a binary file that is decrypted as it is read, in little memory. Raises as `read`."""
         member = self._member(name)
         # For ciphertext. It never grows: a thread that a fork lost, or an error's traceback, may have views of it.
-        buffer = bytearray(self._layout.chunk(member, 0).sealed_size)
+        with memory_needed():
+            buffer = bytearray(self._layout.chunk(member, 0).sealed_size)
 
         def open_chunks(first: int, count: int, out: memoryview) -> None:
             if count > 1:
@@ -327,7 +328,8 @@ class Model(Licensed):
             self._check()
             self._users[thread] += 1
         try:
-            yield
+            with memory_needed():
+                yield
         finally:
             with self._lock:
                 self._users[thread] -= 1

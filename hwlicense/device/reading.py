@@ -71,9 +71,7 @@ class PackageFile:
         return memoryview(sealed)
 
     def sealed(self, chunk: package.Chunk, buffer: bytearray) -> memoryview:
-        """The ciphertext of one chunk, verified, in `buffer`, which grows to hold it."""
-        if len(buffer) < chunk.sealed_size:
-            buffer.extend(bytes(chunk.sealed_size - len(buffer)))
+        """The ciphertext of one chunk, verified, in `buffer`, which has room for it."""
         view = memoryview(buffer)[: chunk.sealed_size]
         self._fill(view, chunk.offset)
         what = f"Chunk {chunk.key} of the package"
@@ -93,7 +91,14 @@ class PackageFile:
 
         def worker() -> Callable[[package.Chunk], None]:
             buffer = bytearray()
-            return lambda chunk: handle(chunk, self.sealed(chunk, buffer))
+
+            def work(chunk: package.Chunk) -> None:
+                nonlocal buffer
+                if len(buffer) < chunk.sealed_size:
+                    buffer = bytearray(chunk.sealed_size)  # a new one: to make one longer takes twice the memory
+                handle(chunk, self.sealed(chunk, buffer))
+
+            return work
 
         share_out(chunks, worker, run=max(1, RUN // self.manifest.chunk_size), threads=threads)
 

@@ -17,7 +17,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hwlicense.core.errors import ClosedError, DamagedError, HwlicenseError, Reason, StorageError, UsageError
+import hwlicense
+from hwlicense.core.errors import (
+    ClosedError,
+    DamagedError,
+    HwlicenseError,
+    Reason,
+    StorageError,
+    UsageError,
+    unforeseen,
+)
 from hwlicense.device.memory import protection
 from hwlicense.device.model import Model
 from hwlicense.device.reading import PackageFile
@@ -545,3 +554,46 @@ def test_members_may_be_named_by_paths(model):
     with pytest.raises(UsageError, match="no member 'other'") as refused:
         model.read(PurePosixPath("other"))
     assert refused.value.reason == Reason.MEMBER_ABSENT
+
+
+def test_too_little_memory_is_said_wherever_it_ends(vendor, tmp_path):
+    size, step = 24 << 20, 8 << 20
+    package, key, _ = pack(vendor, tmp_path, {"w": bytes(size)}, chunk_size=step)
+    with opened(vendor, package, key) as model:
+        calls = [
+            lambda: model.read("w"),
+            lambda: model.path("w"),
+            lambda: model.open("w").read(),
+            lambda: model.open("w").readinto(bytearray(1)),
+            lambda: model.readinto("w", out),
+        ]
+        out = bytearray(size)
+        refused = set()
+
+        def child() -> None:
+            for number, call in enumerate(calls):
+                for room in range(1 << 20, 64 << 20, 4 << 20):
+                    gc.collect()
+                    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+                    resource.setrlimit(resource.RLIMIT_AS, (used + room, resource.RLIM_INFINITY))
+                    try:
+                        call()
+                    except StorageError as error:
+                        assert error.reason == Reason.STORAGE
+                        refused.add(number)
+                    finally:
+                        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+            assert refused >= {0, 2, 4}
+
+        in_child(child)
+
+
+def test_too_little_memory_to_open_is_said_too(monkeypatch, tmp_path):
+    def opening(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("hwlicense.device.reading.PackageFile.__init__", opening)
+    monkeypatch.setattr("hwlicense.device.selecting.vendor", lambda _: None)
+    with pytest.raises(StorageError) as refused:
+        hwlicense.open(tmp_path / "x.hwpkg", vendor="", home=tmp_path)
+    assert refused.value.reason == unforeseen(MemoryError()).reason == Reason.STORAGE
