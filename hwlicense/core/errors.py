@@ -212,6 +212,18 @@ class ClosedError(HwlicenseError):
 
 
 @contextmanager
+def naming(path: object) -> Iterator[None]:
+    """Let an error say which file it is about, where it does not. One of storage names its own."""
+    try:
+        yield
+    except HwlicenseError as error:
+        if not isinstance(error, StorageError) and str(path) not in error.what:
+            error.what = f"{path}: {error.what}"
+            error.args = (error.what,)
+        raise
+
+
+@contextmanager
 def memory_needed() -> Iterator[None]:
     """Turn Python's MemoryError into StorageError."""
     try:

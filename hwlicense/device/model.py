@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import threading
 import weakref
 from collections import Counter
@@ -302,7 +303,7 @@ class Model(Licensed):
 
     def _member(self, name: str | os.PathLike[str]) -> Member:
         self._check_present()
-        member = self._layout.members.get(os.fspath(name))
+        member = self._layout.members.get(posixpath.normpath(os.fspath(name)))
         if member is None:
             what = f"The package {self.name!r} has no member {os.fspath(name)!r}."
             raise UsageError(Reason.MEMBER_ABSENT, what, "`hwlicense inspect` and `model.names` list the members.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, Self
 from hwlicense.core import package
 from hwlicense.core.documents import Manifest
 from hwlicense.core.envelope import verified
-from hwlicense.core.errors import Reason, RefusedError
+from hwlicense.core.errors import Reason, RefusedError, naming
 from hwlicense.storage import OpenFile
 from hwlicense.threads import THREADS, share_out
 
@@ -34,10 +34,11 @@ class PackageFile:
         self.vendor = vendor
         self._file = OpenFile(path)
         try:
-            envelope = package.envelope_of(self._file)
-            self.manifest = verified(envelope, Manifest, vendor)
-            _check_vendor(self.manifest, vendor)
-            self.layout = package.Layout(self.manifest, len(envelope), self._file.size)
+            with naming(path):
+                envelope = package.envelope_of(self._file)
+                self.manifest = verified(envelope, Manifest, vendor)
+                _check_vendor(self.manifest, vendor)
+                self.layout = package.Layout(self.manifest, len(envelope), self._file.size)
         except BaseException:
             self._file.close()
             raise
@@ -66,16 +67,13 @@ class PackageFile:
     def table(self) -> memoryview:
         """The encrypted key table, verified."""
         sealed = bytearray(self.layout.table_size)
-        self._fill(sealed, self.layout.table_offset)
-        package.check_digest(sealed, self.manifest.table, self.manifest.algorithm, "The key table")
+        self._take(sealed, self.layout.table_offset, self.manifest.table, "The key table")
         return memoryview(sealed)
 
     def sealed(self, chunk: package.Chunk, buffer: bytearray) -> memoryview:
         """The ciphertext of one chunk, verified, in `buffer`, which has room for it."""
         view = memoryview(buffer)[: chunk.sealed_size]
-        self._fill(view, chunk.offset)
-        what = f"Chunk {chunk.key} of the package"
-        package.check_digest(view, chunk.digest, self.manifest.algorithm, what)
+        self._take(view, chunk.offset, chunk.digest, f"Chunk {chunk.key} of the package")
         return view
 
     def scan(
@@ -117,9 +115,11 @@ class PackageFile:
             for index in range(self.layout.count(member)):
                 yield self.layout.chunk(member, index)
 
-    def _fill(self, buffer: bytearray | memoryview, offset: int) -> None:
-        if self._file.read_into(buffer, offset) < len(buffer):
-            raise package.damaged("The package was cut since it was opened.")
+    def _take(self, buffer: bytearray | memoryview, offset: int, digest: bytes, what: str) -> None:
+        with naming(self._file.path):
+            if self._file.read_into(buffer, offset) < len(buffer):
+                raise package.damaged("The package was cut since it was opened.")
+            package.check_digest(buffer, digest, self.manifest.algorithm, what)
 
 
 def read_envelope(path: Path) -> bytes:

@@ -77,7 +77,7 @@ def session(
     name: str | os.PathLike[str],
     *,
     sess_options: onnxruntime.SessionOptions | None = None,
-    providers: Sequence[str | tuple[str, Mapping[str, Any]]] = ("CPUExecutionProvider",),
+    providers: Sequence[str | tuple[str, Mapping[str, Any]]] | None = None,
     provider_options: Sequence[Mapping[str, Any]] | None = None,
 ) -> Session:
     """An InferenceSession of the member `name`, in ONNX or ORT format, which its first bytes tell.
@@ -90,6 +90,7 @@ def session(
     check_model(model)
     name = os.fspath(name)
     options = sess_options or onnxruntime.SessionOptions()
+    providers = ["CPUExecutionProvider"] if providers is None else providers
     further = [dict(each) for each in provider_options or ()]
     _refuse_caches(options, [*providers, *zip(map(str, providers), further, strict=False)])
     options.add_session_config_entry(_FORMAT, "ONNX")  # they may have served a file of the other before
@@ -97,7 +98,7 @@ def session(
 
     def fill(view: memoryview) -> None:
         model.readinto(name, view)
-        if view[4:8] == _OWN:
+        if bytes(view[4:8]) == _OWN:
             options.add_session_config_entry(_FORMAT, "ORT")
         apart.extend(locations(view))
 

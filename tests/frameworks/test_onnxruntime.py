@@ -261,7 +261,7 @@ def test_options_of_providers_apart_are_given_on_or_refused_alike(model):
 
 
 def test_a_path_of_a_package_is_no_model():
-    paths: list[Any] = ["base.hwpkg", Path("base.hwpkg")]
+    paths: list[Any] = ["base.hwpkg", Path("base.hwpkg"), None, print]
     for path in paths:
         with pytest.raises(UsageError) as refused:
             session(path, "cls.onnx")
@@ -314,3 +314,7 @@ def test_a_provider_that_is_not_here_leaves_the_next(model):
     with pytest.warns(UserWarning, match="CUDA"):
         made_of = session(model, "cls.onnx", providers=["CUDAExecutionProvider", *CPU])
     assert made_of.get_providers() == CPU
+
+
+def test_no_providers_are_the_default(model):
+    assert session(model, "cls.onnx", providers=None).get_providers() == CPU

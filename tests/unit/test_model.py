@@ -544,6 +544,7 @@ def test_a_reader_that_is_closed_while_a_thread_waits_for_it_decrypts_nothing_mo
 
 
 def test_members_may_be_named_by_paths(model):
+    assert model.size("./big") == model.size("x/../big") == model.size("big")
     name = PurePosixPath("big")
     assert model.size(name) == len(MEMBERS["big"])
     assert model.read(name).obj is model.read("big").obj  # one buffer, however it is named
@@ -596,3 +597,17 @@ def test_too_little_memory_to_open_is_said_too(monkeypatch, tmp_path):
     with pytest.raises(StorageError) as refused:
         hwlicense.open(tmp_path / "x.hwpkg", vendor="", home=tmp_path)
     assert refused.value.reason == unforeseen(MemoryError()).reason == Reason.STORAGE
+
+
+def test_an_error_says_which_package_it_is_about(vendor, tmp_path):
+    package, key, _ = pack(vendor, tmp_path, {"w": bytes(5000)})
+    content = bytearray(package.read_bytes())
+    content[-1] ^= 1
+    package.write_bytes(content)
+    with opened(vendor, package, key) as model, pytest.raises(DamagedError) as refused:
+        model.read("w")
+    assert refused.value.what == str(refused.value)
+    assert refused.value.what.startswith(f"{package}: Chunk 0 of the package was changed")
+    package.write_bytes(content[:-1])
+    with pytest.raises(DamagedError, match=str(package)):
+        PackageFile(package, vendor.public)
