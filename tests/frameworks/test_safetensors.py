@@ -171,6 +171,7 @@ def test_scalars_and_all_names_and_tensors_are_as_the_library_gives_them(vendor,
     for read in (lambda: ours.get_tensor("b"), ours.get_tensors, lambda: ours.get_slice("b")[0]):
         with pytest.raises(ClosedError, match="'t' were closed") as refused:
             read()
+        assert refused.value.reason == Reason.MODEL_CLOSED
 
 
 @pytest.mark.parametrize("kind", TORCH)

@@ -560,6 +560,7 @@ def test_members_may_be_named_by_paths(model):
 def test_too_little_memory_is_said_wherever_it_ends(vendor, tmp_path):
     size, step = 24 << 20, 8 << 20
     package, key, _ = pack(vendor, tmp_path, {"w": bytes(size)}, chunk_size=step)
+    out = bytearray(size)
     with opened(vendor, package, key) as model:
         calls = [
             lambda: model.read("w"),
@@ -568,7 +569,6 @@ def test_too_little_memory_is_said_wherever_it_ends(vendor, tmp_path):
             lambda: model.open("w").readinto(bytearray(1)),
             lambda: model.readinto("w", out),
         ]
-        out = bytearray(size)
         refused = set()
 
         def child() -> None:
