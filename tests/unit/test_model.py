@@ -25,6 +25,7 @@ from hwlicense.core.errors import (
     Reason,
     StorageError,
     UsageError,
+    naming,
     unforeseen,
 )
 from hwlicense.device.memory import protection
@@ -611,3 +612,9 @@ def test_an_error_says_which_package_it_is_about(vendor, tmp_path):
     package.write_bytes(content[:-1])
     with pytest.raises(DamagedError, match=str(package)):
         PackageFile(package, vendor.public)
+
+
+def test_an_error_about_another_file_is_not_said_to_be_about_this_one():
+    with pytest.raises(StorageError, match=r"^held/tpm: No space") as refused, naming("l.hwlic"):
+        raise StorageError(Reason.STORAGE, "held/tpm: No space left on device.")
+    assert refused.value.what == "held/tpm: No space left on device."
