@@ -215,7 +215,7 @@ def test_too_little_memory_is_no_damage(vendor, tmp_path, apart):
 
     refused, limits = 0, resource.getrlimit(resource.RLIMIT_AS)
     with opened(vendor, package, key) as model:
-        for room in range(8 << 20, 16 * size, 16 << 20):
+        for room in range(8 << 20, 16 * size, 5 << 20):
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + room, limits[1]))
             try:
