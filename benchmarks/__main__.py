@@ -114,27 +114,31 @@ def _parts(scene: Any, options: Any) -> dict[str, tuple[str, Callable[[], Any], 
 
 def _options() -> argparse.Namespace:
     known = list(_parts(None, None))
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"what to measure: all, or {', '.join(known)}")
     parser.add_argument(
         "--runs",
-        type=int,
+        type=_positive,
         default=15,
-        help="runs of each process of the cold start (a third of it, at least 5, for the throughput)",
+        help="runs of each process or opening; fewer of what takes long (a third of it for the throughput, at least 5)",
     )
-    parser.add_argument("--size", type=int, default=1024, help="MiB of the large model")
+    parser.add_argument("--size", type=_positive, default=1024, help="MiB of the large model")
     parser.add_argument("--large", default="1,4,16", help="GiB of the models whose memory is measured, by commas")
-    parser.add_argument("--pulls", type=int, default=20, help="how often token and dongle are pulled")
+    parser.add_argument("--pulls", type=_positive, default=20, help="how often token and dongle are pulled")
     parser.add_argument("--seconds", type=float, default=20, help="how long the load on a token lasts")
-    parser.add_argument("--days", type=int, default=30, help="normal days of each product that is monitored")
-    parser.add_argument("--labelling", type=int, default=8, help="labelling runs of each kind")
-    parser.add_argument("--kills", type=int, default=2_000, help="processes that are killed while they spend")
-    parser.add_argument("--inferences", type=int, default=2_000_000, help="inferences of the soak")
-    parser.add_argument("--cuts", type=int, default=120, help="days that end with a power cut")
-    parser.add_argument("--crashes", type=int, default=10, help="crashes of each kind whose cost is counted")
+    parser.add_argument("--days", type=_positive, default=30, help="normal days of each product that is monitored")
+    parser.add_argument("--labelling", type=_positive, default=8, help="labelling runs of each kind")
+    parser.add_argument("--kills", type=_positive, default=2_000, help="processes that are killed while they spend")
+    parser.add_argument("--inferences", type=_positive, default=2_000_000, help="inferences of the soak")
+    parser.add_argument("--cuts", type=_positive, default=120, help="days that end with a power cut")
+    parser.add_argument("--crashes", type=_positive, default=10, help="crashes of each kind whose cost is counted")
     parser.add_argument("--recording", type=float, default=10, help="seconds of each recording of signed outputs")
-    parser.add_argument("--cut-recordings", type=int, default=20, help="recordings that end with a SIGKILL")
-    parser.add_argument("--folder", type=Path, help="where to work; needs four times the size (default: /dev/shm)")
+    parser.add_argument("--cut-recordings", type=_positive, default=20, help="recordings that end with a SIGKILL")
+    parser.add_argument(
+        "--folder", type=Path, help="where to work; needs four times the size; where not given, /dev/shm"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, the tables on stderr")
     parser.add_argument("--figures", type=Path, help="the folder to draw figures in (with what scripts/peers installs)")
     options = parser.parse_args()
@@ -143,6 +147,12 @@ def _options() -> argparse.Namespace:
     if not options.parts or "all" in options.parts:
         options.parts = known
     return options
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not a positive number")
+    return number
 
 
 def _show(lines: list[str]) -> None:

@@ -19,6 +19,7 @@ from hwlicense.core.errors import (
     RefusedError,
     StorageError,
     UsageError,
+    memory_needed,
 )
 
 if TYPE_CHECKING:
@@ -83,11 +84,12 @@ def open(  # noqa: A001, PLR0913  # it opens a package as the builtin opens a fi
     from hwlicense.device.opening import open_package  # noqa: PLC0415
     from hwlicense.device.reading import PackageFile  # noqa: PLC0415
 
-    place = selecting.home(home, state)
-    trusted = selecting.vendor(vendor)
-    connect = selecting.hardware(place, tpm, [token] if token else [], touch)
-    asking = selecting.pin(pin, last_try=last_try)
-    return open_package(PackageFile(Path(package), trusted), place, connect, asking)
+    with memory_needed():
+        place = selecting.home(home, state)
+        trusted = selecting.vendor(vendor)
+        connect = selecting.hardware(place, tpm, [token] if token else [], touch)
+        asking = selecting.pin(pin, last_try=last_try)
+        return open_package(PackageFile(Path(package), trusted), place, connect, asking)
 
 
 def current() -> Model:

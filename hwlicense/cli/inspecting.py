@@ -33,12 +33,12 @@ from hwlicense.core.documents import (
 )
 from hwlicense.core.durations import of_rate, spelled
 from hwlicense.core.envelope import disassemble, unverified, verified
-from hwlicense.core.errors import DamagedError, Reason, UsageError
+from hwlicense.core.errors import DamagedError, Reason, UsageError, naming
 from hwlicense.core.keys import TAG_SIZE
 from hwlicense.core.schema import FILE_LIMIT, Document, decode
 from hwlicense.core.tpm.structures import Public
 from hwlicense.core.wording import quantity
-from hwlicense.device.reading import read_envelope
+from hwlicense.device.reading import PackageFile, read_envelope
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,7 +59,7 @@ def inspect(file: Path, vendor_file: Path | None, as_json: bool) -> None:
     Without --vendor nothing is checked: anyone can have written what is shown.
     """
     vendor = decode(storage.read_limited(vendor_file, FILE_LIMIT), VendorPublic, spaced=True) if vendor_file else None
-    with output.naming(file):
+    with naming(file):
         if _is_of_a_log(file):
             _show_log(file, vendor, as_json=as_json)
             return
@@ -91,6 +91,9 @@ def _read(file: Path, vendor: VendorPublic | None) -> tuple[Document, str]:
     with storage.OpenFile(file) as opened:
         start = opened.read(len(package.MAGIC), 0)
     if start == package.MAGIC:
+        if vendor:
+            with PackageFile(file, vendor) as signed:  # which sees whether it is as long as its manifest says
+                return signed.manifest, f"signed by {vendor.name!r}"
         return _document(read_envelope(file), Manifest, vendor)
     raw = storage.read_limited(file, FILE_LIMIT)
     try:

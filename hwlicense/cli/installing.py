@@ -13,7 +13,7 @@ from hwlicense.cli import output, secrets
 from hwlicense.cli.hardware import NEW_KEYS, NewKey, enrolled_token, found_dongle
 from hwlicense.cli.options import FILE, pcrs_option, place_options, token_option, tpm_option
 from hwlicense.core.documents import Approval, ClockReset
-from hwlicense.core.errors import Reason, UsageError
+from hwlicense.core.errors import Reason, UsageError, naming
 from hwlicense.core.schema import FILE_LIMIT
 from hwlicense.core.tpm.pcrs import Selection
 from hwlicense.device import installing, opening, selecting
@@ -104,7 +104,7 @@ def enroll(
 @click.argument("public", type=FILE, metavar="VENDOR.pub.json")
 def trust(home: Path | None, state: Path | None, public: Path) -> None:
     """Trust a vendor for the commands of this group. Applications bring their own trust and ignore this."""
-    with output.naming(public):
+    with naming(public):
         vendor = read_vendor(storage.read_limited(public, FILE_LIMIT))
     selecting.home(home, state).trust(vendor)
     output.note(f"Trusts the vendor {vendor.name!r} (fingerprint {vendor.fingerprint[:16]}).")
@@ -119,7 +119,7 @@ def install(home: Path | None, state: Path | None, tpm: str | None, tokens: tupl
     """Install a license, the approval of a new platform state, or a clock reset. Doing it again is harmless."""
     place = selecting.home(home, state)
     connect = selecting.hardware(place, tpm, tokens, output.note)
-    with output.naming(file):
+    with naming(file):
         installed = installing.install(place, storage.read_limited(file, FILE_LIMIT), connect, _not_checked)
     if isinstance(installed, ClockReset):
         served = "The next opening goes by it, unless one has done so already"

@@ -9,6 +9,7 @@ import msgspec
 
 from hwlicense.cli import output, secrets
 from hwlicense.cli.options import place_options, token_option, tpm_option
+from hwlicense.core.errors import naming
 from hwlicense.device import opening, selecting
 from hwlicense.device.home import by_any
 from hwlicense.device.reading import PackageFile
@@ -43,7 +44,7 @@ class Opener(msgspec.Struct, frozen=True):
     def package(self, path: Path) -> PackageFile:
         """A package of a vendor that the home trusts. Raises as `PackageFile`, and RefusedError VENDOR_UNTRUSTED."""
         place = self.place()
-        with output.naming(path):
+        with naming(path):
             return by_any(place.trusted(), lambda vendor: PackageFile(path, vendor), place.path)[0]
 
     def connect(self) -> Connect:

@@ -15,13 +15,10 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 import msgspec
 
-from hwlicense.core.errors import HwlicenseError
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
-    from pathlib import Path
 
-    from hwlicense.core.errors import Reason
+    from hwlicense.core.errors import HwlicenseError, Reason
 
 
 _CONTROLS: Final = re.compile("[\x7f-\x9f]")
@@ -76,17 +73,6 @@ def after_interrupt() -> None:
     """Leave the line of a terminal that has just shown ^C."""
     if sys.stderr is not None and sys.stderr.isatty():
         click.echo(err=True)
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Let an error say which file it is about, where it does not."""
-    try:
-        yield
-    except HwlicenseError as error:
-        if str(path) not in error.what:
-            error.what = f"{path}: {error.what}"
-        raise
 
 
 def columns(rows: Iterable[tuple[str, str]]) -> None:

@@ -15,7 +15,7 @@ import click
 from hwlicense.cli import USUAL_COLLECTION, output
 from hwlicense.cli.opening import Opener, opener_options
 from hwlicense.cli.options import FILE
-from hwlicense.core.errors import HwlicenseError, Reason, UsageError
+from hwlicense.core.errors import HwlicenseError, Reason, UsageError, naming
 from hwlicense.core.process import isolated
 from hwlicense.device import running, sealed_code, sealed_resources
 
@@ -55,7 +55,7 @@ def run(
     isolate()
     with ExitStack() as stack:
         file = stack.enter_context(opener.package(package))
-        with output.naming(package):
+        with naming(package):
             begin = running.entry_of(file.manifest, entry)
         model = stack.enter_context(opener.open(file))
         stack.enter_context(model.importer())

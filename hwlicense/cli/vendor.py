@@ -23,7 +23,7 @@ from hwlicense.cli.vendor_input import (
 from hwlicense.cli.vendor_licenses import issue, reset_clock, revise
 from hwlicense.cli.vendor_measuring import measure
 from hwlicense.cli.vendor_outputs import verify_outputs
-from hwlicense.core.errors import Reason, UsageError
+from hwlicense.core.errors import Reason, UsageError, naming
 from hwlicense.core.wording import quantity
 from hwlicense.vendor import approving, packing, signing
 from hwlicense.vendor.folder import Folder
@@ -174,7 +174,7 @@ def approve(
         raise UsageError(Reason.USAGE, "Give either --pcrs or --request.", "See `hwlicense vendor approve --help`.")
     place = Folder(folder)
     if pcrs:
-        with output.naming(pcrs):
+        with naming(pcrs):
             values = approving.parse_pcrs(text(pcrs))
     else:
         assert request is not None  # noqa: S101  # by the check above

@@ -11,7 +11,7 @@ import click
 from hwlicense import storage
 from hwlicense.cli import output, secrets
 from hwlicense.core.documents import TpmBinding, UsbBinding
-from hwlicense.core.errors import Reason, UsageError
+from hwlicense.core.errors import Reason, UsageError, naming
 from hwlicense.core.oddities import oddities
 from hwlicense.core.schema import FILE_LIMIT
 from hwlicense.core.terms import SIZE_LIMIT, parse_terms
@@ -152,7 +152,7 @@ def today() -> datetime.date:
 
 def agreed_terms(path: Path) -> Terms:
     """The terms in a file; says what is odd about them. Raises UsageError."""
-    with output.naming(path):
+    with naming(path):
         agreed = parse_terms(text(path))
         odd = oddities(agreed, today())
     for each in odd:
@@ -162,7 +162,7 @@ def agreed_terms(path: Path) -> Terms:
 
 def read_manifest(path: Path, place: Folder) -> Manifest:
     """The manifest of a package of this vendor."""
-    with output.naming(path):
+    with naming(path):
         return packing.read_manifest(path, place.public)
 
 
@@ -191,7 +191,7 @@ def trusted(
 
 def examined(request: Path, believed: evidence.Trusted) -> evidence.Examined:
     """A request that holds."""
-    with output.naming(request):
+    with naming(request):
         now = datetime.datetime.now(datetime.UTC)
         return evidence.examine(storage.read_limited(request, FILE_LIMIT), believed, now)
 

@@ -29,7 +29,7 @@ from hwlicense.cli.vendor_input import (
 )
 from hwlicense.core.documents import License
 from hwlicense.core.envelope import verified
-from hwlicense.core.errors import Reason, UsageError
+from hwlicense.core.errors import Reason, UsageError, naming
 from hwlicense.core.schema import FILE_LIMIT
 from hwlicense.core.secret import Secret
 from hwlicense.vendor import dongles, enclosing, issuing, resetting, revising
@@ -183,7 +183,7 @@ def revise(
     """
     place = Folder(folder)
     agreed = agreed_terms(terms)
-    with output.naming(licensed):
+    with naming(licensed):
         raw = storage.read_limited(licensed, FILE_LIMIT)
         old = place.issued(raw)
     believed = trusted(place, roots, recorded_keys, token_roots, tokens)
@@ -206,7 +206,7 @@ def revise(
     if not enclosed and not no_enclosure:
         enclosure = enclosing.kept(basis, keys)
     with storage.exclusive(place.path), storage.new_file(target, force=force) as file:
-        with output.naming(licensed):
+        with naming(licensed):
             place.issued(raw)  # again: another may have revised it meanwhile
         made = issuing.make(
             place.public,
@@ -247,7 +247,7 @@ def reset_clock(folder: Path, licensed: Path, target: Path, force: bool, passphr
     keeps it for later can have its time believed then.
     """
     place = Folder(folder)
-    with output.naming(licensed):
+    with naming(licensed):
         document = verified(storage.read_limited(licensed, FILE_LIMIT), License, place.public)
     keys = secrets.unlock(place, passphrase_file)
     now = datetime.datetime.now(datetime.UTC)

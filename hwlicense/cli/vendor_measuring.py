@@ -10,7 +10,7 @@ import click
 from hwlicense import storage
 from hwlicense.cli import output
 from hwlicense.cli.vendor_input import FILE, force_option, refuse_existing, text
-from hwlicense.core.errors import Reason, UsageError
+from hwlicense.core.errors import Reason, UsageError, naming
 from hwlicense.core.terms import parse_measured
 from hwlicense.core.wording import quantity
 from hwlicense.vendor import measuring
@@ -67,7 +67,7 @@ def measure(
         measured.add(needed, required=True)
         measured.add(found)
     for path in others:
-        with output.naming(path):
+        with naming(path):
             measured.admit(parse_measured(text(path)))
     storage.atomic_write(target, measured.text().encode(), 0o644, force=force)
     output.note(

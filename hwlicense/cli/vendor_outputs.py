@@ -11,7 +11,7 @@ from hwlicense.cli import output
 from hwlicense.cli.vendor_input import FILE
 from hwlicense.core.auditing import moment
 from hwlicense.core.documents import VendorPublic
-from hwlicense.core.errors import DamagedError, Reason, RefusedError, UsageError
+from hwlicense.core.errors import DamagedError, Reason, RefusedError, UsageError, naming
 from hwlicense.core.schema import FILE_LIMIT, decode
 from hwlicense.core.wording import quantity
 from hwlicense.vendor import logs
@@ -86,7 +86,7 @@ def verify_outputs(
 
 def _public(path: Path | None) -> VendorPublic:
     assert path is not None  # noqa: S101  # the caller has one of two
-    with output.naming(path):
+    with naming(path):
         return decode(storage.read_limited(path, FILE_LIMIT), VendorPublic, spaced=True)
 
 

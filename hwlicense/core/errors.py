@@ -6,8 +6,12 @@ and translations, and carries the exit status of the command line. Nothing else 
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from enum import StrEnum
-from typing import Any, ClassVar, Final, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 REPORT: Final = "Please report this, with the command and the version (`hwlicense --version`)."
 """What to do about what should not be."""
@@ -207,8 +211,40 @@ class ClosedError(HwlicenseError):
     """The model was closed; its keys and plaintext are gone."""
 
 
+@contextmanager
+def naming(path: object) -> Iterator[None]:
+    """Let an error say which file it is about, where it does not. One of storage names its own."""
+    try:
+        yield
+    except HwlicenseError as error:
+        if not isinstance(error, StorageError) and str(path) not in error.what:
+            error.what = f"{path}: {error.what}"
+            error.args = (error.what,)
+        raise
+
+
+@contextmanager
+def memory_needed() -> Iterator[None]:
+    """Turn Python's MemoryError into StorageError."""
+    try:
+        yield
+    except MemoryError as error:
+        raise out_of_memory() from error
+
+
+def out_of_memory() -> StorageError:
+    """STORAGE: there was too little memory for what was asked for."""
+    hint = "Free some memory, raise the limits of the process (`ulimit -a`), or read members in parts (`model.open`)."
+    return StorageError(Reason.STORAGE, "The process can have no more memory.", hint)
+
+
 def unforeseen(error: BaseException) -> HwlicenseError:
-    """INTERNAL, with the place where `error` was raised and nothing that it says, which may be what must not show."""
+    """INTERNAL, with the place where `error` was raised and nothing that it says, which may be what must not show.
+
+    STORAGE where memory was short.
+    """
+    if isinstance(error, MemoryError):
+        return out_of_memory()
     trace = error.__traceback__
     while trace and trace.tb_next:
         trace = trace.tb_next

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import threading
 import weakref
 from collections import Counter
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, NoReturn, Self
 
-from hwlicense.core.errors import ClosedError, DamagedError, HwlicenseError, Reason, UsageError
+from hwlicense.core.errors import ClosedError, DamagedError, HwlicenseError, Reason, UsageError, memory_needed
 from hwlicense.device.keyring import Keyring
 from hwlicense.device.licensed import Conditions, Licensed
 from hwlicense.device.memory import Memory, Protection, SealedFile, lend, protection
@@ -109,7 +110,8 @@ class Model(Licensed):
         """A member as a binary file that is decrypted as it is read, in little memory. Raises as `read`."""
         member = self._member(name)
         # For ciphertext. It never grows: a thread that a fork lost, or an error's traceback, may have views of it.
-        buffer = bytearray(self._layout.chunk(member, 0).sealed_size)
+        with memory_needed():
+            buffer = bytearray(self._layout.chunk(member, 0).sealed_size)
 
         def open_chunks(first: int, count: int, out: memoryview) -> None:
             if count > 1:
@@ -303,7 +305,7 @@ class Model(Licensed):
 
     def _member(self, name: str | os.PathLike[str]) -> Member:
         self._check_present()
-        member = self._layout.members.get(os.fspath(name))
+        member = self._layout.members.get(posixpath.normpath(os.fspath(name)))
         if member is None:
             what = f"The package {self.name!r} has no member {os.fspath(name)!r}."
             raise UsageError(Reason.MEMBER_ABSENT, what, "`hwlicense inspect` and `model.names` list the members.")
@@ -329,7 +331,8 @@ class Model(Licensed):
             self._check()
             self._users[thread] += 1
         try:
-            yield
+            with memory_needed():
+                yield
         finally:
             with self._lock:
                 self._users[thread] -= 1

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, Self
 from hwlicense.core import package
 from hwlicense.core.documents import Manifest
 from hwlicense.core.envelope import verified
-from hwlicense.core.errors import Reason, RefusedError
+from hwlicense.core.errors import Reason, RefusedError, naming
 from hwlicense.storage import OpenFile
 from hwlicense.threads import THREADS, one_at_a_time, share_out
 
@@ -33,10 +33,11 @@ class PackageFile:
         self.vendor = vendor
         self._file = OpenFile(path)
         try:
-            envelope = package.envelope_of(self._file)
-            self.manifest = verified(envelope, Manifest, vendor)
-            _check_vendor(self.manifest, vendor)
-            self.layout = package.Layout(self.manifest, len(envelope), self._file.size)
+            with naming(path):
+                envelope = package.envelope_of(self._file)
+                self.manifest = verified(envelope, Manifest, vendor)
+                _check_vendor(self.manifest, vendor)
+                self.layout = package.Layout(self.manifest, len(envelope), self._file.size)
         except BaseException:
             self._file.close()
             raise
@@ -59,18 +60,13 @@ class PackageFile:
     def table(self) -> memoryview:
         """The encrypted key table, verified. Raises DamagedError PACKAGE_DAMAGED, StorageError."""
         sealed = bytearray(self.layout.table_size)
-        self._fill(sealed, self.layout.table_offset)
-        package.check_digest(sealed, self.manifest.table, self.manifest.algorithm, "The key table")
+        self._take(sealed, self.layout.table_offset, self.manifest.table, "The key table")
         return memoryview(sealed)
 
     def sealed(self, chunk: package.Chunk, buffer: bytearray) -> memoryview:
-        """The ciphertext of one chunk, verified, in `buffer`, which grows to hold it. Raises as `table`."""
-        if len(buffer) < chunk.sealed_size:
-            buffer.extend(bytes(chunk.sealed_size - len(buffer)))
+        """The ciphertext of one chunk, verified, in `buffer`, which has room for it. Raises as `table`."""
         view = memoryview(buffer)[: chunk.sealed_size]
-        self._fill(view, chunk.offset)
-        what = f"Chunk {chunk.key} of the package"
-        package.check_digest(view, chunk.digest, self.manifest.algorithm, what)
+        self._take(view, chunk.offset, chunk.digest, f"Chunk {chunk.key} of the package")
         return view
 
     def scan(
@@ -86,7 +82,14 @@ class PackageFile:
 
         def worker() -> Callable[[package.Chunk], None]:
             buffer = bytearray()
-            return lambda chunk: handle(chunk, self.sealed(chunk, buffer))
+
+            def work(chunk: package.Chunk) -> None:
+                nonlocal buffer
+                if len(buffer) < chunk.sealed_size:
+                    buffer = bytearray(chunk.sealed_size)  # a new one: to make one longer takes twice the memory
+                handle(chunk, self.sealed(chunk, buffer))
+
+            return work
 
         share_out(chunks, worker, run=max(1, RUN // self.manifest.chunk_size), threads=threads)
 
@@ -105,9 +108,11 @@ class PackageFile:
             for index in range(self.layout.count(member)):
                 yield self.layout.chunk(member, index)
 
-    def _fill(self, buffer: bytearray | memoryview, offset: int) -> None:
-        if self._file.read_into(buffer, offset) < len(buffer):
-            raise package.damaged("The package was cut since it was opened.")
+    def _take(self, buffer: bytearray | memoryview, offset: int, digest: bytes, what: str) -> None:
+        with naming(self._file.path):
+            if self._file.read_into(buffer, offset) < len(buffer):
+                raise package.damaged("The package was cut since it was opened.")
+            package.check_digest(buffer, digest, self.manifest.algorithm, what)
 
 
 def read_envelope(path: Path) -> bytes:

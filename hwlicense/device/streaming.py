@@ -8,6 +8,7 @@ from collections import OrderedDict
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
+from hwlicense.core.errors import memory_needed
 from hwlicense.device.memory import Memory
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class MemberReader(io.BufferedIOBase):
 
     def read(self, size: int | None = -1, /) -> bytes:
         """`size` bytes, or all that are left; fewer only at the end. Raises as `readinto`."""
-        with self._turn():
+        with self._turn(), memory_needed():
             left = max(0, self.size - self._position)
             found = bytearray(left if size is None or size < 0 else min(size, left))
             self.readinto(found)

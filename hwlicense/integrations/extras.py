@@ -32,9 +32,11 @@ def require(name: str, module: str, version: str, least: str) -> None:
 
 
 def check_model(model: object) -> None:
-    """Raises UsageError for a path, which the frameworks' own functions take."""
-    if isinstance(model, str | bytes | os.PathLike):
-        what = f"{os.fspath(model)!r} is a path, and no open model."
+    """Raises UsageError for what is no open model: above all a path, which the frameworks' own functions take."""
+    if not hasattr(model, "spend"):
+        path = isinstance(model, str | bytes | os.PathLike)
+        given = f"{str(model)!r} is a path, and" if path else f"What was given ({type(model).__name__}) is"
+        what = f"{given} no open model."
         raise UsageError(Reason.USAGE, what, "Open the package with `hwlicense.open`, and give the model and a member.")
 
 

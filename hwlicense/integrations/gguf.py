@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Final
 
 from hwlicense.core.errors import Reason, StorageError, UsageError
 from hwlicense.integrations.extras import check_model, extra
-from hwlicense.storage import HINTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,9 +35,9 @@ def reader(model: Model, name: str | os.PathLike[str]) -> gguf.GGUFReader:
 
     A file that is malformed raises the library's own ValueError and IndexError.
     """
-    check_model(model)
     with extra("gguf", "gguf"):
         import gguf  # noqa: PLC0415  # `path` does without
+    check_model(model)
     return gguf.GGUFReader(model.path(name))
 
 
@@ -47,8 +46,8 @@ def path(model: Model, name: str | os.PathLike[str]) -> Iterator[str]:
     """A path for a library that loads GGUF, such as llama.cpp, until the end of the block: load within it.
 
     Of a file in several parts, `name` is the first (NAME-00001-of-00003.gguf), and the others lie beside it, by their
-    numbers alone: a folder of links into memory, in memory itself. A process that is killed leaves it with dead links;
-    the next use removes it. Raises as `Model.read`, StorageError.
+    numbers alone: a folder of links into memory, in memory itself where that can be. A process that is killed leaves it
+    with dead links; the next use removes it. Raises as `Model.read`, StorageError.
     """
     check_model(model)
     name = os.fspath(name)
@@ -58,19 +57,29 @@ def path(model: Model, name: str | os.PathLike[str]) -> Iterator[str]:
         return
     leading = [model.path(part) for part in parts]
     with ExitStack() as stack:
+        folder = None
         try:
             folder = _folder(stack)
             for number, target in enumerate(leading, 1):
                 (folder / f"part-{number:05}-of-{len(parts):05}.gguf").symlink_to(target)
         except OSError as error:
-            what = f"The links to the parts of {name!r} cannot be made: {error.strerror or error}."
-            raise StorageError(Reason.STORAGE, what, HINTS.get(error.errno or 0, f"Look at {MEMORY}.")) from error
+            where = folder or f"{MEMORY} or {tempfile.gettempdir()}"
+            what = f"The links to the parts of {name!r} cannot be made in {where}: {error.strerror or error}."
+            hint = f"Make room in {MEMORY}, or name a folder that can be written to in TMPDIR."
+            raise StorageError(Reason.STORAGE, what, hint) from error
         yield str(folder / f"part-00001-of-{len(parts):05}.gguf")
 
 
 def _folder(stack: ExitStack) -> Path:
+    """A new one, in memory if that can be. Raises OSError."""
+    try:
+        return _made(MEMORY, stack)
+    except OSError:  # it is absent, full or read-only; the links say nothing that a disk must not hold
+        return _made(tempfile.gettempdir(), stack)
+
+
+def _made(where: str, stack: ExitStack) -> Path:
     """A new one, until `stack` ends; those of processes that were killed are removed. Raises OSError."""
-    where = MEMORY if Path(MEMORY).is_dir() else tempfile.gettempdir()
     for left in Path(where).glob(f"{PREFIX}*"):
         with suppress(OSError), _lock(left):  # in use, another user's, or removed meanwhile
             shutil.rmtree(left, ignore_errors=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, ParamSpec, SupportsIndex, TypeVar
 
 from hwlicense.core.errors import ExceededError, Reason, UsageError
 from hwlicense.device.starting import check_count, check_seconds
+from hwlicense.integrations.extras import check_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -33,6 +34,11 @@ def metered(
     waited for, LEASE_PENDING above all. A call that is refused does not begin. Raises what `model.spend` raises, and
     UsageError: BATCH_UNKNOWN where nothing among the arguments tells it, USAGE where `size` gives no such number.
     """
+    check_model(model)
+    functions: tuple[object, ...] = (call,) if size is None else (call, size)
+    if not all(map(callable, functions)):
+        what = "`metered` takes a function that makes inferences, a model and, as `size`, a function."
+        raise UsageError(Reason.USAGE, what, "Give metered(session.run, model).")
     check_seconds(wait, "how long a call may wait for its inferences")
 
     @wraps(call)

@@ -12,7 +12,7 @@ import re
 import weakref
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from hwlicense.core.errors import DamagedError, Reason, UsageError
+from hwlicense.core.errors import DamagedError, Reason, UsageError, out_of_memory
 from hwlicense.device.memory import SealedFile
 from hwlicense.integrations.external_data import locations
 from hwlicense.integrations.extras import check_model, extra, require
@@ -41,7 +41,13 @@ WRITING: Final = (
 )
 """Entries of session options that have ONNX Runtime write files."""
 _WRITING = re.compile("cache|dump|save|ep_(context|ctx)|profiling", re.IGNORECASE)  # among names of providers' options
-_MALFORMED = re.compile(r"(?:Load model from \S+ failed: ?|(?=ORT model verification))(?P<why>.*)", re.DOTALL)
+_MALFORMED = re.compile(
+    r"(?:Load model from \S+ failed: ?|(?=ORT model verification|Deserialize tensor|External initializer))(?P<why>.*)",
+    re.DOTALL,
+)
+_SHORT = re.compile("bad_alloc|failed to allocate", re.IGNORECASE)  # of memory
+_FORMAT: Final = "session.load_model_format"
+_OWN: Final = b"ORTM"  # the identifier of the runtime's own format, after four bytes
 _OFF: Final = {"", "0", "false", "none", "off"}
 
 _used: weakref.WeakKeyDictionary[Any, list[memoryview]] = weakref.WeakKeyDictionary()
@@ -71,26 +77,29 @@ def session(
     name: str | os.PathLike[str],
     *,
     sess_options: onnxruntime.SessionOptions | None = None,
-    providers: Sequence[str | tuple[str, Mapping[str, Any]]] = ("CPUExecutionProvider",),
+    providers: Sequence[str | tuple[str, Mapping[str, Any]]] | None = None,
     provider_options: Sequence[Mapping[str, Any]] | None = None,
 ) -> Session:
-    """An InferenceSession of the member `name`, in ONNX or (with the ending .ort) ORT format.
+    """An InferenceSession of the member `name`, in ONNX or ORT format, which its first bytes tell.
 
     Members that hold its weights are found by the locations that it names, relative to it, and are read whole. Session
     options serve one such model. Raises as `Model.read`, DamagedError MEMBER_MALFORMED for what the runtime cannot
-    load, and UsageError PLAINTEXT_CACHE where options would write what is in the model to a file.
+    load, StorageError where it has too little memory, and UsageError PLAINTEXT_CACHE where options would write what is
+    in the model to a file.
     """
     check_model(model)
     name = os.fspath(name)
     options = sess_options or onnxruntime.SessionOptions()
+    providers = ["CPUExecutionProvider"] if providers is None else providers
     further = [dict(each) for each in provider_options or ()]
     _refuse_caches(options, [*providers, *zip(map(str, providers), further, strict=False)])
-    if name.endswith(".ort"):
-        options.add_session_config_entry("session.load_model_format", "ORT")
+    options.add_session_config_entry(_FORMAT, "ONNX")  # they may have served a file of the other before
     apart: list[str] = []
 
     def fill(view: memoryview) -> None:
         model.readinto(name, view)
+        if bytes(view[4:8]) == _OWN:
+            options.add_session_config_entry(_FORMAT, "ORT")
         apart.extend(locations(view))
 
     staged = SealedFile(model.size(name), fill)
@@ -98,6 +107,8 @@ def session(
         buffers = _lend(model, name, apart, options) if apart else []
         return Session(staged.path, buffers, options, list(providers), further or None)
     except Exception as error:
+        if isinstance(error, MemoryError) or _SHORT.search(str(error)):
+            raise out_of_memory() from error
         if not (said := _MALFORMED.search(str(error))):
             raise
         what = f"ONNX Runtime cannot load the member {name!r}: {said['why'].rstrip('.')}."

@@ -10,7 +10,7 @@ import math
 import os
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from hwlicense.core.errors import ClosedError, DamagedError, Reason, UsageError
+from hwlicense.core.errors import ClosedError, DamagedError, Reason, UsageError, memory_needed
 from hwlicense.device.memory import Memory, lend, memory_file, no_memory
 from hwlicense.integrations.extras import check_model, extra, require
 
@@ -49,7 +49,8 @@ class Tensors:
         self._array, self._type = _numpy() if framework in {"np", "numpy"} else _torch(framework)
         self._file, self._ended = model.open(name), False
         try:
-            self._places, self._metadata = self._header()
+            with memory_needed():
+                self._places, self._metadata = self._header()
         except BaseException:
             self._file.close()
             raise
@@ -98,7 +99,7 @@ class Tensors:
             return self._array(bytearray(), dtype, shape)
         if self._ended:
             what = f"The tensors of {self.name!r} were closed, as their block ended."
-            raise ClosedError(Reason.USAGE, what, "Read within the `with` block, or make new ones.")
+            raise ClosedError(Reason.MODEL_CLOSED, what, "Read within the `with` block, or make new ones.")
         memory = Memory(size)
         self._file.readinto_at(memory.view, offset)
         return self._array(lend(memory), dtype, shape)

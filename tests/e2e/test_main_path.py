@@ -234,6 +234,19 @@ def test_errors_name_their_file(shop):
     assert f"error: {shop}/secret: " in refused.stderr
 
 
+def test_a_signed_package_that_was_cut_or_changed_is_named(shop):
+    content = (shop / "model.hwpkg").read_bytes()
+    (shop / "cut.hwpkg").write_bytes(content[:-1])
+    (shop / "flip.hwpkg").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    public = shop / "vendor/vendor.pub.json"
+    assert "signed by" in run("inspect", "--vendor", public, shop / "flip.hwpkg").stdout
+    cut = run("inspect", "--vendor", public, shop / "cut.hwpkg", status=4)
+    assert f"error: {shop}/cut.hwpkg: The package has" in cut.stderr
+    run("device", "trust", "--home", shop / "home", public)
+    flip = run("device", "check", "--home", shop / "home", shop / "flip.hwpkg", status=4)
+    assert f"error: {shop}/flip.hwpkg: Chunk" in flip.stderr
+
+
 def test_the_doctor_sees_another_tpm_and_another_state(shop, hwlicense_tpms):
     tpm = hwlicense_tpms()
     deliver(shop, tpm)

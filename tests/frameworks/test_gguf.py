@@ -115,8 +115,19 @@ def test_what_is_wrong_with_parts_is_said(net, vendor, tmp_path, monkeypatch):
         pass
     assert (refused.value.reason, PARTS[1] in refused.value.what) == (Reason.MEMBER_ABSENT, True)
     monkeypatch.setattr(tempfile, "mkdtemp", fails)
-    with pytest.raises(StorageError), integration.path(net, f"parts/{PARTS[0]}"):
+    with pytest.raises(StorageError) as full, integration.path(net, f"parts/{PARTS[0]}"):
         pass
+    assert integration.MEMORY in full.value.what
+    assert "TMPDIR" in full.value.hint
+
+
+def test_links_lie_elsewhere_where_memory_takes_none(net, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(integration, "MEMORY", "/proc")  # which takes no folder
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with integration.path(net, f"parts/{PARTS[0]}") as path:
+        assert Path(path).parent.parent == tmp_path
+        assert contents(gguf.GGUFReader(path)) == contents(gguf.GGUFReader(files[1] / "parts" / PARTS[0]))
+    assert not list(tmp_path.iterdir())
 
 
 def fails(**_options):

@@ -206,3 +206,14 @@ def test_a_lease_that_the_tpm_does_not_renew_is_waited_for_so_long(under):
     assert refused.value.reason == Reason.LEASE_PENDING
     assert 7 * SECOND <= under.machine.boot - before < 8 * SECOND
     under.machine.failing = None
+
+
+def test_what_is_no_model_or_no_function_is_refused_before_the_first_call():
+    model: Any = spending([])
+    wrong: list[Any] = [("base.hwpkg",), (print,), (None,), (model, 4)]
+    for arguments in wrong:
+        with pytest.raises(UsageError) as refused:
+            metered(print, *arguments)
+        assert refused.value.reason == Reason.USAGE
+    with pytest.raises(UsageError):
+        metered(model, model)

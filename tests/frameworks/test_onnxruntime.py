@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import resource
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -11,7 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from hwlicense.core.errors import ClosedError, DamagedError, Reason, UsageError
+from hwlicense.core.errors import ClosedError, DamagedError, Reason, StorageError, UsageError
 from hwlicense.device.memory import protection
 from hwlicense.integrations.onnxruntime import WRITING, session
 from tests.frameworks.conftest import NETWORKS, picture, with_initializers
@@ -204,6 +205,52 @@ def test_a_member_that_the_runtime_cannot_load_is_named(vendor, tmp_path, name):
     assert ("Unheard" in refused.value.what) == (name == "operator.onnx")
 
 
+def test_weights_apart_that_are_too_short_are_named(vendor, made, tmp_path):
+    network, weights = [(made.files / "apart" / name).read_bytes() for name in ("cls.onnx", "cls.weights")]
+    package, key, _ = pack(vendor, tmp_path, {"cls.onnx": network, "cls.weights": weights[:-5000]})
+    with opened(vendor, package, key) as model, pytest.raises(DamagedError, match="out of bounds") as refused:
+        session(model, "cls.onnx")
+    assert refused.value.reason == Reason.MEMBER_MALFORMED
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_too_little_memory_is_no_damage(vendor, tmp_path, apart):
+    size = 16 << 20
+    ends = [onnx.helper.make_tensor_value_info(end, 1, [size]) for end in "xy"]
+    weights = onnx.numpy_helper.from_array(numpy.ones(size, "f4"), "w")
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Add", ["x", "w"], ["y"])], "net", ends[:1], ends[1:], [weights]
+    )
+    network = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9)
+    (tmp_path / "files").mkdir()
+    onnx.save(network, tmp_path / "files/net.onnx", save_as_external_data=apart, location="net.weights")
+    package, key, _ = pack(vendor, tmp_path, {})
+
+    refused, limits = 0, resource.getrlimit(resource.RLIMIT_AS)
+    with opened(vendor, package, key) as model:
+        for room in range(8 << 20, 16 * size, 5 << 20):
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + room, limits[1]))
+            try:
+                session(model, "net.onnx")
+            except StorageError:
+                refused += 1
+            finally:
+                resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert refused > 1
+
+
+def test_the_format_is_told_by_the_content_whatever_the_options_served_before(model, vendor, made, tmp_path):
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.load_model_format", "ORT")
+    session(model, "cls.onnx", sess_options=options)
+    session(model, "cls.ort", sess_options=options)
+    session(model, "cls.onnx", sess_options=options)
+    package, key, _ = pack(vendor, tmp_path, {"cls": (made.files / "cls.ort").read_bytes()})
+    with opened(vendor, package, key) as other:
+        session(other, "cls", sess_options=options)
+
+
 @pytest.mark.parametrize("location", ["../w.bin", "../../w.bin", "/w.bin"])
 def test_a_location_that_leads_elsewhere_is_shown_as_it_is_written(vendor, made, tmp_path, location):
     network = onnx.load(made.files / "apart/cls.onnx", load_external_data=False)
@@ -227,7 +274,7 @@ def test_options_of_providers_apart_are_given_on_or_refused_alike(model):
 
 
 def test_a_path_of_a_package_is_no_model():
-    paths: list[Any] = ["base.hwpkg", Path("base.hwpkg")]
+    paths: list[Any] = ["base.hwpkg", Path("base.hwpkg"), None, print]
     for path in paths:
         with pytest.raises(UsageError) as refused:
             session(path, "cls.onnx")
@@ -280,3 +327,7 @@ def test_a_provider_that_is_not_here_leaves_the_next(model):
     with pytest.warns(UserWarning, match="CUDA"):
         made_of = session(model, "cls.onnx", providers=["CUDAExecutionProvider", *CPU])
     assert made_of.get_providers() == CPU
+
+
+def test_no_providers_are_the_default(model):
+    assert session(model, "cls.onnx", providers=None).get_providers() == CPU

@@ -172,8 +172,9 @@ def test_scalars_and_all_names_and_tensors_are_as_the_library_gives_them(vendor,
             for one in (found[name], ours.get_slice(name)[()], ours.get_slice(name)[...]):
                 assert (one.dtype, one.shape, one.tobytes()) == (plain.dtype, plain.shape, plain.tobytes())
     for read in (lambda: ours.get_tensor("b"), ours.get_tensors, lambda: ours.get_slice("b")[0]):
-        with pytest.raises(ClosedError, match="'t' were closed"):
+        with pytest.raises(ClosedError, match="'t' were closed") as refused:
             read()
+        assert refused.value.reason == Reason.MODEL_CLOSED
 
 
 @pytest.mark.parametrize("kind", TORCH)

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import hwlicense
 from hwlicense.core.errors import (
     AbsentError,
     ClosedError,
@@ -25,6 +26,8 @@ from hwlicense.core.errors import (
     Reason,
     StorageError,
     UsageError,
+    naming,
+    unforeseen,
 )
 from hwlicense.core.keys import Content
 from hwlicense.core.secret import Secret
@@ -571,6 +574,7 @@ def test_a_reader_that_is_closed_while_a_thread_waits_for_it_decrypts_nothing_mo
 
 
 def test_members_may_be_named_by_paths(model):
+    assert model.size("./big") == model.size("x/../big") == model.size("big")
     name = PurePosixPath("big")
     assert model.size(name) == len(MEMBERS["big"])
     assert model.read(name).obj is model.read("big").obj  # one buffer, however it is named
@@ -581,3 +585,65 @@ def test_members_may_be_named_by_paths(model):
     with pytest.raises(UsageError, match="no member 'other'") as refused:
         model.read(PurePosixPath("other"))
     assert refused.value.reason == Reason.MEMBER_ABSENT
+
+
+def test_too_little_memory_is_said_wherever_it_ends(vendor, tmp_path):
+    size, step = 24 << 20, 8 << 20
+    package, key, _ = pack(vendor, tmp_path, {"w": bytes(size)}, chunk_size=step)
+    out = bytearray(size)
+    with opened(vendor, package, key) as model:
+        calls = [
+            lambda: model.read("w"),
+            lambda: model.path("w"),
+            lambda: model.open("w").read(),
+            lambda: model.open("w").readinto(bytearray(1)),
+            lambda: model.readinto("w", out),
+        ]
+        refused = set()
+
+        def child() -> None:
+            for number, call in enumerate(calls):
+                for room in range(1 << 20, 64 << 20, 4 << 20):
+                    gc.collect()
+                    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+                    resource.setrlimit(resource.RLIMIT_AS, (used + room, resource.RLIM_INFINITY))
+                    try:
+                        call()
+                    except StorageError:
+                        refused.add(number)
+                    finally:
+                        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+            assert refused
+
+        in_child(child)
+
+
+def test_too_little_memory_to_open_is_said_too(monkeypatch, tmp_path):
+    def opening(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("hwlicense.device.reading.PackageFile.__init__", opening)
+    monkeypatch.setattr("hwlicense.device.selecting.vendor", lambda _: None)
+    with pytest.raises(StorageError) as refused:
+        hwlicense.open(tmp_path / "x.hwpkg", vendor="", home=tmp_path)
+    assert refused.value.reason == unforeseen(MemoryError()).reason == Reason.STORAGE
+
+
+def test_an_error_says_which_package_it_is_about(vendor, tmp_path):
+    package, key, _ = pack(vendor, tmp_path, {"w": bytes(5000)})
+    content = bytearray(package.read_bytes())
+    content[-1] ^= 1
+    package.write_bytes(content)
+    with opened(vendor, package, key) as model, pytest.raises(DamagedError) as refused:
+        model.read("w")
+    assert refused.value.what == str(refused.value)
+    assert refused.value.what.startswith(f"{package}: Chunk 0 of the package was changed")
+    package.write_bytes(content[:-1])
+    with pytest.raises(DamagedError, match=str(package)):
+        PackageFile(package, vendor.public)
+
+
+def test_an_error_about_another_file_is_not_said_to_be_about_this_one():
+    with pytest.raises(StorageError, match=r"^held/tpm: No space") as refused, naming("l.hwlic"):
+        raise StorageError(Reason.STORAGE, "held/tpm: No space left on device.")
+    assert refused.value.what == "held/tpm: No space left on device."
