@@ -12,13 +12,14 @@ import re
 import weakref
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from hwlicense.core.errors import DamagedError, Reason, UsageError, out_of_memory
-from hwlicense.device.memory import SealedFile
+from hwlicense.core.errors import DamagedError, HwlicenseError, Reason, UsageError, out_of_memory
+from hwlicense.device.memory import SealedFile, no_memory
 from hwlicense.integrations.external_data import locations
 from hwlicense.integrations.extras import check_model, extra, require
 
 with extra("onnxruntime", "onnxruntime"):
     import onnxruntime
+    from onnxruntime.capi import onnxruntime_pybind11_state as runtime
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -32,6 +33,7 @@ WRITING: Final = (
     "session.enable_saved_runtime_optimizations",
     "session.collect_node_memory_stats_to_file",
     "session.debug_layout_transformation",
+    "session.node_partition_config_file",
     "session.moe_expert_counter_state_file",
     "session.moe.offload.derived_cache_dir",
     "session.moe.offload.popularity_file",
@@ -41,11 +43,10 @@ WRITING: Final = (
 )
 """Entries of session options that have ONNX Runtime write files."""
 _WRITING = re.compile("cache|dump|save|ep_(context|ctx)|profiling", re.IGNORECASE)  # among names of providers' options
-_MALFORMED = re.compile(
-    r"(?:Load model from \S+ failed: ?|(?=ORT model verification|Deserialize tensor|External initializer))(?P<why>.*)",
-    re.DOTALL,
-)
-_SHORT = re.compile("bad_alloc|failed to allocate", re.IGNORECASE)  # of memory
+_LOADING = re.compile(r"Load model from \S+ failed: ?|ORT model verification|Deserialize tensor|External initializer")
+_PREFIX = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from \S+ failed: ?")
+_SHORT = re.compile(r"bad_alloc|failed to allocate|system error number (\d+)", re.IGNORECASE)  # of memory, descriptors
+_REFUSED: Final = (runtime.Fail, runtime.InvalidGraph, runtime.InvalidProtobuf, runtime.NotImplemented)
 _FORMAT: Final = "session.load_model_format"
 _OWN: Final = b"ORTM"  # the identifier of the runtime's own format, after four bytes
 _OFF: Final = {"", "0", "false", "none", "off"}
@@ -106,16 +107,31 @@ def session(
     try:
         buffers = _lend(model, name, apart, options) if apart else []
         return Session(staged.path, buffers, options, list(providers), further or None)
+    except HwlicenseError:
+        raise
     except Exception as error:
-        if isinstance(error, MemoryError) or _SHORT.search(str(error)):
-            raise out_of_memory() from error
-        if not (said := _MALFORMED.search(str(error))):
-            raise
-        what = f"ONNX Runtime cannot load the member {name!r}: {said['why'].rstrip('.')}."
-        hint = "Ask the vendor for a package with a sound one, or for the version of ONNX Runtime that it was made for."
-        raise DamagedError(Reason.MEMBER_MALFORMED, what, hint) from error
+        others = any(each not in ("CPUExecutionProvider", ("CPUExecutionProvider", {})) for each in providers)
+        raise _meaning(error, name, staged.size, others=others) from error
     finally:
         staged.close()
+
+
+def _meaning(error: Exception, name: str, size: int, *, others: bool) -> Exception:
+    """What a session's failure says of the member, or of the system; `error` itself where it says neither.
+
+    `others`: the session has other providers than the CPU's, which fail for reasons of their own.
+    """
+    said = str(error)
+    short = _SHORT.search(said)
+    if short and short[1]:
+        return no_memory(size, OSError(int(short[1]), os.strerror(int(short[1]))))
+    if short or isinstance(error, MemoryError):
+        return out_of_memory()
+    if not _LOADING.search(said) and (others or not isinstance(error, _REFUSED)):
+        return error
+    what = f"ONNX Runtime cannot load the member {name!r}: {_PREFIX.sub('', said).rstrip('.')}."
+    hint = "Ask the vendor for a package with a sound one, or for the version of ONNX Runtime that it was made for."
+    return DamagedError(Reason.MEMBER_MALFORMED, what, hint)
 
 
 def _refuse_caches(
@@ -142,7 +158,7 @@ def _lend(model: Model, name: str, apart: list[str], options: Any) -> list[memor
     if not hasattr(options, "add_external_initializers_from_files_in_memory"):
         require("onnxruntime", "onnxruntime", onnxruntime.__version__, "1.24")
     if options in _used:
-        what = "These session options hold the weights of another session."
+        what = "These session options hold the weights of another session, or of one that could not be made."
         raise UsageError(Reason.USAGE, what, "Make new ones for each session of a model with external data.")
     buffers = [model.read(_beside(model, name, location)) for location in apart]
     _used[options] = buffers

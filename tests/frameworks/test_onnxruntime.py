@@ -11,9 +11,11 @@ import numpy
 import onnx
 import onnxruntime
 import pytest
+from onnxruntime.capi import onnxruntime_pybind11_state as runtime
 
 from hwlicense.core.errors import ClosedError, DamagedError, Reason, StorageError, UsageError
 from hwlicense.device.memory import protection
+from hwlicense.integrations import onnxruntime as onnxruntime_integration
 from hwlicense.integrations.onnxruntime import WRITING, session
 from tests.frameworks.conftest import NETWORKS, picture, with_initializers
 from tests.packages import opened, pack
@@ -203,6 +205,43 @@ def test_a_member_that_the_runtime_cannot_load_is_named(vendor, tmp_path, name):
     assert refused.value.reason == Reason.MEMBER_MALFORMED
     assert repr(name) in refused.value.what
     assert ("Unheard" in refused.value.what) == (name == "operator.onnx")
+
+
+def test_other_flaws_are_named(vendor, tmp_path):
+    """Whatever exception the runtime has for them."""
+    ends = [onnx.helper.make_tensor_value_info(end, 1, [4]) for end in "xy"]
+    short = onnx.TensorProto(name="w", data_type=1, dims=[4], raw_data=b"abc")
+    halves = [onnx.helper.make_tensor_value_info(end, onnx.TensorProto.BFLOAT16, [4]) for end in "xy"]
+    node = onnx.helper.make_node
+    graphs = {
+        "short.onnx": onnx.helper.make_graph([node("Add", ["x", "w"], ["y"])], "net", ends[:1], ends[1:], [short]),
+        "kernel.onnx": onnx.helper.make_graph([node("Softmax", ["x"], ["y"])], "net", halves[:1], halves[1:]),
+    }
+    opsets = [onnx.helper.make_opsetid("", 17)]
+    members = {
+        name: onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
+        for name, graph in graphs.items()
+    }
+    package, key, _ = pack(vendor, tmp_path, members)
+    with opened(vendor, package, key) as model:
+        for name in members:
+            with pytest.raises(DamagedError, match=name) as refused:
+                session(model, name)
+            assert refused.value.reason == Reason.MEMBER_MALFORMED
+            assert "ONNXRuntimeError" not in refused.value.what
+
+
+@pytest.mark.parametrize(("number", "words"), [(24, "Too many open files"), (12, "no 9 bytes of memory")])
+def test_what_the_system_does_not_give_is_no_flaw_of_the_member(number, words):
+    failed = runtime.Fail(f"[ONNXRuntimeError] : 1 : FAIL : system error number {number}")
+    found = onnxruntime_integration._meaning(failed, "net.onnx", 9, others=False)
+    assert isinstance(found, StorageError)
+    assert words in found.what
+
+
+def test_what_another_provider_says_is_left_to_it():
+    failed = runtime.Fail("[ONNXRuntimeError] : 1 : FAIL : CUDA failure 2")
+    assert onnxruntime_integration._meaning(failed, "net.onnx", 9, others=True) is failed
 
 
 def test_weights_apart_that_are_too_short_are_named(vendor, made, tmp_path):
