@@ -6,7 +6,9 @@ stderr is a terminal. Text from files is shown without control characters, which
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import sys
 import time
 from contextlib import contextmanager
@@ -94,21 +96,25 @@ def shown(value: object) -> str:
     return (", ".join(map(str, value)) or "-") if isinstance(value, list | tuple) else str(value)
 
 
+_BESIDE_THE_BAR: Final = len("  [] 100%  1d 00:00:00  99,999 MB/s")
+
+
 @contextmanager
 def progress(label: str, total: int, *, in_bytes: bool = True) -> Iterator[Callable[[int], None]]:
     """A progress bar with the time left, and the rate of bytes or the number of other things.
 
     What it gives takes how many were done since its last call.
     """
-    if sys.stderr is None or not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
         yield lambda _done: None
         return
+    room = shutil.get_terminal_size().columns - len(label) - _BESIDE_THE_BAR
     started = time.monotonic()
 
     def rate(_: object) -> str:
         return f"{bar.pos / max(time.monotonic() - started, 1e-3) / 1e6:,.0f} MB/s"
 
     options: dict[str, Any] = {"update_min_steps": 1 << 22, "item_show_func": rate} if in_bytes else {"show_pos": True}
-    bar = click.progressbar(length=total, label=label, file=sys.stderr, width=30, **options)
+    bar = click.progressbar(length=total, label=label, file=sys.stderr, width=max(1, min(30, room)), **options)
     with bar:
         yield bar.update

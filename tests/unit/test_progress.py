@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from hwlicense.cli import output
 from tests.world import PROGRAM
 
@@ -17,6 +19,12 @@ from tests.world import PROGRAM
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
 
 
 def test_rate_and_time_left(monkeypatch):
@@ -31,6 +39,20 @@ def test_rate_and_time_left(monkeypatch):
     shown = terminal.getvalue()
     assert re.search(r"Packing +\[#+-+\] +50% +00:00:0\d +\d+ MB/s", shown)
     assert re.search(r"\[#{30}\] +100% +\d+ MB/s", shown)
+
+
+def test_it_fits_into_a_narrow_terminal_and_leaves_a_dumb_one_alone(monkeypatch):
+    for kind, columns in (("xterm", 50), ("xterm", 44), ("dumb", 80)):
+        monkeypatch.setenv("TERM", kind)
+        monkeypatch.setenv("COLUMNS", str(columns))
+        terminal = Terminal()
+        monkeypatch.setattr(sys, "stderr", terminal)
+        with output.progress("Packing", 40 << 20) as advance:
+            time.sleep(1.05)
+            advance(40 << 20)
+        lines = re.split(r"[\r\n]", re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", terminal.getvalue()))
+        assert max(map(len, lines)) <= columns
+        assert any(lines) is (kind != "dumb")
 
 
 def test_packing_and_checking_show_it_on_terminals_alone(vendor, tmp_path):
