@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from array import array
+from bisect import bisect, bisect_left
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -12,6 +14,10 @@ _KEY: Final = b"location"
 _LENGTH_DELIMITED: Final = 2
 _SKIPPED: Final = {1: 8, 3: 0, 4: 0, 5: 4}
 """Bytes of the other types of fields; groups are no more than a mark at either end."""
+_LONGEST: Final = 10
+"""Bytes of a number."""
+_TAG: Final = 0xFFFFFFFF
+"""Bits of a tag: parsers drop those above."""
 WITHIN: Final = {
     "model": {7: "graph", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},
@@ -30,10 +36,9 @@ def locations(network: memoryview) -> list[str]:
 
     Only this tells a location from a tensor of that name, and finds one however it was serialized.
     """
-    if not re.search(_KEY, network):  # of large networks, most
-        return []
+    keys = array("Q", (found.start() for found in re.finditer(_KEY, network)))  # in large networks mostly none
     found: dict[bytes, None] = {}
-    left = [("model", 0, len(network))]
+    left = [("model", 0, len(network))] if keys else []
     while left:
         kind, start, end = left.pop()
         if kind == "entry":
@@ -42,7 +47,9 @@ def locations(network: memoryview) -> list[str]:
                 found[entry.get(2, b"")] = None
             continue
         within = WITHIN[kind]
-        left += [(within[number], at, to) for number, at, to in _fields(network, start, end) if number in within]
+        for number, at, to in _fields(network, start, end):
+            if number in within and to - at > len(_KEY) and bisect(keys, to) > bisect_left(keys, at):
+                left.append((within[number], at, to))
     return [each.decode("utf-8", "replace") for each in found]
 
 
@@ -57,7 +64,7 @@ def _fields(message: memoryview, at: int, end: int) -> Iterator[tuple[int, int, 
             size, at = _varint(message, at, end)
             if size > end - at:
                 return
-            yield tag >> 3, at, at + size
+            yield (tag & _TAG) >> 3, at, at + size
             at += size
         elif kind in _SKIPPED:
             at += _SKIPPED[kind]
@@ -65,13 +72,13 @@ def _fields(message: memoryview, at: int, end: int) -> Iterator[tuple[int, int, 
             return
 
 
-def _varint(message: memoryview, at: int, end: int) -> tuple[int, int]:
-    """A number and where it ends, which is beyond `end` where it is cut."""
+def _varint(message: memoryview, start: int, end: int) -> tuple[int, int]:
+    """A number and where it ends, which is beyond `end` where it is cut, or longer than any."""
     value = shift = 0
-    while at < end:
+    for at in range(start, min(end, start + _LONGEST)):
         byte = message[at]
         value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
+        shift += 7
         if byte < 128:  # noqa: PLR2004  # the bit that says that more follow
-            return value, at
+            return value, at + 1
     return value, end + 1

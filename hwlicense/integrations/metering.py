@@ -80,25 +80,46 @@ def _whole(count: SupportsIndex) -> int:
 
 def _first_axis(*args: object, **kwargs: object) -> int:
     given = (*args, *kwargs.values())
-    for found in (_arrays(given), _lists(given, least=2), _texts(given), _lists(given, least=1)):
-        for length in found:
-            return length
-    what = "The arguments of this call hold no array, list of numbers or text, so the size of its batch cannot be told."
-    raise UsageError(Reason.BATCH_UNKNOWN, what, "Give `metered` a function of the same arguments: size=...")
+    try:
+        for found in (_arrays(given), _lists(given, least=2), _texts(given), _lists(given, least=1)):
+            for length in found:
+                return length
+    except RecursionError:
+        raise _unknown("are nested too deeply, or in themselves") from None
+    raise _unknown("hold no array, list of numbers or text")
+
+
+def _unknown(why: str) -> UsageError:
+    what = f"The arguments of this call {why}, so the size of its batch cannot be told."
+    return UsageError(Reason.BATCH_UNKNOWN, what, "Give `metered` a function of the same arguments: size=...")
 
 
 def _arrays(values: Iterable[object]) -> Iterable[int]:
     """The length of each array, in lists and mappings too, in the order in which they are given."""
     for value in values:
-        shape: Any = getattr(value, "shape", None)
-        if callable(shape):  # as ONNX Runtime's OrtValue has it
-            shape = shape()
-        if shape is not None:
-            yield int(shape[0]) if len(shape) else 1
+        length = _length(value)
+        if length is not None:
+            yield length
         elif isinstance(value, Mapping):
             yield from _arrays(value.values())
         elif isinstance(value, list | tuple):
             yield from _arrays(value)
+
+
+def _length(value: Any) -> int | None:  # noqa: ANN401  # of any framework
+    """Of the first axis of an array, 1 where it has none; None for what is no array."""
+    try:
+        shape = getattr(value, "shape", None)
+        if callable(shape):  # as ONNX Runtime's OrtValue has it
+            shape = shape()
+        if shape is None:
+            return None
+        length = operator.index(shape[0]) if len(shape) else 1
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:  # a name, no number, or not known yet
+        raise _unknown(f"hold a {type(value).__name__} whose shape gives no length") from error
+    if length < 0:
+        raise _unknown(f"hold a {type(value).__name__} with a first axis of {length}")
+    return length
 
 
 def _lists(values: Iterable[object], least: int) -> Iterable[int]:

@@ -8,6 +8,7 @@ as it uses them, whatever is closed, and are not zeroed when it frees them.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 require("openvino", "openvino", openvino.__version__.partition("-")[0], "2024.6")
 
 CACHE = "CACHE_DIR"
+STANDING_FOR_OTHERS: Final = ("AUTO", "MULTI", "HETERO", "BATCH")
 TRACING: Final = ("OV_ENABLE_SERIALIZE_TRACING", "OV_ENABLE_VISUALIZE_TRACING", "OPENVINO_HETERO_VISUALIZE")
 """What in the environment has OpenVINO write the network into the working folder, the first with its weights."""
 
@@ -38,12 +40,12 @@ def read_model(
 
     `weights` are by default in the member beside it that ends with .bin, if there is one. Raises as `Model.read`, and
     UsageError: EXTRA_UNSUPPORTED for ONNX with weights in files of their own, PLAINTEXT_CACHE where the core has a
-    folder for its cache, or the environment asks for files.
+    folder for a cache, be it of one device, or the environment asks for files.
     """
     check_model(model)
     name = os.fspath(name)
+    _refuse_writing(core, {})
     core = core or openvino.Core()
-    _refuse_writing(core, None, {})
     beside = str(PurePosixPath(name).with_suffix(".bin"))
     if weights is None and name.endswith(".xml") and beside in model.names:
         weights = beside
@@ -66,9 +68,11 @@ def compile_model(
     core: openvino.Core | None = None,
 ) -> openvino.CompiledModel:
     """The same, compiled. UsageError PLAINTEXT_CACHE too where `config` names a folder for the cache."""
-    core = core or openvino.Core()
-    _refuse_writing(core, device_name, config or {})
-    return core.compile_model(read_model(model, name, weights=weights, core=core), device_name, dict(config or {}))
+    given = dict(config or {})
+    _refuse_writing(core, given)
+    network = read_model(model, name, weights=weights, core=core)
+    # Said in the call, this wins over whatever `core` did not tell of
+    return (core or openvino.Core()).compile_model(network, device_name, given | {CACHE: ""})
 
 
 def _read_one_file(model: Model, name: str, core: openvino.Core) -> openvino.Model:
@@ -99,23 +103,34 @@ def _refuse_files(name: str, apart: list[str]) -> None:
         raise UsageError(Reason.EXTRA_UNSUPPORTED, what, hint)
 
 
-def _refuse_writing(core: openvino.Core, device: str | None, config: Mapping[str, Any]) -> None:
+def _refuse_writing(core: openvino.Core | None, config: Mapping[Any, Any]) -> None:
     """OpenVINO's own encryption of its cache covers how the network is built, and no weights."""
     if traced := [name for name in TRACING if os.environ.get(name, "").lower() not in {"", "0", "false", "off"}]:
         what = f"OpenVINO would write the licensed model to files ({', '.join(traced)} in the environment)."
         raise UsageError(Reason.PLAINTEXT_CACHE, what, "Start the application without it.")
-    given = [core.get_property(CACHE), _asked(config)]
-    if device:
-        try:
-            given.append(core.get_property(device, CACHE))
-        except RuntimeError:  # a device that knows no such property, or is not there, which compiling says
-            given.append("")
-    if any(given):
+    if _asked(config) or (core is not None and _set(core)):
         what = f"OpenVINO would keep the licensed model's weights in files ({CACHE})."
         raise UsageError(Reason.PLAINTEXT_CACHE, what, "Leave it out; OpenVINO's encryption does not cover weights.")
 
 
-def _asked(config: Mapping[str, Any]) -> bool:
-    return any(
-        _asked(value) if hasattr(value, "items") else bool(value) and str(key) == CACHE for key, value in config.items()
-    )
+def _asked(config: Mapping[Any, Any]) -> bool:
+    """In the properties of single devices too, which may be mappings, or text in a form of OpenVINO's own."""
+    for key, given in config.items():
+        value = given.value if isinstance(given, openvino.OVAny) else given
+        if hasattr(value, "items"):
+            if _asked(value):
+                return True
+        elif value and (str(key) == CACHE or CACHE in str(value)):
+            return True
+    return False
+
+
+def _set(core: openvino.Core) -> bool:
+    """For all devices or for one, be it one that stands for others: AUTO:CPU uses what is set for CPU."""
+    if core.get_property(CACHE):
+        return True
+    for device in (*core.available_devices, *STANDING_FOR_OTHERS):
+        with suppress(RuntimeError):  # a device that knows no such property, or is not installed
+            if core.get_property(device, CACHE):
+                return True
+    return False

@@ -33,6 +33,10 @@ TORCH: Final = {
 """The format's types by torch's names. NumPy names its own alike, and ml_dtypes the others."""
 MOST: Final = 100_000_000
 """Bytes of a header: the library's own limit."""
+AXES: Final = 32
+"""The most that every NumPy takes; since 2.0 it takes 64. The format itself has no limit."""
+_MOST_ELEMENTS: Final = (1 << 63) // 16 - 1
+"""By axes that are not empty: NumPy multiplies them even where another is, and an element has 16 bytes at the most."""
 _OWN: Final = {name for name in TORCH.values() if not name.startswith(("bfloat", "float8"))}
 
 
@@ -122,19 +126,22 @@ class Tensors:
                 for name in parsed.offset_keys():
                     found = parsed.get_slice(name)
                     shape = tuple(found.get_shape())
+                    if len(shape) > AXES or math.prod(filter(None, shape)) > _MOST_ELEMENTS:
+                        raise self._malformed(f"the shape of {name!r} is none that an array may have")
                     places[name] = found.get_dtype(), shape, offset
                     offset += math.prod(shape) * _bits(found.get_dtype()) // 8
                 return places, parsed.metadata()
         except safetensors.SafetensorError as error:
-            what = f"The member {self.name!r} is no safetensors file: {error}."
-            raise DamagedError(
-                Reason.MEMBER_MALFORMED, what, "Ask the vendor for a package with a sound one."
-            ) from error
+            raise self._malformed(str(error)) from error
         except OSError as error:
             raise no_memory(self._file.size, error) from error
         finally:
             if fd >= 0:
                 os.close(fd)
+
+    def _malformed(self, why: str) -> DamagedError:
+        what = f"The member {self.name!r} is no safetensors file: {why}."
+        return DamagedError(Reason.MEMBER_MALFORMED, what, "Ask the vendor for a package with a sound one.")
 
 
 class Slice:

@@ -1,13 +1,13 @@
 """transformers: networks, tokenizers and adapters of a package. Importing raises EXTRA_MISSING, EXTRA_UNSUPPORTED.
 
-Nothing is downloaded, no code of a configuration is run, and no file written. Weights lie in memory of the network's
-own, decrypted there once where their type stays; they live on when the model is closed, and are zeroed with the last of
-the tensors that share a file.
+Of what configurations name, only what lies in the package is used: nothing is downloaded, no code run. No file is
+written. Weights lie in memory of the network's own, decrypted there once where their type stays; they live on when the
+model is closed, and are zeroed with the last of the tensors that share a file.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 
@@ -23,11 +23,20 @@ with extra("transformers", "transformers", "torch", "tokenizers", "safetensors")
 from hwlicense.integrations.safetensors import load
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from hwlicense.device.model import Model
 
 require("transformers", "transformers", transformers.__version__, "4.57")
 
 WEIGHTS, ADAPTER = "model.safetensors", "adapter_model.safetensors"
+CONTAINED: Final = {
+    "LORA", "ADALORA", "ADAMSS", "ADAPTION_PROMPT", "BEFT", "BOFT", "C3A", "CARTRIDGE", "CPT", "DEFT", "DELORA",
+    "FOURIERFT", "FROD", "GLORA", "GRALORA", "HIRA", "HRA", "IA3", "LILY", "LN_TUNING", "LOHA", "LOKR", "MISS", "OFT",
+    "OSF", "P_TUNING", "PEANUT", "POLY", "PREFIX_TUNING", "PROMPT_TUNING", "PSOFT", "PVERA", "RANDLORA", "ROAD",
+    "SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA", "WAVEFT",
+}  # fmt: skip
+"""peft's adapters, to 0.21, of which all is in their own file. XLORA, SHADOW, MULTITASK_PROMPT_TUNING name others."""
 N = TypeVar("N")
 
 
@@ -54,7 +63,10 @@ def from_pretrained(model: Model, kind: type[N], subfolder: str = "", **options:
 
 def configuration(model: Model, subfolder: str = "") -> transformers.PreTrainedConfig:
     """What config.json says, for one of transformers' own classes. Raises as above, and EXTRA_UNSUPPORTED."""
-    said = _Folder(model, subfolder).json("config.json")
+    where = _Folder(model, subfolder)
+    said = where.json("config.json")
+    if elsewhere := next(_elsewhere(said), None):
+        raise where.not_contained("config.json", repr(elsewhere))
     try:
         known = transformers.CONFIG_MAPPING[str(said.get("model_type"))]
     except KeyError:
@@ -84,7 +96,10 @@ def adapted(network: Any, model: Model, subfolder: str = "", **options: Any) -> 
     with extra("transformers", "peft"):
         import peft  # noqa: PLC0415  # most applications have no adapter
     where = _Folder(model, subfolder)
-    config = peft.PeftConfig.from_peft_type(**where.json("adapter_config.json"))
+    said = where.json("adapter_config.json")
+    if not isinstance(kind := said.get("peft_type"), str) or kind not in CONTAINED:
+        raise where.not_contained("adapter_config.json", f"what adapters of the type {kind!r} name")
+    config = peft.PeftConfig.from_peft_type(**said)
     config.inference_mode = True
     wrapped = peft.PeftModel if config.task_type is None else peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[config.task_type]
     made = wrapped(network, config, **options)
@@ -95,6 +110,18 @@ def adapted(network: Any, model: Model, subfolder: str = "", **options: Any) -> 
         if name in saved:
             raise where.malformed(ADAPTER, f"it has no tensor {name!r}")
     return made.eval()
+
+
+def _elsewhere(said: dict[str, Any], within: str = "") -> Iterator[str]:
+    """What a configuration would have transformers take from a hub or the disk: kernels, which are code, and networks.
+
+    Their names have a slash, which those of transformers' own implementations, and timm's own networks, have not.
+    """
+    for key, value in said.items():
+        if isinstance(value, dict):  # of one kernel for each of its networks, or of another network
+            yield from _elsewhere(value, key if "_implementation" in key else within)
+        elif isinstance(value, str) and "/" in value and ("_implementation" in key + within or key == "backbone"):
+            yield value
 
 
 class _Folder:
@@ -131,6 +158,10 @@ class _Folder:
         if missing := parts.keys() - found:
             raise self.malformed(index, f"its files have no tensor {min(missing)!r}")
         return found
+
+    def not_contained(self, name: str, what: str) -> UsageError:
+        said = f"The member {self._start + name!r} asks for {what}, which is not in the package."
+        return UsageError(Reason.EXTRA_UNSUPPORTED, said, "Nothing is taken from a hub or the disk: ask the vendor.")
 
     def malformed(self, name: str, why: str) -> DamagedError:
         what = f"The member {self._start + name!r} is not as transformers writes it: {why}."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import tracemalloc
 from pathlib import Path
 
 import numpy
@@ -163,3 +165,40 @@ def test_openvinos_own_format_names_no_files(vendor, tmp_path):
         with pytest.raises(RuntimeError, match="weights"):
             compile_model(model, "w.xml")
         assert compile_model(model, "apart/w.xml")([HERE])[0].tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("bits", [0, 1 << 32, 1 << 34])
+def test_bits_of_a_tag_that_parsers_drop_hide_nothing(bits, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("w.weights").write_bytes(HERE.tobytes())
+    weights = apart("w.weights")
+    entry = weights.external_data.pop().SerializeToString()
+    tag = 13 << 3 | 2 | bits
+    longer = bytes(tag >> shift & 127 | (128 if shift < 28 else 0) for shift in range(0, 35, 7))
+    tensor = weights.SerializeToString() + longer + bytes([len(entry)]) + entry
+    made = network(weights)
+    made.graph.ClearField("initializer")
+    more = b"\x2a" + bytes([len(tensor)]) + tensor  # parsers merge it with the graph before
+    raw = made.SerializeToString() + b"\x3a" + bytes([len(more)]) + more
+    assert openvino.Core().read_model(raw, b"").inputs  # it reads the file
+    assert locations(memoryview(raw)) == ["w.weights"]
+
+
+@pytest.mark.parametrize(
+    "filling",
+    [
+        b"\x08" + b"\xff" * 1_000_000 + b"\x01",
+        b"\x3a\x00" * 400_000,
+        b"\x3a\x02\x0a\x00" * 200_000,
+        b"location" * 100_000,
+    ],
+)
+def test_what_is_made_to_take_long_does_not(filling):
+    raw = filling + network(apart("w.weights")).SerializeToString()
+    tracemalloc.start()
+    start = time.process_time()
+    found = locations(memoryview(raw))
+    assert time.process_time() - start < 5
+    assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    tracemalloc.stop()
+    assert found in ([], ["w.weights"])

@@ -121,6 +121,46 @@ def test_what_cannot_be_told_is_asked_for():
     assert spent == [3]
 
 
+def shaped(shape):
+    return SimpleNamespace(shape=shape)
+
+
+def nested(levels):
+    found: list[Any] = []
+    for _ in range(levels):
+        found = [found]
+    return found
+
+
+IN_ITSELF: list[Any] = []
+IN_ITSELF.append(IN_ITSELF)
+NAMED: dict[str, Any] = {}
+NAMED["a"] = NAMED
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        *(shaped((length, 3)) for length in (None, "n", "3", -1, float("nan"), float("inf"), 2.0)),
+        shaped(7),
+        shaped(lambda _needed: (3,)),
+        shaped({1: 2}),
+        numpy.ndarray,
+        IN_ITSELF,
+        NAMED,
+        nested(5000),
+    ],
+)
+def test_what_has_no_whole_length_is_asked_for(argument):
+    spent: list[int] = []
+    called: list[object] = []
+    with pytest.raises(UsageError) as refused:
+        metered(called.append, spending(spent))(argument)
+    assert (refused.value.reason, spent, called) == (Reason.BATCH_UNKNOWN, [], [])
+    metered(called.append, spending(spent), lambda _argument: 3)(argument)
+    assert (spent, len(called)) == ([3], 1)
+
+
 @pytest.mark.parametrize("count", [numpy.int64(3), numpy.uint8(3), numpy.array(3)])
 def test_whole_numbers_of_other_libraries_are_counts(metering, count):
     metered(lambda: None, metering, lambda: count)()

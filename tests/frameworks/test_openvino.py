@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tracemalloc
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -15,6 +16,7 @@ import openvino.opset13
 import openvino.properties
 import pytest
 
+from hwlicense import integrations
 from hwlicense.core.errors import ClosedError, Reason, UsageError
 from hwlicense.device.memory import protection
 from hwlicense.integrations import metered
@@ -97,12 +99,17 @@ def test_a_network_outlives_the_model_and_each_object_that_led_to_it(model, expe
         {"CACHE_DIR": "cache"},
         {openvino.properties.cache_dir: Path("cache")},
         {"DEVICE_PROPERTIES": {"CPU": {"CACHE_DIR": "cache"}}},
+        {"DEVICE_PROPERTIES": "{CPU:{CACHE_DIR:cache}}"},
+        {"DEVICE_PROPERTIES": "{CPU:{CACHE_DIR:cache}}", "CACHE_DIR": ""},
+        dict([openvino.properties.cache_dir("cache")]),
+        dict([openvino.properties.device.properties({"CPU": {"CACHE_DIR": "cache"}})]),
     ],
 )
-def test_a_cache_is_refused(model, config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("device", ["CPU", "AUTO"])
+def test_a_cache_is_refused(model, config, device, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError) as refused:
-        compile_model(model, "rec.xml", config=config)
+        compile_model(model, "rec.xml", device, config)
     assert refused.value.reason == Reason.PLAINTEXT_CACHE
     assert not list(tmp_path.iterdir())
 
@@ -116,6 +123,28 @@ def test_a_cache_of_the_core_is_refused(model, expected, tmp_path):
         assert refused.value.reason == Reason.PLAINTEXT_CACHE
     core.set_property({"CACHE_DIR": ""})
     assert output(compile_model(model, "rec.xml", core=core, config={"NUM_STREAMS": "1", "CACHE_DIR": ""})) == expected
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("device", ["CPU", "AUTO", "AUTO:CPU", "MULTI:CPU", "HETERO:CPU", "BATCH:CPU"])
+@pytest.mark.parametrize("of", ["CPU", "HETERO"])
+def test_a_cache_of_one_device_is_refused_for_those_that_stand_for_it(model, device, of, tmp_path):
+    core = openvino.Core()
+    core.set_property(of, {"CACHE_DIR": str(tmp_path)})
+    for make in (read_model, partial(compile_model, device_name=device)):
+        with pytest.raises(UsageError) as refused:
+            make(model, "rec.xml", core=core)
+        assert refused.value.reason == Reason.PLAINTEXT_CACHE
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("device", ["CPU", "AUTO:CPU", "MULTI:CPU", "HETERO:CPU", "BATCH:CPU"])
+@pytest.mark.parametrize("of", ["CPU", "HETERO"])
+def test_a_cache_that_the_core_does_not_tell_of_is_not_used(model, device, of, tmp_path, monkeypatch):
+    monkeypatch.setattr(integrations.openvino, "_set", lambda _core: False)
+    core = openvino.Core()
+    core.set_property(of, {"CACHE_DIR": str(tmp_path)})
+    compile_model(model, "rec.xml", device, core=core)
     assert not list(tmp_path.iterdir())
 
 

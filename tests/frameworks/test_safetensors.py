@@ -237,6 +237,9 @@ MALFORMED = {
     "hole": written(("a", "U8", [4], b"1234"), b={"dtype": "U8", "shape": [4], "data_offsets": [5, 9]}) + b"56789",
     "shape and size differ": written(("a", "U8", [5], b"1234")),
     "a shape that overflows": written(("a", "U8", [1 << 62, 8], b"1234")),
+    "an empty shape that overflows": written(("a", "F32", [0, 1 << 40, 1 << 40, 1 << 40], b"")),
+    "an empty shape that overflows in bytes": written(("a", "F64", [0, 1 << 61], b"")),
+    "more axes than an array may have": written(("a", "U8", [1] * 33, b"1")),
     "unknown type": written(("a", "Q9", [4], b"1234")),
     "backwards": written(a={"dtype": "U8", "shape": [0], "data_offsets": [4, 0]}),
 }
@@ -273,6 +276,14 @@ def test_a_process_that_may_have_no_file_is_told(big, limit, left):
             assert "ulimit" in refused.value.hint
 
     in_child(child)
+
+
+@pytest.mark.parametrize("shape", [[1] * 32, [0, 1 << 58], [1 << 58, 0]])
+def test_odd_shapes_that_an_array_may_have(shape, vendor, tmp_path):
+    content = written(("a", "F64", shape, b"12345678" * (0 not in shape)))
+    package, key, _ = pack(vendor, tmp_path, {"t": content})
+    with opened(vendor, package, key) as model, Tensors(model, "t") as tensors:
+        assert load(model, "t")["a"].shape == tensors.get_tensor("a").shape == tuple(shape)
 
 
 def test_threads_share_it(big):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import json
+from functools import partial
 
 import peft
 import pytest
@@ -14,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 from hwlicense.core.errors import ClosedError, DamagedError, ExceededError, Reason, UsageError
 from hwlicense.device.memory import protection
 from hwlicense.integrations import metered
-from hwlicense.integrations.transformers import adapted, configuration, from_pretrained, tokenizer
+from hwlicense.integrations.transformers import CONTAINED, adapted, configuration, from_pretrained, tokenizer
 from tests.packages import opened, pack
 from tests.torch.conftest import TEXTS
 
@@ -164,6 +166,82 @@ def test_code_that_a_configuration_names_is_not_run(vendor, files, tmp_path):
     package, key, _ = pack(vendor, tmp_path, members)
     with opened(vendor, package, key) as other:
         assert type(from_pretrained(other, AutoModelForCausalLM)) is LlamaForCausalLM
+
+
+KERNEL = {"attn_implementation": "evil/kernel"}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        KERNEL,
+        {"_attn_implementation": "evil/kernel@main:attend"},
+        {"_attn_implementation_internal": "evil/kernel"},
+        {"attn_implementation": {"": "eager", "text_config": "paged|evil/kernel"}},
+        {"experts_implementation": "evil/kernel"},
+        {"model_type": "llava", "text_config": {"model_type": "llama"} | KERNEL},
+        {"model_type": "dpt", "backbone": "evil/network"},
+    ],
+)
+def test_kernels_and_networks_of_a_hub_are_refused(vendor, files, tmp_path, said):
+    members = {path.name: path.read_bytes() for path in (files / "one").iterdir()}
+    members["config.json"] = json.dumps(json.loads(members["config.json"]) | said).encode()
+    package, key, _ = pack(vendor, tmp_path, members)
+    with opened(vendor, package, key) as other:
+        for make in (configuration, partial(from_pretrained, kind=AutoModelForCausalLM)):
+            with pytest.raises(UsageError) as refused:
+                make(other)
+            assert refused.value.reason == Reason.EXTRA_UNSUPPORTED
+            assert "evil/" in refused.value.what
+
+
+def packed_adapter(vendor, files, tmp_path, said):
+    members = {"adapter_model.safetensors": (files / "adapter_model.safetensors").read_bytes()}
+    members["adapter_config.json"] = json.dumps({"task_type": "CAUSAL_LM"} | said).encode()
+    package, key, _ = pack(vendor, tmp_path, members, name="adapter")
+    return opened(vendor, package, key)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"peft_type": "XLORA", "adapters": {"0": "DISK/adapter"}, "hidden_size": 64},
+        {"peft_type": "XLORA", "adapters": {"0": "evil/adapter"}, "hidden_size": 64},
+        {"peft_type": "SHADOW", "shadow_model": "DISK/one"},
+        {"peft_type": "SHADOW", "shadow_model": "evil/network"},
+        {
+            "peft_type": "MULTITASK_PROMPT_TUNING", "num_virtual_tokens": 4, "num_tasks": 1,
+            "prompt_tuning_init": "AVERAGE_SOURCE_TASKS", "prompt_tuning_init_state_dict_path": "DISK/state.bin",
+        },
+        {"peft_type": ["LORA"]},
+        {},
+    ],
+)  # fmt: skip
+def test_adapters_made_of_other_files_are_refused(model, vendor, files, tmp_path, said):
+    said = json.loads(json.dumps(said).replace("DISK", str(files)))
+    network = from_pretrained(model, AutoModelForCausalLM, "one")
+    with (
+        packed_adapter(vendor, files / "adapter", tmp_path, said) as other,
+        pytest.raises(UsageError) as refused,
+    ):
+        adapted(network, other)
+    assert refused.value.reason == Reason.EXTRA_UNSUPPORTED
+
+
+def test_a_prompt_does_not_ask_for_the_tokenizer_that_it_was_made_with(model, vendor, files, tmp_path):
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    made = peft.get_peft_model(LlamaForCausalLM.from_pretrained(files / "one"), config).eval()
+    made.save_pretrained(tmp_path / "prompt")
+    said = json.loads((tmp_path / "prompt/adapter_config.json").read_text()) | {"inference_mode": False}
+    said |= {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "hi", "tokenizer_name_or_path": "evil/tokenizer"}
+    with packed_adapter(vendor, tmp_path / "prompt", tmp_path, said) as other:
+        assert torch.equal(logits(adapted(from_pretrained(model, AutoModelForCausalLM, "one"), other)), logits(made))
+
+
+def test_the_types_of_adapters_are_those_of_peft():
+    """Of a newer peft, look at what is added: does its configuration name files, networks or code?"""
+    known = CONTAINED | {"XLORA", "SHADOW", "MULTITASK_PROMPT_TUNING"}
+    assert {kind.value for kind in peft.PeftType} == known
 
 
 @pytest.mark.parametrize(

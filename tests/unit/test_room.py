@@ -42,11 +42,32 @@ def system(tmp_path, monkeypatch):
 )
 def test_the_least_limit_counts(system, files, limit, what):
     system(*files)
-    room.check_memory(limit)
+    room.check_memory(limit - limit // 100)
     with pytest.raises(StorageError, match=what) as refused:
         room.check_memory(limit + 1)
     assert refused.value.reason == Reason.STORAGE
     assert "model.open" in refused.value.hint
+
+
+IN_V2 = V2 | {"sys/fs/cgroup/app/memory.max": f"{GIB}\n"}
+IN_V1 = V1 | {"sys/fs/cgroup/memory/app/memory.limit_in_bytes": f"{GIB}\n"}
+STAT_V2 = "anon 100000000\nfile 900000000\nshmem 100000000\nslab_reclaimable 900000000\nslab_unreclaimable 1000000\n"
+STAT_V1 = "rss 1\ncache 1\ntotal_cache 900000000\ntotal_rss 100000000\ntotal_rss_huge 90000000\ntotal_shmem 101000000\n"
+NO_SWAP = {"proc/meminfo": "MemTotal:       8388608 kB\nSwapTotal:      0 kB\n"}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [IN_V2 | {"sys/fs/cgroup/app/memory.stat": STAT_V2}, IN_V1 | {"sys/fs/cgroup/memory/app/memory.stat": STAT_V1}],
+)
+def test_what_the_group_uses_and_cannot_give_back_counts(system, files):
+    system(NO_SWAP, files)
+    used = 201_000_000
+    room.check_memory((GIB - used) * 99 // 100)
+    with pytest.raises(StorageError, match=f"has {GIB:,} and uses {used:,}"):
+        room.check_memory(GIB - used - (1 << 20))
+    system(MACHINE)  # it could be swapped out
+    room.check_memory(GIB * 99 // 100)
 
 
 @pytest.mark.usefixtures("system")
