@@ -108,6 +108,7 @@ def _mapped(process: int, path: str, parts: list[Mapping], *, anew: bool) -> Loa
 
 
 _compared: set[tuple[Mapping, int]] = set()
+_LOOKS: Final = 9  # at what differs: another thread may unload it meanwhile, and load it again at the same place
 
 
 @contextmanager
@@ -131,8 +132,13 @@ def _same(fd: int, part: Mapping) -> bool:
     size = min(part.end - part.start, os.fstat(fd).st_size - part.offset)
     for at in range(0, size, _STEP):
         length = min(_STEP, size - at)
-        if _memory(part.start + at, length) != os.pread(fd, length, part.offset + at):
-            return part not in mappings(os.getpid())  # another thread may have unloaded it meanwhile
+        for _ in range(_LOOKS):
+            if _memory(part.start + at, length) == os.pread(fd, length, part.offset + at):
+                break
+            if part not in mappings(os.getpid()):
+                return True
+        else:
+            return False
     return True
 
 
