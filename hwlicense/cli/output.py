@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -96,6 +96,13 @@ def shown(value: object) -> str:
     return (", ".join(map(str, value)) or "-") if isinstance(value, list | tuple) else str(value)
 
 
+def _columns() -> int:
+    """Of the terminal that stderr is: stdout may be a file."""
+    with suppress(OSError, ValueError):
+        return os.get_terminal_size(sys.stderr.fileno()).columns
+    return shutil.get_terminal_size().columns
+
+
 _BESIDE_THE_BAR: Final = len("  [] 100%  1d 00:00:00  99,999 MB/s")
 
 
@@ -108,7 +115,7 @@ def progress(label: str, total: int, *, in_bytes: bool = True) -> Iterator[Calla
     if sys.stderr is None or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
         yield lambda _done: None
         return
-    room = shutil.get_terminal_size().columns - len(label) - _BESIDE_THE_BAR
+    room = _columns() - len(label) - _BESIDE_THE_BAR
     started = time.monotonic()
 
     def rate(_: object) -> str:

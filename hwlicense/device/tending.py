@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from hwlicense.core import calendar, leases
 from hwlicense.core.account import Field
-from hwlicense.core.errors import HardwareError, HwlicenseError, Reason, StorageError
+from hwlicense.core.errors import HardwareError, HwlicenseError, Reason, StorageError, out_of_memory
 from hwlicense.core.validity import check_validity
 from hwlicense.device import clock
 from hwlicense.device.locking import PATIENCE, Turn
@@ -351,6 +351,8 @@ def _problem(part: Callable[[], None]) -> HwlicenseError | None:
         part()
     except HwlicenseError as error:
         return error.again()
+    except MemoryError:
+        return out_of_memory()
     except Exception as error:  # noqa: BLE001  # whatever it is, the next round may go well
         what = f"The account could not be looked after ({type(error).__name__}: {error})."
         problem = HardwareError(Reason.INTERNAL, what, "Open the model again; if it comes back, report it.")

@@ -63,7 +63,7 @@ def path(model: Model, name: str | os.PathLike[str]) -> Iterator[str]:
             for number, target in enumerate(leading, 1):
                 (folder / f"part-{number:05}-of-{len(parts):05}.gguf").symlink_to(target)
         except OSError as error:
-            where = folder or f"{MEMORY} or {tempfile.gettempdir()}"
+            where = folder or f"{MEMORY}, or where TMPDIR says"
             what = f"The links to the parts of {name!r} cannot be made in {where}: {error.strerror or error}."
             hint = f"Make room in {MEMORY}, or name a folder that can be written to in TMPDIR."
             raise StorageError(Reason.STORAGE, what, hint) from error

@@ -45,7 +45,9 @@ WRITING: Final = (
 _WRITING = re.compile("cache|dump|save|ep_(context|ctx)|profiling", re.IGNORECASE)  # among names of providers' options
 _LOADING = re.compile(r"Load model from \S+ failed: ?|ORT model verification|Deserialize tensor|External initializer")
 _PREFIX = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from \S+ failed: ?")
-_SHORT = re.compile(r"bad_alloc|failed to allocate|system error number (\d+)", re.IGNORECASE)  # of memory, descriptors
+_SHORT = re.compile(  # of memory, threads, descriptors
+    r"bad_alloc|failed to allocate|pthread_(?:attr|create)|PosixThread|system error number (\d+)", re.IGNORECASE
+)
 _REFUSED: Final = (runtime.Fail, runtime.InvalidGraph, runtime.InvalidProtobuf, runtime.NotImplemented)
 _FORMAT: Final = "session.load_model_format"
 _OWN: Final = b"ORTM"  # the identifier of the runtime's own format, after four bytes
@@ -111,24 +113,26 @@ def session(
         raise
     except Exception as error:
         others = any(each not in ("CPUExecutionProvider", ("CPUExecutionProvider", {})) for each in providers)
-        raise _meaning(error, name, staged.size, others=others) from error
+        if meant := _meaning(error, name, staged.size, others=others):
+            raise meant from error
+        raise
     finally:
         staged.close()
 
 
-def _meaning(error: Exception, name: str, size: int, *, others: bool) -> Exception:
-    """What a session's failure says of the member, or of the system; `error` itself where it says neither.
+def _meaning(error: Exception, name: str, size: int, *, others: bool) -> HwlicenseError | None:
+    """What a session's failure says of the member, or of the system; None where it says neither.
 
-    `others`: the session has other providers than the CPU's, which fail for reasons of their own.
+    `others`: the session has other providers than the CPU's, which fail for reasons, and in memory, of their own.
     """
     said = str(error)
     short = _SHORT.search(said)
     if short and short[1]:
         return no_memory(size, OSError(int(short[1]), os.strerror(int(short[1]))))
-    if short or isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or (short and not others):
         return out_of_memory()
     if not _LOADING.search(said) and (others or not isinstance(error, _REFUSED)):
-        return error
+        return None
     what = f"ONNX Runtime cannot load the member {name!r}: {_PREFIX.sub('', said).rstrip('.')}."
     hint = "Ask the vendor for a package with a sound one, or for the version of ONNX Runtime that it was made for."
     return DamagedError(Reason.MEMBER_MALFORMED, what, hint)

@@ -8,6 +8,7 @@ as it uses them, whatever is closed, and are not zeroed when it frees them.
 from __future__ import annotations
 
 import os
+import posixpath
 from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Final
@@ -43,7 +44,7 @@ def read_model(
     folder for a cache, be it of one device, or the environment asks for files.
     """
     check_model(model)
-    name = os.fspath(name)
+    name = posixpath.normpath(os.fspath(name))
     _refuse_writing(core, {})
     core = core or openvino.Core()
     beside = str(PurePosixPath(name).with_suffix(".bin"))

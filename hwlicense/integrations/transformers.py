@@ -7,6 +7,7 @@ model is closed, and are zeroed with the last of the tensors that share a file.
 
 from __future__ import annotations
 
+import posixpath
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
@@ -106,7 +107,7 @@ def adapted(network: Any, model: Model, subfolder: str = "", **options: Any) -> 
     lacking = peft.set_peft_model_state_dict(made, where.weights(ADAPTER)).missing_keys
     # Of the network's own and other names of what was loaded, too: the adapter's are what peft would save of it.
     saved = peft.get_peft_model_state_dict(made, save_embedding_layers=False)
-    for name in (key.replace(".default", "") for key in lacking):
+    for name in ("".join(key.rsplit(".default", 1)) for key in lacking):
         if name in saved:
             raise where.malformed(ADAPTER, f"it has no tensor {name!r}")
     return made.eval()
@@ -115,12 +116,16 @@ def adapted(network: Any, model: Model, subfolder: str = "", **options: Any) -> 
 def _elsewhere(said: dict[str, Any], within: str = "") -> Iterator[str]:
     """What a configuration would have transformers take from a hub or the disk: kernels, which are code, and networks.
 
-    Their names have a slash, which those of transformers' own implementations, and timm's own networks, have not.
+    Implementations and architectures of its own and of timm's have neither slash nor colon in their names. A backbone
+    that is named is asked for at the hub, whatever its name.
     """
     for key, value in said.items():
         if isinstance(value, dict):  # of one kernel for each of its networks, or of another network
             yield from _elsewhere(value, key if "_implementation" in key else within)
-        elif isinstance(value, str) and "/" in value and ("_implementation" in key + within or key == "backbone"):
+        elif isinstance(value, str) and (
+            key == "backbone"
+            or (set(value) & set("/:") and ("_implementation" in key + within or key == "architecture"))
+        ):
             yield value
 
 
@@ -130,7 +135,7 @@ class _Folder:
     def __init__(self, model: Model, subfolder: str) -> None:
         check_model(model)
         self._model = model
-        self._start = subfolder.rstrip("/") + "/" if subfolder else ""
+        self._start = "" if posixpath.normpath(subfolder) == "." else posixpath.normpath(subfolder) + "/"
 
     def has(self, name: str) -> bool:
         return self._start + name in self._model.names

@@ -418,6 +418,28 @@ def test_a_step_that_is_interrupted_is_given_by_the_next(customer, parts, comman
     assert anchor.step().steps == 3
 
 
+def test_a_process_that_is_forked_within_a_step_is_not_given_it_too(customer, parts):
+    """Given to two processes, it would be charged as a forged one: all of the license."""
+    hardware, binding, held, approvals = parts
+    anchor = hardware.unwrap(binding, held, approvals, None).anchor
+    customer.wire.delay(0.5, command=int(TPM2_CC.GetTime))
+    stepping = threading.Thread(target=anchor.step)
+    stepping.start()
+    time.sleep(0.3)  # its count is known, its time is not
+    assert anchor._kept.unused == (1, os.getpid())
+
+    pid = os.fork()
+    if not pid:
+        try:
+            time.sleep(1)  # the parent ends its step meanwhile
+            os._exit(anchor.step().steps)
+        finally:
+            os._exit(99)
+    stepping.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
+    assert anchor.step().steps == 3
+
+
 def test_an_anchor_ends_with_its_revision(customer, parts):
     hardware, binding, held, approvals = parts
     anchor = hardware.unwrap(binding, held, approvals, None).anchor

@@ -240,8 +240,18 @@ def test_what_the_system_does_not_give_is_no_flaw_of_the_member(number, words):
 
 
 def test_what_another_provider_says_is_left_to_it():
-    failed = runtime.Fail("[ONNXRuntimeError] : 1 : FAIL : CUDA failure 2")
-    assert onnxruntime_integration._meaning(failed, "net.onnx", 9, others=True) is failed
+    for said in ("CUDA failure 2", "Failed to allocate memory for requested buffer of size 9"):
+        failed = runtime.Fail(f"[ONNXRuntimeError] : 1 : FAIL : {said}")
+        assert onnxruntime_integration._meaning(failed, "net.onnx", 9, others=True) is None
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["std::bad_alloc", "PosixThread::PosixThread(...) pthread_create failed, error code: 11", "Failed to allocate 9"],
+)
+def test_too_little_memory_is_told_by_what_the_runtime_says(said):
+    found = onnxruntime_integration._meaning(RuntimeError(said), "net.onnx", 9, others=False)
+    assert isinstance(found, StorageError)
 
 
 def test_weights_apart_that_are_too_short_are_named(vendor, made, tmp_path):

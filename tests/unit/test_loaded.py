@@ -7,6 +7,9 @@ import mmap
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 from hwlicense import loaded
 from tests.installed import shared_library
@@ -35,6 +38,21 @@ def test_a_library_that_is_unloaded_meanwhile_harms_nobody(tmp_path):
     words = [sys.executable, "-c", UNLOADING, str(shared_library(tmp_path, "passing", code))]
     done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+
+
+@pytest.mark.parametrize(("times", "same"), [(2, True), (1000, False)])
+def test_what_differs_is_looked_at_again(monkeypatch, times, same):
+    """It may have been unloaded, and loaded again at the same place; what was changed stays so."""
+    library = next(one for one in loaded.mappings(os.getpid()) if "libpython" in one.path or "/libc" in one.path)
+    right, looks = loaded._memory, []
+
+    def memory(address, length):
+        looks.append(address)
+        return right(address, length) if len(looks) > times else b"other"
+
+    monkeypatch.setattr(loaded, "_memory", memory)
+    with Path(library.path).open("rb") as file:
+        assert loaded._same(file.fileno(), library) is same
 
 
 def test_what_is_beyond_the_end_of_a_file_or_unmapped_is_not_read(tmp_path):

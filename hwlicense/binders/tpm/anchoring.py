@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -29,10 +30,10 @@ class _Kept:
     """What an anchor knows from one work to the next."""
 
     lapse = 0
-    unused: int | None = None  # the count of a step that was not given to whoever asked
+    unused: tuple[int, int] | None = None  # the count of a step that was not given to whoever asked, and the process
 
-    def counted(self, steps: int) -> None:
-        self.unused = steps
+    def tell(self, count: int) -> None:
+        self.unused = count, os.getpid()
 
 
 class TpmSteps:
@@ -48,18 +49,19 @@ class TpmSteps:
 
     def step(self) -> Reading:
         """Count one more, and read. Raises as `read`."""
-        if (before := self._kept.unused) is not None:
+        # Not a parent's that forked in the middle of a step: it is given to the parent, and twice would be charged.
+        if (unused := self._kept.unused) and unused[1] == os.getpid():
             found = self.read()
             self._kept.unused = None
-            if found.steps == before:
+            if found.steps == unused[0]:
                 return found
-        found = self._reading(*self._indexes.step(self._public, self._kept.counted))
+        found = self._reading(*self._indexes.step(self._public, self._kept.tell))
         self._kept.unused = None
         return found
 
-    def _reading(self, steps: int, now: Time) -> Reading:
+    def _reading(self, count: int, now: Time) -> Reading:
         self._kept.lapse = self._kept.lapse or self._indexes.lapse()
-        return Reading(steps, now.clock, now.uptime, self._kept.lapse)
+        return Reading(count, now.clock, now.uptime, self._kept.lapse)
 
 
 class TpmAnchor:

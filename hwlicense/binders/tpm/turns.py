@@ -95,7 +95,11 @@ def forget() -> None:
 
     A thread in its turn ends that by itself; the one that forked may be waiting for the child.
     """
-    for folder, (path, thread) in _turns.items():
-        _inherited[path] = _MOMENT if thread == threading.get_ident() else answering.LIMIT
+    for folder, (
+        path,
+        thread,
+    ) in _turns.items():  # some may wait for it: the forking one counts
+        patience = _MOMENT if thread == threading.get_ident() else answering.LIMIT
+        _inherited[path] = min(patience, _inherited.get(path, patience))
         os.close(folder)
     _turns.clear()
