@@ -51,7 +51,7 @@ format: $(READY) ## mend what can be mended by itself
 types: $(READY) ## mypy, strict
 	mypy $(PACKAGES) tests
 
-bench: $(READY) ## every measured figure, with tables and plots, over an hour; ARGS="cold sizes" for parts
+bench: $(READY) $(TORCH)/.ready ## every measured figure, with tables and plots, half an hour; ARGS="cold sizes" for parts
 	scripts/system-packages bench
 	scripts/peers
 	python -m benchmarks --figures docs/figures $(ARGS)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from benchmarks.scene import Scene
 
 NETWORK = "ch_PP-OCRv4_rec_infer.onnx"
+TORCH = Path(__file__).parents[1] / ".venv-torch/bin/python"
 _START = """
 import hashlib, json, sys, time
 from contextlib import nullcontext
@@ -197,7 +198,7 @@ def measure(scene: Scene, runs: int) -> dict[str, Any]:
     if spec is None or spec.origin is None:
         raise Failed("rapidocr-onnxruntime, whose weights are used, is not installed here.")
     run(_python(_FILES, files, Path(spec.origin).parent / "models" / NETWORK))
-    if all(map(find_spec, ("torch", "transformers", "peft", "wordllama"))):
+    if _installed("torch", "transformers", "peft", "wordllama"):
         run(_python(_TORCH_FILES, files))
     package, before = scene.folder / "frameworks.hwpkg", scene.package
     run(scene.pack(files, package))
@@ -207,7 +208,7 @@ def measure(scene: Scene, runs: int) -> dict[str, Any]:
     given = (package, scene.vendor_text, scene.home, files)
     found: dict[str, Any] = {"not_installed": [], "cases": []}
     for case in CASES:
-        if not all(map(find_spec, case.needs)):
+        if not _installed(*case.needs):
             found["not_installed"].append(f"{case.framework}, {case.weights}")
             continue
         said: dict[str, list[list[Any]]] = {"plain": [], "ours": []}
@@ -246,5 +247,10 @@ def table(found: dict[str, Any]) -> list[str]:
 
 
 def _python(code: str, *arguments: str | Path) -> Command:
-    """In the environment that runs the benchmark, which has the frameworks."""
-    return [sys.executable, "-c", code, *map(str, arguments)]
+    """In the environment of `make test-torch`, which has all frameworks, or in the one that runs the benchmark."""
+    return [str(TORCH if TORCH.exists() else sys.executable), "-c", code, *map(str, arguments)]
+
+
+def _installed(*names: str) -> bool:
+    code = "import sys; from importlib.util import find_spec; print(all(map(find_spec, sys.argv[1:])))"
+    return run(_python(code, *names)).output.strip() == b"True"
