@@ -46,7 +46,7 @@ _WRITING = re.compile("cache|dump|save|ep_(context|ctx)|profiling", re.IGNORECAS
 _LOADING = re.compile(r"Load model from \S+ failed: ?|ORT model verification|Deserialize tensor|External initializer")
 _PREFIX = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from \S+ failed: ?")
 _SHORT = re.compile(  # of memory, threads, descriptors
-    r"bad_alloc|failed to allocate|pthread_(?:attr|create)|PosixThread|system error number (\d+)", re.IGNORECASE
+    r"bad_alloc|failed to allocate|cannot allocate memory|pthread_create|system error number (\d+)", re.IGNORECASE
 )
 _REFUSED: Final = (runtime.Fail, runtime.InvalidGraph, runtime.InvalidProtobuf, runtime.NotImplemented)
 _FORMAT: Final = "session.load_model_format"
