@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import textwrap
 import time
 from pathlib import Path
@@ -158,6 +159,9 @@ def at_terminal(here, how, *command):
     pid, terminal = pty.fork()
     if not pid:
         os.execve(words[0], words, here.environment)  # noqa: S606
+    modes = termios.tcgetattr(terminal)
+    modes[3] |= termios.NOFLSH  # or a signal takes away what was said and not heard yet
+    termios.tcsetattr(terminal, termios.TCSANOW, modes)
     said = bytearray()
 
     def hears(text):
